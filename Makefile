@@ -1,0 +1,48 @@
+# `make` alone lists what there is to make.
+
+LOCK ?= cpu# or gpu: export LOCK=gpu
+ARGS ?=#     more arguments for pytest: make test ARGS="-k split -x"
+UV_LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format lock clean setup setup-dev
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+
+run: setup ## run the quickstart study and export its best configuration to runs/export
+	.venv/bin/tuner launch studies/quickstart.toml --export runs/export
+
+test: setup-dev ## run the tests, with branch coverage (ARGS="..." is handed to pytest)
+	.venv/bin/python -m pytest --cov --cov-report=term $(ARGS)
+
+# Every check runs, so that one call shows all problems.
+lint: setup-dev ## check style, types and the layering of imports
+	@failed=; \
+	check() { echo "== $$*"; .venv/bin/"$$@" || failed="$$failed, $$*"; }; \
+	check ruff check .; \
+	check ruff format --check .; \
+	check mypy; \
+	check lint-imports --no-logo; \
+	[ -z "$$failed" ] || { echo "lint: failed: $${failed#, }" >&2; exit 1; }
+
+format: setup-dev ## format the code and fix what ruff can fix by itself
+	.venv/bin/ruff check --fix-only .
+	.venv/bin/ruff format .
+
+lock: ## write locks/ anew from pyproject.toml (needs uv; LOCK_FLAGS=--upgrade takes newer versions)
+	$(UV_LOCK) pyproject.toml --extra cpu $(LOCK_FLAGS) -o locks/cpu.txt
+	$(UV_LOCK) pyproject.toml --extra gpu -c locks/cpu.txt $(LOCK_FLAGS) -o locks/gpu.txt
+	$(UV_LOCK) --group dev -c locks/cpu.txt $(LOCK_FLAGS) -o locks/dev.txt
+
+clean: ## remove .venv and every cache; never runs/
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis htmlcov
+	rm -rf .coverage .coverage.* build tuner.egg-info
+	find . -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup: ## set up .venv with all that `tuner` needs (run and test do it by themselves)
+	@locks/install $(LOCK)
+
+setup-dev: ## set up .venv with the tools of development as well
+	@locks/install $(LOCK) dev

@@ -1,0 +1,80 @@
+"""A clean environment for the tests, and a last look that they leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before any module of ours is imported: what the developer's shell sets must not steer a test.
+# The folder of the real data is the exception; made absolute, since tests change directories.
+for name in [name for name in os.environ if name.startswith("TUNER_")]:
+    if name == "TUNER_DATA_DIR":
+        os.environ[name] = str(Path(os.environ[name]).resolve())
+    else:
+        del os.environ[name]
+
+# TensorFlow logs a screenful on import, from C++.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+# Every process that a test starts inherits it, also one that outlives its parent: so the last look
+# finds our processes, and no one else's.
+SESSION_MARK = "PYTEST_TUNER_SESSION"
+SESSION = uuid.uuid4().hex
+
+PATIENCE = 10.0  # seconds for processes that are ending already
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """Fails the session where a process, a listening port or a file in the project outlives it."""
+    os.environ[SESSION_MARK] = SESSION
+    ports = listening_ports()
+    files = set(ROOT.iterdir())
+    yield
+    _, alive = psutil.wait_procs(our_processes(), timeout=PATIENCE)
+    left = [f"process {process.pid}: {command_line(process)}" for process in alive]
+    for process in alive:
+        process.kill()  # the mark in its environment proves that this session started it
+    left += [f"port {port} of this process still listens" for port in listening_ports() - ports]
+    left += [f"file {path}" for path in sorted(set(ROOT.iterdir()) - files) if not is_cache(path)]
+    if left:
+        pytest.fail("the tests left behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+def our_processes() -> list[psutil.Process]:
+    """Running processes with this session's mark, but for this one and multiprocessing's helper."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            marked = process.environ().get(SESSION_MARK) == SESSION
+            # The resource tracker lives as long as the process that it serves: this one.
+            helper = "multiprocessing.resource_tracker" in command_line(process)
+            if marked and not helper and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            continue
+    return [process for process in found if process.pid != os.getpid()]
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) or process.name()
+    except psutil.Error:
+        return "?"
+
+
+def listening_ports() -> set[int]:
+    connections = psutil.Process().net_connections(kind="inet")
+    return {link.laddr.port for link in connections if link.status == psutil.CONN_LISTEN}
+
+
+def is_cache(path: Path) -> bool:
+    """What pytest, coverage and Hypothesis write into the project by design; git ignores it."""
+    return path.name.startswith(".")

@@ -1,0 +1,84 @@
+"""What the user is told when something cannot be done.
+
+Every message names the place, the value and the remedy. `tuner.cli` is the one
+place that catches `TunerError`; nothing else turns an error into an exit code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+class TunerError(Exception):
+    """Something the user can mend. The message stands alone: no traceback is needed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One mistake in a file of the user's."""
+
+    file: str  #: the file as the user named it; "" for `--set` and the command line
+    line: int | None  #: 1-based; None where no line can be named
+    key: str  #: dotted key ("space.kernel_size") or column; "" for the whole file
+    value: str  #: what stands there, shortened
+    message: str  #: what is wrong, and what to write instead
+
+    def __str__(self) -> str:
+        place = ":".join(part for part in (self.file, str(self.line or "")) if part)
+        where = f"{self.key}: " if self.key else ""
+        return f"{place}: {where}{self.message}" if place else f"{where}{self.message}"
+
+
+class ProblemsError(TunerError):
+    """Several mistakes in the user's files, all reported at once."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class SpecError(ProblemsError):
+    """A study file that cannot be used."""
+
+
+class DataError(ProblemsError):
+    """A data file that cannot be used."""
+
+
+class StorageError(TunerError):
+    """The database cannot be reached or is not what it should be."""
+
+
+class StudyError(TunerError):
+    """A study that does not exist, is in use, or does not fit what was asked."""
+
+
+class ClusterError(TunerError):
+    """No workers, or no way to reach them."""
+
+
+class LeaseLostError(TunerError):
+    """Another coordinator took this study over; nothing of this one was written since."""
+
+
+#: Why a trial ended before its last epoch without being pruned by Hyperband.
+EndReason = Literal["diverged", "out_of_memory", "over_time", "worker_lost"]
+
+
+class TrialEndedError(Exception):
+    """A trial that cannot go on. It ends PRUNED with a violated constraint; the study goes on."""
+
+    def __init__(self, reason: EndReason, detail: str) -> None:
+        self.reason = reason
+        self.detail = detail
+        super().__init__(f"{reason}: {detail}")
+
+
+class WorkerLostError(Exception):
+    """The worker that trained a trial is gone; the same trial can go on elsewhere."""
+
+
+class TrainingPausedError(Exception):
+    """A training stopped on request, with a checkpoint; the trial stays open and is resumed."""
