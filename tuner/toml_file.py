@@ -1,0 +1,291 @@
+"""Reading a TOML file of the user's: its document, `--set`, and where each mistake stands."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, time
+from pathlib import Path
+from typing import Any
+
+from tuner import yaml_file
+from tuner.errors import Problem, SpecError
+from tuner.space import toml_value
+from tuner.toml_lines import KeyPath, key_lines
+
+MAX_FILE_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mistake:
+    """Something wrong in a study file, before it is known on which line."""
+
+    path: KeyPath
+    value: object  #: what stands there; None where nothing does
+    message: str
+    also: tuple[KeyPath, ...] = ()  #: other keys that have a part in it
+
+
+def shown(value: object, width: int = 60) -> str:
+    """A value as a message shows it: as TOML, on one line, shortened."""
+    try:
+        text = toml_value(value)
+    except ValueError:  # Python refuses to write integers of more than 4300 digits
+        return "a number of thousands of digits"
+    text = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
+    return text if len(text) <= width else f"{text[: width - 4]} ..."
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """'; did you mean "swish"?', or '' where nothing is near."""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=0.6)
+    return f"; did you mean {toml_value(names[near[0]])}?" if near else ""
+
+
+def without_the_quotes(value: object) -> str:
+    """A hint where `value` is a number written as text."""
+    try:
+        float(value if isinstance(value, str) else "no text")
+    except ValueError:
+        return ""
+    return " (write it without the quotes)"
+
+
+def one_of(values: Sequence[str], value: object) -> str:
+    """What to say of a value that is none of `values`."""
+    listed = ", ".join(toml_value(item) for item in values)
+    return f"must be one of {listed}, not {shown(value)}{did_you_mean(value, values)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Says where a mistake stands."""
+
+    file: str
+    lines: Mapping[KeyPath, int]  #: by path; none for what is no file
+    overridden: Sequence[KeyPath]  #: what `--set` wrote
+
+    def problem(self, mistake: Mistake) -> Problem:
+        key = ".".join(map(str, mistake.path))
+        value = "" if mistake.value is None else shown(mistake.value)
+        for path in (mistake.path, *mistake.also):
+            if any(path[: len(written)] == written for written in self.overridden):
+                at = f"--set {'.'.join(map(str, path))}"
+                prefix = "" if path == mistake.path else f"{key}: "
+                return Problem(
+                    file="", line=None, key=at, value=value, message=prefix + mistake.message
+                )
+        return Problem(
+            file=self.file,
+            line=self._line(mistake.path),
+            key=key,
+            value=value,
+            message=mistake.message,
+        )
+
+    def _line(self, path: KeyPath) -> int | None:
+        """The line of the key; of one that is missing, that of its table."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.lines:
+                return self.lines[path[:length]]
+        return None
+
+
+def read_file(
+    path: Path, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], Places, list[Problem]]:
+    """The file's document with `overrides` written into it, and what is wrong with those.
+
+    Raises:
+        SpecError: The file cannot be read, or is no TOML (by its suffix: JSON, YAML).
+    """
+    text = _read_text(path)
+    exported = path.suffix.lower() in yaml_file.SUFFIXES
+    document = _parse_exported(text, path) if exported else _parse(text, path)
+    lines = yaml_file.key_lines(text) if exported else key_lines(text)
+    problems: list[Problem] = []
+    overridden: list[KeyPath] = []
+    for override in overrides:
+        try:
+            overridden.append(_override(document, override))
+        except _BadOverrideError as error:
+            problems.append(error.problem)
+    return document, Places(str(path), lines, overridden), problems
+
+
+def _read_text(path: Path) -> str:
+    """The file's text.
+
+    Raises:
+        SpecError: It cannot be read as text.
+    """
+
+    def fail(message: str, line: int | None = None) -> SpecError:
+        return SpecError([Problem(file=str(path), line=line, key="", value="", message=message)])
+
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise fail(f"there is no such file{_near_file(path)}") from error
+    except IsADirectoryError as error:
+        raise fail("is a folder; name a study file in it") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise fail(f"cannot be read ({reason}); check the path and its permissions") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise fail(f"is larger than {MAX_FILE_BYTES} bytes: no study file; name another")
+    try:
+        # Editors on Windows put a byte order mark at the beginning.
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise fail("is not UTF-8 text from here on; save the file as UTF-8", line) from error
+
+
+def _near_file(path: Path) -> str:
+    try:
+        beside = [str(other) for other in path.parent.glob("*.toml")]
+    except OSError:
+        beside = []
+    near = did_you_mean(str(path), beside) or did_you_mean(f"{path}.toml", beside)
+    return near or f"; {path.parent} holds {', '.join(sorted(beside)) or 'no .toml file'}"
+
+
+#: What `tomllib` says, and what to do about it.
+_SYNTAX_REMEDIES = (
+    ("Invalid value", 'text stands in "quotes", true and false in small letters'),
+    ("Cannot overwrite", "this key stands twice; remove one"),
+    ("Cannot declare", "this table stands twice; join both"),
+    ("Cannot mutate", "this table is complete where it stands; write the key into it"),
+    ("Expected '='", 'a line is "key = value" or "[table]"'),
+    ("Unclosed array", "a list ends with ]"),
+    ("Unclosed inline table", "a table in braces stands on one line and ends with }"),
+    ('Expected "\'"', "a text ends with the quotes that it began with"),
+    ("Unterminated string", "a text ends with the quotes that it began with, on the same line"),
+    ("Expected newline", "one key a line; text stands in quotes"),
+    ("Illegal character", "text stands in quotes, on one line"),
+    ("Found invalid character", "remove it"),
+    ("Invalid statement", 'a line is "key = value" or "[table]"'),
+    ("Invalid initial character", "a key is made of letters, digits, - and _"),
+)
+
+
+def _parse_exported(text: str, path: Path) -> dict[str, Any]:
+    """The document of a JSON or YAML file.
+
+    Raises:
+        SpecError: The syntax is wrong.
+    """
+    try:
+        return yaml_file.parse(text, path.suffix.lower())
+    except yaml_file.SyntaxMistakeError as error:
+        problem = Problem(file=str(path), line=error.line, key="", value="", message=str(error))
+        raise SpecError([problem]) from error
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    """The TOML document.
+
+    Raises:
+        SpecError: The syntax is wrong; only the first mistake can be told.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r" ?\(at (?:line (\d+), column \d+|end of document)\)$", str(error))
+        what = str(error)[: place.start()] if place else str(error)
+        remedy = next((remedy for start, remedy in _SYNTAX_REMEDIES if what.startswith(start)), "")
+        message = f"is not valid TOML: {what}" + (f"; {remedy}" if remedy else "")
+        line = int(place[1] or text.rstrip().count("\n") + 1) if place else None
+        cause: Exception = error
+    except RecursionError as error:
+        message = "is nested too deeply for a study file; write fewer brackets in brackets"
+        line, cause = None, error
+    except ValueError as error:  # of int(): Python reads no more than 4300 digits
+        message = "holds a number of thousands of digits; shorten it"
+        line, cause = None, error
+    lines = text.split("\n")
+    value = lines[line - 1].strip() if line and line <= len(lines) else ""
+    problem = Problem(file=str(path), line=line, key="", value=value[:60], message=message)
+    raise SpecError([problem]) from cause
+
+
+# Overrides.
+
+
+class _BadOverrideError(Exception):
+    """An override that cannot be read."""
+
+    def __init__(self, override: str, message: str) -> None:
+        key, _, value = override.partition("=")
+        self.problem = Problem(
+            file="", line=None, key=f"--set {key.strip()}".rstrip(), value=value, message=message
+        )
+        super().__init__(message)
+
+
+def _override(document: dict[str, Any], override: str) -> KeyPath:
+    """Writes one `--set key=value` into `document`; the path of what it wrote."""
+    key, equals, text = (part.strip() for part in override.partition("="))
+    if not equals or not key or not text or not key.isprintable():
+        raise _BadOverrideError(override, "write --set key=value, as in --set data.split.seed=1")
+    try:
+        names = _single_path(tomllib.loads(f"{key} = 0"))
+    except (ValueError, RecursionError) as error:
+        message = "is no key; write it as in --set data.split.seed=1"
+        raise _BadOverrideError(override, message) from error
+    value = _override_value(override, text)
+    at: Any = document
+    path: KeyPath = ()
+    for name in names[:-1]:
+        path = (*path, _index_in(at, name, override))
+        at = at.setdefault(name, {}) if isinstance(at, dict) else at[path[-1]]
+        if not isinstance(at, dict | list):
+            dotted = ".".join(map(str, path))
+            message = f"{dotted} is {shown(at)}, no table; set {dotted} as a whole"
+            raise _BadOverrideError(override, message)
+    last = _index_in(at, names[-1], override)
+    at[last] = value
+    return (*path, last)
+
+
+def _single_path(table: dict[str, Any]) -> list[str]:
+    """The keys on the way to the one value of `table`; a ValueError where there are more."""
+    names: list[str] = []
+    at: Any = table
+    while isinstance(at, dict):
+        ((name, at),) = at.items()
+        names.append(name)
+    return names
+
+
+def _index_in(container: dict[str, Any] | list[Any], name: str, override: str) -> str | int:
+    if isinstance(container, dict):
+        return name
+    if name.isdecimal() and int(name) < len(container):
+        return int(name)
+    message = f"is a list of {len(container)}; name an element by its number, from 0"
+    raise _BadOverrideError(override, message)
+
+
+def _override_value(override: str, text: str) -> Any:
+    """The TOML value, or the text itself where it is none: `training.precision=bfloat16`."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError) as error:
+        if text[0] in "[{\"'" or not text.isprintable():
+            message = f"{shown(text)} is no TOML value: {str(error).partition(' (at')[0]}"
+            raise _BadOverrideError(override, message) from error
+        return text
+    value = table.pop("value")
+    if table:
+        raise _BadOverrideError(override, "one key and one value each; write --set once more")
+    # A study may be named 2026-01-31: no key takes a date.
+    return text if isinstance(value, date | time) else value
