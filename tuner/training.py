@@ -1,0 +1,448 @@
+"""Trains one configuration: the loop, its checkpoints, and `train` in this process.
+
+An epoch is a few calls of one TensorFlow graph over tensors in memory: it is handed shuffled row
+numbers and gathers its batches itself, so that no Python runs between two steps.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from tuner.curves import EpochResult
+from tuner.data import DevelopmentData
+from tuner.errors import TrialEndedError
+from tuner.model import (
+    Precision,
+    build_model,
+    keras,
+    load_weights,
+    logit_model,
+    named_weights,
+    tf,
+)
+from tuner.space import ModelConfig
+from tuner.spec import TrainingSettings
+
+STEPS_A_CALL = 64  # between two looks at the clock; in between, no Python runs
+VALIDATION_BATCH = 512  # sequences; large enough for the kernels, small enough for the cache
+ADAMW_WEIGHT_DECAY = 0.004  # a step, times the learning rate; Keras' default
+SGD_MOMENTUM = 0.9  # Keras' default is none, with which these networks hardly move
+
+
+class TensorData:
+    """The development rows as tensors in memory, made once a process and shared by its trials."""
+
+    def __init__(self, data: DevelopmentData) -> None:
+        self.training_tokens = tf.constant(data.training_tokens, tf.uint8)  # [n, max_length]
+        self.training_labels = tf.constant(data.training_labels, tf.float32)  # [n], 0 or 1
+        self.validation_tokens = tf.constant(data.validation_tokens, tf.uint8)  # [m, max_length]
+        self.validation_labels = tf.constant(data.validation_labels, tf.float32)  # [m]
+
+    @property
+    def training_rows(self) -> int:
+        return int(self.training_tokens.shape[0])
+
+    @property
+    def max_length(self) -> int:
+        return int(self.training_tokens.shape[1])
+
+
+class TrainingRun:
+    """One trial's training, which can be put down after any epoch and taken up elsewhere.
+
+    The same configuration, seed, trial, precision, thread count and machine give the same curve
+    bit for bit, whether or not a checkpoint lies in between: initial weights follow from
+    (seed, trial), shuffling from (seed, trial, epoch), each dropout from (seed, trial, epoch,
+    number of the dropout layer).
+    """
+
+    history: list[EpochResult]  #: all epochs so far, those before the checkpoint included
+
+    def __init__(
+        self,
+        data: TensorData,
+        config: ModelConfig,
+        *,
+        seed: int,
+        trial: int,
+        max_epochs: int,
+        patience: int | None,
+        precision: Precision,
+        max_trial_seconds: float,
+        checkpoint: bytes | None = None,
+    ) -> None:
+        """Builds the network; takes up `checkpoint`, one of the same run, where there is one.
+
+        Args:
+            data: What to train and validate on.
+            config: What to train.
+            seed: The study's seed.
+            trial: The trial's number.
+            max_epochs: Epochs after which the training is finished.
+            patience: Epochs without a better validation loss after which it is; None: no limit.
+            precision: Of the computation; weights, losses and the output are float32.
+            max_trial_seconds: Training time over all parts of the run, before it is given up.
+            checkpoint: What `checkpoint` returned.
+
+        Raises:
+            TrialEndedError: The network does not fit into memory.
+            ValueError: The checkpoint is of another run.
+        """
+        self._data = data
+        self._config = config
+        self._seed = seed
+        self._trial = trial
+        self._max_epochs = max_epochs
+        self._patience = patience
+        self._precision = precision
+        self._max_trial_seconds = max_trial_seconds
+        gc.collect()  # the graphs of the trial before are cycles: 10 MB a trial, if they are left
+        with _out_of_memory_ends_the_trial("building the network"):
+            self._model = build_model(
+                config, data.max_length, seed=_derived_seed(seed, trial), precision=precision
+            )
+            self._logits = logit_model(self._model)
+            self._optimizer = _Optimizer(config, self._model.trainable_variables)
+        self.history = []
+        self._best_weights = named_weights(self._model)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+
+    @property
+    def finished(self) -> bool:
+        """No epoch is left: `max_epochs` is reached, or patience ran out."""
+        epochs = len(self.history)
+        waited = epochs - self._best_epoch
+        return epochs >= self._max_epochs or (
+            self._patience is not None and waited >= self._patience
+        )
+
+    def epochs(self) -> Iterator[EpochResult]:
+        """Trains; yields each new epoch as it completes.
+
+        Raises:
+            TrialEndedError: The trial cannot go on: diverged, out of memory, over time.
+        """
+        while not self.finished:
+            with _out_of_memory_ends_the_trial(f"epoch {len(self.history) + 1}"):
+                result = self._epoch(len(self.history) + 1)
+            if result.validation_loss < self._best_loss:
+                self._best_weights = named_weights(self._model)
+            self.history.append(result)
+            yield result
+
+    def best_weights(self) -> bytes:
+        """The weights of the epoch with the lowest validation loss, as npz: name -> array."""
+        return _packed(self._best_weights)
+
+    def checkpoint(self) -> bytes:
+        """All that the rest of the training depends on, as npz; valid after any epoch."""
+        return _packed(
+            {f"weights/{name}": array for name, array in named_weights(self._model).items()}
+            | {f"best/{name}": array for name, array in self._best_weights.items()}
+            | {f"optimizer/{n}": v.numpy() for n, v in enumerate(self._optimizer.variables)}
+            | {
+                "run": np.array(self._identity()),
+                "history": np.array(json.dumps([asdict(result) for result in self.history])),
+            }
+        )
+
+    # One epoch.
+
+    def _epoch(self, epoch: int) -> EpochResult:
+        """Trains epoch `epoch` (from 1) and validates."""
+        started = time.monotonic()
+        training_loss, training_accuracy = self._train_epoch(epoch, self._deadline(started))
+        validation_loss, validation_accuracy, weights_finite = (x.numpy() for x in self._validate())
+        if not (weights_finite and math.isfinite(validation_loss)):
+            raise TrialEndedError("diverged", f"epoch {epoch}, validation loss {validation_loss}")
+        return EpochResult(
+            epoch=epoch,
+            training_loss=training_loss,
+            training_accuracy=training_accuracy,
+            validation_loss=float(validation_loss),
+            validation_accuracy=float(validation_accuracy),
+            seconds=time.monotonic() - started,
+        )
+
+    def _deadline(self, now: float) -> float:
+        return now + self._max_trial_seconds - sum(past.seconds for past in self.history)
+
+    def _train_epoch(self, epoch: int, deadline: float) -> tuple[float, float]:
+        """One pass over the training rows, newly shuffled; mean loss and accuracy."""
+        self._seed_dropout(epoch)
+        rows = self._data.training_rows
+        shuffled = np.random.default_rng([self._seed, self._trial, epoch]).permutation(rows)
+        loss_sum = right = 0.0
+        rows_a_call = STEPS_A_CALL * self._config.batch_size
+        for start in range(0, rows, rows_a_call):
+            if time.monotonic() > deadline:
+                raise TrialEndedError(
+                    "over_time",
+                    f"epoch {epoch}, {start} of {rows} rows trained when "
+                    f"max_trial_seconds = {self._max_trial_seconds:g} were over",
+                )
+            part = tf.constant(shuffled[start : start + rows_a_call], tf.int32)
+            part_loss_sum, part_right, objective = self._train_rows(part)
+            if not math.isfinite(objective):
+                raise TrialEndedError(
+                    "diverged", f"epoch {epoch}, training loss {float(objective)}"
+                )
+            loss_sum += float(part_loss_sum)
+            right += float(part_right)
+        return loss_sum / rows, right / rows
+
+    # Both graphs are traced once, when they are first used.
+
+    @cached_property
+    def _train_rows(self) -> Any:
+        rows = tf.TensorSpec([None], tf.int32)
+        return tf.function(self._train_rows_in_graph).get_concrete_function(rows)
+
+    @cached_property
+    def _validate(self) -> Any:
+        return tf.function(self._validate_in_graph).get_concrete_function()
+
+    def _train_rows_in_graph(self, rows: Any) -> Any:
+        """Steps over the training rows that `rows`, int32 [n], names; the last batch may be short.
+
+        Returns:
+            The sum of the losses without penalties, the number of rows on the right side, and the
+            last step's objective: the first that is not finite ends the loop.
+        """
+        data, batch_size = self._data, self._config.batch_size
+        loss_sum = tf.zeros((), tf.float64)
+        right = tf.zeros((), tf.float64)
+        start = tf.zeros((), tf.int32)
+        objective = tf.zeros(())
+        while tf.math.is_finite(objective) & (start < len(rows)):
+            batch = rows[start : start + batch_size]
+            labels = tf.gather(data.training_labels, batch)
+            losses, logits, objective = self._step(tf.gather(data.training_tokens, batch), labels)
+            loss_sum += tf.reduce_sum(tf.cast(losses, tf.float64))
+            right += _right(logits, labels)
+            start += batch_size
+        return loss_sum, right, objective
+
+    def _step(self, tokens: Any, labels: Any) -> Any:
+        """Takes one optimiser step; returns losses [batch], logits [batch] and the objective."""
+        with tf.GradientTape() as tape:
+            logits = self._logits(tokens, training=True)[:, 0]
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
+            objective = tf.add_n([tf.reduce_mean(losses), *self._logits.losses])
+        gradients = tape.gradient(objective, self._model.trainable_variables)
+        # The embedding's gradient comes as slices.
+        self._optimizer.apply([tf.convert_to_tensor(gradient) for gradient in gradients])
+        return losses, logits, objective
+
+    def _validate_in_graph(self) -> Any:
+        """Mean validation loss without penalties, accuracy, and whether all weights are finite."""
+        data = self._data
+        loss_sum = tf.zeros((), tf.float64)
+        right = tf.zeros((), tf.float64)
+        for start in tf.range(0, len(data.validation_labels), VALIDATION_BATCH):
+            labels = data.validation_labels[start : start + VALIDATION_BATCH]
+            tokens = data.validation_tokens[start : start + VALIDATION_BATCH]
+            logits = self._logits(tokens, training=False)[:, 0]
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
+            loss_sum += tf.reduce_sum(tf.cast(losses, tf.float64))
+            right += _right(logits, labels)
+        # A maximum may drop a NaN, so the losses alone do not tell.
+        finite = tf.reduce_all(
+            [tf.reduce_all(tf.math.is_finite(weight)) for weight in self._model.weights]
+        )
+        rows = tf.cast(len(data.validation_labels), tf.float64)
+        return loss_sum / rows, right / rows, finite
+
+    def _seed_dropout(self, epoch: int) -> None:
+        # Keras does not save the state of its seed generators; so each epoch sets it anew.
+        dropouts = [
+            layer for layer in self._model.layers if isinstance(layer, keras.layers.Dropout)
+        ]
+        for number, dropout in enumerate(dropouts, start=1):
+            seed = _derived_seed(self._seed, self._trial, epoch, number)
+            dropout.seed_generator.state.assign([seed, 0])
+
+    # Best epoch, weights and checkpoints.
+
+    @property
+    def _best_epoch(self) -> int:
+        """The first epoch with the lowest validation loss; 0 before the first epoch."""
+        if not self.history:
+            return 0
+        return min(self.history, key=lambda result: result.validation_loss).epoch
+
+    @property
+    def _best_loss(self) -> float:
+        return min((result.validation_loss for result in self.history), default=math.inf)
+
+    def _identity(self) -> str:
+        """What a checkpoint must share with the run that takes it up."""
+        return json.dumps(
+            {
+                "config": asdict(self._config),
+                "seed": self._seed,
+                "trial": self._trial,
+                "precision": self._precision,
+                "shape": self._data.training_tokens.shape.as_list(),
+            }
+        )
+
+    def _resume(self, checkpoint: bytes) -> None:
+        saved = _unpacked(checkpoint)
+        if str(saved["run"]) != self._identity():
+            raise ValueError(
+                f"the checkpoint is of another run: {saved['run']}; this one is {self._identity()}"
+            )
+        self.history = [EpochResult(**result) for result in json.loads(str(saved["history"]))]
+        load_weights(self._model, {name: saved[f"weights/{name}"] for name in self._best_weights})
+        for number, variable in enumerate(self._optimizer.variables):
+            variable.assign(saved[f"optimizer/{number}"])
+        self._best_weights = {name: saved[f"best/{name}"] for name in self._best_weights}
+
+
+class LocalTraining:
+    """`Train` in this process."""
+
+    def __init__(self, data: DevelopmentData, training: TrainingSettings) -> None:
+        self._data = TensorData(data)
+        self._training = training
+
+    def __call__(
+        self, config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
+    ) -> Iterator[EpochResult]:
+        """See `tuner.curves.Train`. Nothing runs ahead of the caller, so `rungs` do not matter."""
+        run = TrainingRun(
+            self._data,
+            config,
+            seed=seed,
+            trial=trial,
+            max_epochs=self._training.max_epochs,
+            patience=self._training.patience,
+            precision=choose_precision(self._training.precision),
+            max_trial_seconds=self._training.max_trial_seconds,
+        )
+        yield from run.epochs()
+
+
+def choose_precision(setting: Literal["auto", "float32", "bfloat16"]) -> Precision:
+    """What "auto" stands for on this machine."""
+    return "float32" if setting == "auto" else setting
+
+
+def configure_tensorflow(threads: int) -> None:
+    """Sets the threads of one operation; once a process, before its first operation.
+
+    One process per core with one thread each beats one process with many threads. With more than
+    one, operations whose result depends on their threads' order are replaced or refused.
+    """
+    if tf.config.threading.get_intra_op_parallelism_threads() != threads:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+    if threads > 1:
+        tf.config.experimental.enable_op_determinism()
+
+
+class _Optimizer:
+    """Keras' update rules with Keras' defaults (SGD: momentum 0.9) in one kernel a weight.
+
+    Keras' own `apply` takes a dozen small kernels a weight, and registers a gradient function with
+    TensorFlow for good: that keeps the graph of every trial in memory.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Sequence[Any]) -> None:
+        self._name = config.optimizer
+        self._rate = config.learning_rate
+        # `weights` are Keras'; a kernel takes TensorFlow's variable in each.
+        self._weights = [weight.value for weight in weights]
+        slots = 1 if self._name == "sgd" else 2
+        self._slots = [
+            [tf.Variable(tf.zeros_like(weight)) for _ in range(slots)] for weight in self._weights
+        ]
+        self._steps = tf.Variable(0, dtype=tf.int64)
+
+    @property
+    def variables(self) -> list[Any]:
+        """All state: steps taken, and the slots of each weight."""
+        return [self._steps, *(slot for slots in self._slots for slot in slots)]
+
+    def apply(self, gradients: Sequence[Any]) -> None:
+        """Takes one step; `gradients` in the order of the weights."""
+        steps = tf.cast(self._steps.assign_add(1), tf.float32)
+        for weight, slots, gradient in zip(self._weights, self._slots, gradients, strict=True):
+            if self._name == "adamw":
+                weight.assign_sub(weight * (self._rate * ADAMW_WEIGHT_DECAY))
+            handles = [slot.handle for slot in slots]
+            if self._name == "sgd":
+                tf.raw_ops.ResourceApplyKerasMomentum(
+                    var=weight.handle,
+                    accum=handles[0],
+                    lr=self._rate,
+                    grad=gradient,
+                    momentum=SGD_MOMENTUM,
+                )
+            elif self._name == "rmsprop":
+                tf.raw_ops.ResourceApplyRMSProp(
+                    var=weight.handle,
+                    ms=handles[0],
+                    mom=handles[1],
+                    lr=self._rate,
+                    rho=0.9,
+                    momentum=0.0,
+                    epsilon=1e-7,
+                    grad=gradient,
+                )
+            else:
+                tf.raw_ops.ResourceApplyAdam(
+                    var=weight.handle,
+                    m=handles[0],
+                    v=handles[1],
+                    beta1_power=tf.pow(0.9, steps),
+                    beta2_power=tf.pow(0.999, steps),
+                    lr=self._rate,
+                    beta1=0.9,
+                    beta2=0.999,
+                    epsilon=1e-7,
+                    grad=gradient,
+                )
+
+
+def _derived_seed(*entropy: int) -> int:
+    """A seed of 31 bits that follows from all of `entropy`."""
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+
+
+def _right(logits: Any, labels: Any) -> Any:
+    """How many of the logits [n] are on their label's side of a probability of 0.5; float64."""
+    return tf.reduce_sum(tf.cast((logits > 0) == (labels > 0.5), tf.float64))
+
+
+@contextmanager
+def _out_of_memory_ends_the_trial(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TrialEndedError("out_of_memory", f"{where}: {reason}") from error
+
+
+def _packed(arrays: Mapping[str, Any]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def _unpacked(packed: bytes) -> dict[str, Any]:
+    with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+        return dict(arrays)
