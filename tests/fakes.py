@@ -1,0 +1,170 @@
+"""Cheap stand-ins for training: learning curves by arithmetic, no TensorFlow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from optuna.trial import FrozenTrial
+
+from tuner.cluster import TrainingTask
+from tuner.curves import EpochResult, Train
+from tuner.data import DataIdentity
+from tuner.errors import TrainingPausedError
+from tuner.space import ModelConfig
+from tuner.spec import StudySpec, spec_from_document
+from tuner.storage import Storage
+from tuner.study import TunedStudy, create_or_resume
+
+IDENTITY = DataIdentity(
+    source="synthetic",
+    synthetic=True,
+    sha256="a" * 64,
+    split_id="b" * 64,
+    split_seed=1,
+    max_length=200,
+    training_rows=8,
+    validation_rows=1,
+    test_rows=1,
+)
+
+
+def small_spec(**changes: object) -> StudySpec:
+    """A study of nine epochs over a learning rate and a number of blocks; None leaves a key out."""
+    document: dict[str, object] = {
+        "name": "small",
+        "trials": 12,
+        "data": {"source": "synthetic"},
+        "training": {"max_epochs": 9},
+        "hyperband": {"min_epochs": 1, "eta": 3},
+        "space": {
+            "blocks": {"low": 1, "high": 2},
+            "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
+        },
+    }
+    document |= changes
+    return spec_from_document({key: value for key, value in document.items() if value is not None})
+
+
+def make_study(folder: Path, spec: StudySpec | None = None) -> TunedStudy:
+    return create_or_resume(
+        Storage(f"sqlite:///{folder}/tuner.db"),
+        spec or small_spec(),
+        IDENTITY,
+        development_sha256="c" * 64,
+        artifacts_root=folder / "artifacts",
+    )
+
+
+def loss_of(config: ModelConfig, trial: int, epoch: int) -> float:
+    """A validation loss that falls with the epoch, to a level that the configuration sets."""
+    digest = hashlib.sha256(repr((asdict(config), trial)).encode()).digest()
+    level = 0.5 + digest[0] / 1024
+    return level + 0.2 / epoch
+
+
+def epoch_result(loss: float, epoch: int) -> EpochResult:
+    return EpochResult(
+        epoch=epoch,
+        training_loss=loss - 0.05,
+        training_accuracy=0.7,
+        validation_loss=loss,
+        validation_accuracy=0.6,
+        seconds=0.001,
+    )
+
+
+def fake_train(
+    config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int], epochs: int = 9
+) -> Generator[EpochResult, None, None]:
+    for epoch in range(1, epochs + 1):
+        yield epoch_result(loss_of(config, trial, epoch), epoch)
+
+
+class FakeWorkers:
+    """Trains in the coordinator's own threads."""
+
+    def __init__(self, slots: int = 2, train: Train = fake_train) -> None:
+        self._slots = slots
+        self._train = train
+        self.pausing = threading.Event()
+        self.most_at_once = 0
+        self._now = 0
+        self._lock = threading.Lock()
+
+    def slots(self) -> int:
+        return self._slots
+
+    def pause(self) -> None:
+        self.pausing.set()
+
+    def train(
+        self, config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
+    ) -> Generator[EpochResult, None, None]:
+        with self._lock:
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+        try:
+            for result in self._train(config, seed=seed, trial=trial, rungs=rungs):
+                if self.pausing.is_set():
+                    raise TrainingPausedError
+                yield result
+        finally:
+            with self._lock:
+                self._now -= 1
+
+
+class Notes:
+    """A watcher that remembers."""
+
+    def __init__(self, on_epoch: Callable[[int, EpochResult], None] | None = None) -> None:
+        self.ended: list[FrozenTrial] = []
+        self.said: list[str] = []
+        self._on_epoch = on_epoch
+
+    def epoch(self, trial: int, result: EpochResult) -> None:
+        if self._on_epoch is not None:
+            self._on_epoch(trial, result)
+
+    def trial_ended(self, trial: FrozenTrial) -> None:
+        self.ended.append(trial)
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def tick(self, running: int) -> None:
+        pass
+
+
+class FakeRun:
+    """A worker's training that takes no time worth naming; `study.seed` sets the pace.
+
+    The seed is read as milliseconds an epoch, so that a test can catch a trial in the middle.
+    """
+
+    def __init__(self, task: TrainingTask) -> None:
+        self._task = task
+        self.history: list[EpochResult] = []
+        if task.checkpoint is not None:
+            self.history = [EpochResult(**row) for row in json.loads(task.checkpoint)]
+
+    def epochs(self) -> Iterator[EpochResult]:
+        for epoch in range(len(self.history) + 1, self._task.training.max_epochs + 1):
+            time.sleep(self._task.seed / 1000)
+            result = epoch_result(loss_of(self._task.config, self._task.trial, epoch), epoch)
+            # Which process trained the epoch: a field that no decision looks at.
+            result = replace(result, seconds=float(os.getpid()))
+            self.history.append(result)
+            yield result
+
+    def checkpoint(self) -> bytes:
+        return json.dumps([asdict(result) for result in self.history]).encode()
+
+    def best_weights(self) -> bytes:
+        return b"weights"

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from fakes import FakeWorkers, Notes, epoch_result, fake_train, make_study, small_spec
+from optuna.trial import TrialState
+
+from tuner.coordinator import FAILURES_IN_A_ROW, KEPT_WEIGHTS, POISON_LOSSES, Coordinator
+from tuner.errors import LeaseLostError, StorageError, StudyError, WorkerLostError
+from tuner.objective import ENDED_KEY, curve_of
+from tuner.storage import Storage
+from tuner.study import FINISHED, RESUMED_KEY, TunedStudy, load
+
+
+@pytest.fixture
+def study(tmp_path: Path):
+    made: list[TunedStudy] = []
+
+    def make(**changes: object) -> TunedStudy:
+        made.append(make_study(tmp_path, small_spec(**changes)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.storage.close()
+
+
+Make = Callable[..., TunedStudy]
+
+
+def finished(tuned: TunedStudy) -> int:
+    return len(tuned.trials(*FINISHED))
+
+
+@pytest.mark.parametrize("budget", [1, 7, 40])
+@pytest.mark.parametrize("slots", [1, 2, 16])
+def test_the_budget_is_exact(study: Make, budget: int, slots: int) -> None:
+    tuned, workers, notes = study(trials=budget), FakeWorkers(slots), Notes()
+    assert Coordinator(tuned, workers, notes).run() == "finished"
+    assert len(tuned.trials()) == finished(tuned) == len(notes.ended) == budget
+    assert workers.most_at_once <= slots
+
+
+def test_a_finished_study_takes_no_more_trials(study: Make) -> None:
+    tuned = study(trials=3)
+    Coordinator(tuned, FakeWorkers(), Notes()).run()
+    Coordinator(tuned, FakeWorkers(), Notes()).run()
+    assert len(tuned.trials()) == 3
+
+
+def test_one_worker_and_many_sample_the_same_random_trials(tmp_path: Path) -> None:
+    def sampled(slots: int) -> list[dict[str, object]]:
+        spec = small_spec(sampler={"kind": "random"}, hyperband=None)
+        tuned = make_study(tmp_path / str(slots), spec)
+        Coordinator(tuned, FakeWorkers(slots), Notes()).run()
+        parameters = [trial.params for trial in tuned.trials()]
+        tuned.storage.close()
+        return parameters
+
+    assert sampled(1) == sampled(8)
+
+
+def test_the_search_of_one_worker_is_the_same_every_time(tmp_path: Path) -> None:
+    def search(folder: Path) -> list[tuple[object, ...]]:
+        tuned = make_study(folder, small_spec(trials=30))
+        Coordinator(tuned, FakeWorkers(1), Notes()).run()
+        found = [(trial.params, trial.state, trial.value) for trial in tuned.trials()]
+        tuned.storage.close()
+        return found
+
+    assert search(tmp_path / "a") == search(tmp_path / "b")
+
+
+def test_trials_of_a_dead_coordinator_go_on_under_their_number(study: Make) -> None:
+    tuned = study(trials=5)
+    tuned.storage.take_lease(tuned.id)
+    dead = tuned.study.ask()
+    config = tuned.record.spec.space.suggest(dead)
+    dead.report(1.0, step=1)
+    tuned.storage.release_lease()
+    notes = Notes()
+    Coordinator(tuned, FakeWorkers(), notes).run()
+    trials = tuned.trials()
+    assert len(trials) == finished(tuned) == 5
+    assert tuned.record.spec.space.resolve(trials[0].params) == config
+    assert trials[0].user_attrs[RESUMED_KEY] == 1
+    assert trials[0].intermediate_values[1] == 1.0
+    assert "Trial 0 goes on" in notes.said[0]
+
+
+def test_running_trials_of_somebody_else_are_left_alone(study: Make) -> None:
+    tuned = study(trials=2)
+    theirs = tuned.study.ask()
+    Coordinator(tuned, FakeWorkers(), Notes()).run()
+    states = {trial.number: trial.state for trial in tuned.trials()}
+    assert states.pop(theirs.number) == TrialState.RUNNING
+    assert len(states) == 2
+
+
+def test_a_lost_worker_costs_the_trial_nothing(study: Make) -> None:
+    deaths = iter([True, True, False])
+
+    def train(config, *, seed, trial, rungs):
+        for result in fake_train(config, seed=seed, trial=trial, rungs=rungs):
+            yield result
+            if trial == 0 and result.epoch == 2 and next(deaths, False):
+                raise WorkerLostError("its worker died")
+
+    tuned = study(trials=2, hyperband=None)
+    Coordinator(tuned, FakeWorkers(1, train), Notes()).run()
+    trials = tuned.trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
+    assert trials[0].user_attrs[RESUMED_KEY] == 2
+    assert [epoch.epoch for epoch in curve_of(trials[0])] == list(range(1, 10))
+
+
+def test_a_trial_that_kills_its_workers_ends_and_the_study_goes_on(study: Make) -> None:
+    attempts: list[int] = []
+
+    def train(config, *, seed, trial, rungs):
+        if trial == 0:
+            attempts.append(trial)
+            raise WorkerLostError("its worker died")
+        yield from fake_train(config, seed=seed, trial=trial, rungs=rungs)
+
+    tuned = study(trials=3)
+    Coordinator(tuned, FakeWorkers(1, train), Notes()).run()
+    poison = tuned.trials()[0]
+    assert len(attempts) == POISON_LOSSES
+    assert poison.state == TrialState.PRUNED
+    assert poison.user_attrs[ENDED_KEY] == "worker_lost"
+    assert poison.constraints == {ENDED_KEY: 1.0}
+    assert finished(tuned) == 3
+
+
+def test_failed_trials_do_not_count_and_ten_in_a_row_stop_the_study(study: Make) -> None:
+    def train(config, *, seed, trial, rungs):
+        if trial != 1:
+            raise RuntimeError("no space left on device")
+        yield epoch_result(0.6, 1)
+
+    tuned = study(trials=3)
+    with pytest.raises(StudyError, match="no space left on device"):
+        Coordinator(tuned, FakeWorkers(1, train), Notes()).run()
+    states = [trial.state for trial in tuned.trials()]
+    assert states.count(TrialState.FAIL) == FAILURES_IN_A_ROW + 1
+    assert finished(tuned) == 1
+
+
+@pytest.mark.parametrize("why", ["stopped", "interrupted"])
+def test_a_stop_leaves_running_trials_open_and_the_next_run_finishes_them(
+    study: Make, why: str
+) -> None:
+    tuned, workers = study(trials=6), FakeWorkers(2)
+    coordinator: list[Coordinator] = []
+
+    def stop_at_trial_2(trial: int, result: object) -> None:
+        if trial == 2:
+            coordinator[0].stop(why)
+
+    coordinator.append(Coordinator(tuned, workers, Notes(stop_at_trial_2)))
+    assert coordinator[0].run() == why
+    assert 0 < finished(tuned) < 6
+    assert Coordinator(tuned, FakeWorkers(2), Notes()).run() == "finished"
+    assert len(tuned.trials()) == finished(tuned) == 6
+
+
+def test_tuner_stop_from_another_process_stops_the_study(study: Make) -> None:
+    tuned = study(trials=500)
+    asked = threading.Event()
+
+    def ask(trial: int, result: object) -> None:
+        if trial == 1 and not asked.is_set():
+            asked.set()
+            with Storage(tuned.storage.url) as other:
+                other.request_stop(tuned.id)
+
+    assert Coordinator(tuned, FakeWorkers(2), Notes(ask)).run() == "stopped"
+    assert finished(tuned) < 500
+    assert tuned.storage.lease(tuned.id) is None
+
+
+def test_a_timeout_stops_the_study(study: Make) -> None:
+    assert Coordinator(study(trials=500), FakeWorkers(2), Notes()).run(timeout=0.2) == "timeout"
+
+
+def test_a_second_coordinator_is_refused(study: Make) -> None:
+    tuned = study()
+    with Storage(tuned.storage.url) as other:
+        other.take_lease(tuned.id)
+        with pytest.raises(StorageError, match="is being run by"):
+            Coordinator(tuned, FakeWorkers(), Notes()).run()
+
+
+def test_a_replaced_coordinator_stops_and_writes_nothing(study: Make) -> None:
+    tuned = study(trials=50)
+    taken: list[int] = []
+
+    def take_over(trial: int, result: object) -> None:
+        if trial == 3 and not taken:
+            taken.append(trial)
+            with Storage(tuned.storage.url) as other:
+                other._transaction(
+                    lambda c: c.exec_driver_sql("UPDATE tuner_lease SET token = 'another'")
+                )
+                taken.append(len(other.optuna.get_all_trials(tuned.id)))
+
+    with pytest.raises(LeaseLostError):
+        Coordinator(tuned, FakeWorkers(1), Notes(take_over)).run()
+    with Storage(tuned.storage.url) as other:
+        fresh = load(other, "small", artifacts_root=tuned.artifacts.folder.parent)
+        assert len(fresh.trials()) == taken[1]
+        assert fresh.trials()[3].state == TrialState.RUNNING
+
+
+def test_only_the_best_weights_are_kept_and_no_checkpoint(study: Make) -> None:
+    tuned = study(trials=KEPT_WEIGHTS + 5, hyperband=None)
+
+    def train(config, *, seed, trial, rungs):
+        yield from fake_train(config, seed=seed, trial=trial, rungs=rungs)
+        for path in (tuned.artifacts.weights(trial), tuned.artifacts.checkpoint(trial)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"w")
+
+    Coordinator(tuned, FakeWorkers(2, train), Notes()).run()
+    kept = {int(path.stem) for path in (tuned.artifacts.folder / "weights").iterdir()}
+    assert kept == {trial.number for trial in tuned.ranked()[:KEPT_WEIGHTS]}
+    assert list((tuned.artifacts.folder / "checkpoints").iterdir()) == []
+
+
+def test_every_decision_is_recorded_in_order(study: Make) -> None:
+    tuned = study(trials=8)
+    Coordinator(tuned, FakeWorkers(2), Notes()).run()
+    decisions = tuned.storage.decisions(tuned.id)
+    for trial in tuned.trials():
+        mine = [decision for decision in decisions if decision.trial == trial.number]
+        assert mine[0].kind == "ask"
+        assert mine[-1].kind == "tell"
+        assert mine[-1].verdict == trial.state.name
+        rungs = [decision for decision in mine if decision.kind == "rung"]
+        assert [one.epoch for one in rungs] == [r for r in (1, 3) if r <= (trial.last_step or 0)]
+        pruned = [one.verdict for one in rungs] if rungs else []
+        assert ("prune" in pruned) == (trial.state == TrialState.PRUNED)
+
+
+def test_enqueued_trials_of_the_user_are_run(study: Make) -> None:
+    tuned = study(trials=2)
+    tuned.study.enqueue_trial({"learning_rate": 0.05, "blocks": 1})
+    Coordinator(tuned, FakeWorkers(1), Notes()).run()
+    assert tuned.trials()[0].params["learning_rate"] == 0.05
+    assert len(tuned.trials()) == 2
+    assert isinstance(tuned.study, optuna.Study)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import optuna
+import pytest
+from fakes import epoch_result, fake_train, small_spec
+from optuna.trial import TrialState
+
+from tuner.curves import EpochResult
+from tuner.errors import TrialEndedError
+from tuner.objective import ENDED_KEY, Objective, curve_of
+from tuner.space import ModelConfig
+from tuner.study import PerTrialSampler, make_pruner, make_sampler
+
+
+def plain_study(**changes: object) -> tuple[optuna.Study, Objective]:
+    spec = small_spec(**changes)
+    study = optuna.create_study(
+        study_name="small", sampler=make_sampler(spec), pruner=make_pruner(spec)
+    )
+    return study, Objective(spec, fake_train)
+
+
+def train_of(losses: Sequence[float]):
+    def train(
+        config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
+    ) -> Generator[EpochResult, None, None]:
+        for epoch, loss in enumerate(losses, start=1):
+            yield epoch_result(loss, epoch)
+
+    return train
+
+
+class AlwaysPrune(optuna.pruners.BasePruner):
+    def __init__(self) -> None:
+        self.asked_at: list[int] = []
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        assert trial.last_step is not None
+        self.asked_at.append(trial.last_step)
+        return False
+
+
+def test_the_objective_runs_in_plain_study_optimize() -> None:
+    study, objective = plain_study()
+    study.optimize(objective, n_trials=20)
+    states = [trial.state for trial in study.trials]
+    assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert all(curve_of(trial) for trial in study.trials)
+
+
+def test_the_value_is_the_best_validation_loss_and_rungs_compare_the_best_so_far() -> None:
+    spec = small_spec(hyperband=None)
+    study = optuna.create_study()
+    study.optimize(Objective(spec, train_of([0.7, 0.5, 0.6])), n_trials=1)
+    (trial,) = study.trials
+    assert trial.value == 0.5
+    assert trial.intermediate_values == {1: 0.7, 2: 0.5, 3: 0.5}
+    assert [epoch.validation_loss for epoch in curve_of(trial)] == [0.7, 0.5, 0.6]
+
+
+def test_the_pruner_is_asked_after_epochs_1_3_and_9_and_never_at_the_last() -> None:
+    # arXiv:1603.06560 with R = 27, eta = 3; a fully trained trial is COMPLETE.
+    spec = small_spec(training={"max_epochs": 27}, hyperband={"min_epochs": 1, "eta": 3})
+    pruner = AlwaysPrune()
+    study = optuna.create_study(pruner=pruner)
+    study.optimize(Objective(spec, train_of([0.6] * 27)), n_trials=1)
+    assert pruner.asked_at == [1, 3, 9]
+    assert study.trials[0].state == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize("reason", ["diverged", "out_of_memory", "over_time"])
+def test_a_trial_that_cannot_go_on_is_pruned_with_a_violated_constraint(reason: str) -> None:
+    def train(config, *, seed, trial, rungs):
+        yield epoch_result(0.7, 1)
+        raise TrialEndedError(reason, "epoch 2")
+
+    study = optuna.create_study()
+    study.optimize(Objective(small_spec(hyperband=None), train), n_trials=1)
+    (trial,) = study.trials
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs[ENDED_KEY] == reason
+    assert trial.constraints == {ENDED_KEY: 1.0}
+    assert len(curve_of(trial)) == 1
+
+
+def test_the_sampler_learns_to_avoid_what_diverges() -> None:
+    def train(config: ModelConfig, *, seed, trial, rungs):
+        if config.learning_rate > 3e-3:
+            raise TrialEndedError("diverged", "epoch 1")
+        yield epoch_result(0.6, 1)
+
+    study, _ = plain_study()
+    study.optimize(Objective(small_spec(hyperband=None), train), n_trials=60)
+    diverged = [trial.state == TrialState.PRUNED for trial in study.trials]
+    # A random search would diverge half of the time: log-uniform on 1e-4 .. 1e-1.
+    assert sum(diverged[:10]) >= 3
+    assert sum(diverged[-20:]) <= 5
+
+
+def test_a_pruned_training_is_closed() -> None:
+    closed: list[bool] = []
+
+    def train(config, *, seed, trial, rungs):
+        try:
+            yield epoch_result(0.7, 1)
+            yield epoch_result(0.7, 2)
+        finally:
+            closed.append(True)
+
+    class Prune(AlwaysPrune):
+        def prune(self, study, trial) -> bool:
+            return True
+
+    study = optuna.create_study(pruner=Prune())
+    study.optimize(Objective(small_spec(), train), n_trials=1)
+    assert study.trials[0].state == TrialState.PRUNED
+    assert closed == [True]
+
+
+def test_a_trial_that_goes_on_keeps_its_reports_and_its_parameters() -> None:
+    spec = small_spec(hyperband=None)
+    study = optuna.create_study()
+    trial = study.ask()
+    spec.space.suggest(trial)
+    trial.report(0.9, step=1)  # reported before the coordinator died
+    again = optuna.Trial(study, trial._trial_id)
+    value = Objective(spec, train_of([0.9, 0.8]))(again)
+    study.tell(again, value)
+    (kept,) = study.trials
+    assert kept.intermediate_values == {1: 0.9, 2: 0.8}
+    assert len(curve_of(kept)) == 2
+
+
+def test_what_a_trial_samples_depends_on_seed_and_number_alone() -> None:
+    spec = small_spec(sampler={"kind": "random"})
+
+    def parameters(order: Sequence[int]) -> dict[int, dict[str, object]]:
+        study = optuna.create_study(sampler=make_sampler(spec))
+        trials = [study.ask() for _ in order]
+        for number in order:
+            spec.space.suggest(trials[number])
+        return {trial.number: trial.params for trial in trials}
+
+    forward, backward = parameters([0, 1, 2]), parameters([2, 1, 0])
+    assert forward == backward
+    assert len({str(one) for one in forward.values()}) == 3
+    assert isinstance(make_sampler(spec), PerTrialSampler)

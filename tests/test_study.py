@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from fakes import IDENTITY, fake_train, make_study, small_spec
+from optuna.trial import TrialState
+
+from tuner.errors import StudyError
+from tuner.objective import Objective
+from tuner.storage import Storage
+from tuner.study import (
+    bracket_of,
+    create_or_resume,
+    delete,
+    list_names,
+    load,
+    make_pruner,
+    status,
+    study_name,
+)
+
+
+def again(tuned, spec, identity=IDENTITY):
+    return create_or_resume(
+        tuned.storage,
+        spec,
+        identity,
+        development_sha256="c" * 64,
+        artifacts_root=tuned.artifacts.folder.parent,
+    )
+
+
+def test_a_study_comes_back_as_it_was_made(tmp_path: Path) -> None:
+    made = make_study(tmp_path)
+    with Storage(made.storage.url) as storage:
+        loaded = load(storage, "small", artifacts_root=tmp_path / "artifacts")
+        assert loaded.record == made.record
+        assert loaded.record.spec.spec_hash == small_spec().spec_hash
+        assert loaded.artifacts == made.artifacts
+        assert loaded.record.sampler == {
+            "class": "TPESampler",
+            "multivariate": False,
+            "constant_liar": True,
+        }
+        assert loaded.record.pruner["class"] == "HyperbandPruner"
+        assert loaded.record.versions["optuna"] == optuna.__version__
+    made.storage.close()
+
+
+def test_a_larger_budget_extends_the_study_and_another_spec_is_refused(tmp_path: Path) -> None:
+    made = make_study(tmp_path)
+    assert again(made, small_spec(trials=30)).budget == 30
+    with pytest.raises(StudyError, match=r"training\.max_epochs \(9, now 27\)"):
+        again(made, small_spec(training={"max_epochs": 27}))
+    with pytest.raises(StudyError, match="other data"):
+        again(made, small_spec(), replace(IDENTITY, split_id="d" * 64))
+    made.storage.close()
+
+
+def test_a_reported_study_takes_no_more_trials(tmp_path: Path) -> None:
+    made = make_study(tmp_path)
+    made.storage.open_ledger_entry(
+        opened_at="", opened_by="", study="small", study_id=made.id, trial=0,
+        config_hash="", spec_hash="", split_id=IDENTITY.split_id,
+    )  # fmt: skip
+    assert again(made, small_spec()).budget == 12
+    with pytest.raises(StudyError, match="takes no more trials"):
+        again(made, small_spec(trials=13))
+    assert status(made).state == "reported"
+    made.storage.close()
+
+
+def test_a_fallback_to_synthetic_data_is_a_study_of_its_own() -> None:
+    spec = small_spec(data={"source": "solubility", "fallback": "synthetic"})
+    assert study_name(spec, IDENTITY) == "small-synthetic"
+    assert study_name(spec, replace(IDENTITY, synthetic=False)) == "small"
+    assert study_name(small_spec(), IDENTITY) == "small"
+
+
+def test_known_configurations_are_the_first_trials(tmp_path: Path) -> None:
+    made = make_study(tmp_path, small_spec(known=[{"learning_rate": 0.02}]))
+    first = made.study.ask()
+    assert made.record.spec.space.suggest(first).learning_rate == 0.02
+    made.storage.close()
+
+
+def test_a_study_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    with Storage(f"sqlite:///{tmp_path}/tuner.db") as storage:
+        optuna.create_study(storage=storage.optuna, study_name="theirs")
+        assert list_names(storage) == []
+        with pytest.raises(StudyError, match="was not made by"):
+            load(storage, "theirs", artifacts_root=tmp_path)
+        with pytest.raises(StudyError, match="holds no study 'mine'; it holds: theirs"):
+            load(storage, "mine", artifacts_root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "eta", "brackets"),
+    [(27, 3, 4), (81, 3, 5), (243, 3, 6), (9, 3, 3), (1000, 10, 4), (26, 3, 3)],
+)
+def test_optuna_makes_as_many_brackets_as_the_paper(
+    max_epochs: int, eta: int, brackets: int
+) -> None:
+    # arXiv:1603.06560, algorithm 1: s_max + 1 = floor(log_eta(R)) + 1. Optuna's float
+    # logarithm loses one at 243 and at 1000.
+    spec = small_spec(training={"max_epochs": max_epochs}, hyperband={"min_epochs": 1, "eta": eta})
+    pruner = make_pruner(spec)
+    study = optuna.create_study(pruner=pruner)
+    trial = study.ask()
+    trial.report(0.5, 1)
+    trial.should_prune()
+    assert pruner._n_brackets == brackets
+
+
+def test_status_counts_what_was_spent_and_what_pruning_saved(tmp_path: Path) -> None:
+    made = make_study(tmp_path)
+    made.study.optimize(Objective(made.record.spec, fake_train), n_trials=12)
+    now = status(made)
+    trials = made.trials()
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    assert now.state == "finished"
+    assert now.counts["PRUNED"] == len(pruned) > 0
+    assert now.epochs_spent == sum(len(trial.intermediate_values) for trial in trials)
+    assert now.epochs_saved == sum(9 - len(trial.intermediate_values) for trial in pruned)
+    assert now.best is not None
+    assert now.best.value == min(trial.value for trial in trials if trial not in pruned)
+    assert sum(now.brackets) == 12
+    assert all(bracket_of(made, trial.number) in (0, 1, 2) for trial in trials)
+    assert set(now.to_document()) >= {
+        "study", "state", "budget", "trials", "best", "epochs", "workers", "resumed_trials",
+    }  # fmt: skip
+    made.storage.close()
+
+
+def test_delete_removes_trials_and_artifacts_but_never_ledger_rows(tmp_path: Path) -> None:
+    made = make_study(tmp_path)
+    made.artifacts.weights(0).parent.mkdir(parents=True)
+    made.artifacts.weights(0).write_bytes(b"w")
+    made.storage.open_ledger_entry(
+        opened_at="", opened_by="", study="small", study_id=made.id, trial=0,
+        config_hash="", spec_hash="", split_id=IDENTITY.split_id,
+    )  # fmt: skip
+    made.storage.take_lease(made.id)
+    with pytest.raises(StudyError, match="is being run"):
+        delete(made)
+    made.storage.release_lease()
+    delete(made)
+    assert list_names(made.storage) == []
+    assert not made.artifacts.folder.exists()
+    assert len(made.storage.ledger(split_id=IDENTITY.split_id)) == 1
+    made.storage.close()

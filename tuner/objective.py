@@ -1,0 +1,81 @@
+"""One trial: sample a configuration, train it, report, prune. Ordinary Optuna."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import optuna
+
+from tuner.curves import EpochResult, Train
+from tuner.errors import TrialEndedError
+from tuner.spec import StudySpec
+
+#: What a trial leaves behind beside Optuna's own: attributes of the trial.
+CURVE_KEY = "curve"  # a list per epoch: the fields of EpochResult, in their order
+ENDED_KEY = "ended"  # why it ended early: an EndReason
+DETAIL_KEY = "ended_detail"
+
+
+class Objective:
+    """Trains one trial; `study.optimize(Objective(spec, train))` works as it is.
+
+    The value is the best validation loss (nats, without penalties). Rungs compare the best
+    so far, and the pruner is asked at rungs only.
+    """
+
+    def __init__(self, spec: StudySpec, train: Train) -> None:
+        self._spec = spec
+        self._train = train
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """Runs the trial; one that was running before goes on where it was.
+
+        Raises:
+            optuna.TrialPruned: Hyperband stopped it, or it could not go on (diverged, out of
+                memory, over time, workers lost). The latter violates the constraint "ended",
+                so that the sampler learns to avoid such configurations.
+        """
+        spec = self._spec
+        config = spec.space.suggest(trial)
+        reported = reported_epochs(trial)
+        best = float("inf")
+        curve: list[EpochResult] = []
+        epochs = self._train(config, seed=spec.seed, trial=trial.number, rungs=spec.rungs)
+        try:
+            with contextlib.closing(epochs):  # a pruned trial's worker stops
+                for epoch in epochs:
+                    curve.append(epoch)
+                    best = min(best, epoch.validation_loss)
+                    if epoch.epoch > reported:
+                        trial.report(best, step=epoch.epoch)
+                    # The last epoch is no rung: a fully trained trial is COMPLETE, never PRUNED.
+                    decided = epoch.epoch < reported
+                    if epoch.epoch in spec.rungs and not decided and trial.should_prune():
+                        raise optuna.TrialPruned
+        except TrialEndedError as end:
+            trial.set_user_attr(ENDED_KEY, end.reason)
+            trial.set_user_attr(DETAIL_KEY, end.detail)
+            trial.set_constraint(ENDED_KEY, 1.0)
+            raise optuna.TrialPruned(str(end)) from end
+        finally:
+            trial.set_user_attr(CURVE_KEY, [_row(epoch) for epoch in curve])
+        return best
+
+
+def reported_epochs(trial: optuna.Trial) -> int:
+    """The last epoch that the storage holds for this trial; 0 for a new one."""
+    return trial.storage.get_trial(trial._trial_id).last_step or 0
+
+
+def curve_of(trial: optuna.trial.FrozenTrial) -> tuple[EpochResult, ...]:
+    """The learning curve that a trial left behind; empty where there is none."""
+    names = [field.name for field in dataclasses.fields(EpochResult)]
+    return tuple(
+        EpochResult(**dict(zip(names, row, strict=True)))
+        for row in trial.user_attrs.get(CURVE_KEY, ())
+    )
+
+
+def _row(epoch: EpochResult) -> list[float]:
+    return list(dataclasses.astuple(epoch))

@@ -1,0 +1,473 @@
+"""A study: its spec, sampler, pruner and identity, created once and loaded ever after."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.artifacts import StudyArtifacts, study_folder_name
+from tuner.data import DataIdentity
+from tuner.errors import StudyError
+from tuner.spec import StudySpec, spec_from_document
+from tuner.storage import COORDINATOR_KEY, Storage
+
+#: The study attribute that holds everything about how the study is run.
+RECORD_KEY = "tuner"
+#: Study attributes that change while it lives.
+BUDGET_KEY = "trials"
+WORKERS_KEY = "workers"
+#: The trial attribute that counts how often a trial was taken up again.
+RESUMED_KEY = "resumed"
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+#: Versions that are stored with a study and go into every export.
+_RECORDED_PACKAGES = ("tuner", "optuna", "keras", "numpy", "sqlalchemy", "distributed")
+
+State = Literal["queued", "running", "stopped", "finished", "reported"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyRecord:
+    """What a study was made of: written at its creation, never changed."""
+
+    spec: StudySpec
+    data: DataIdentity
+    development_sha256: str  #: of the development file, under artifacts/development
+    precision: Literal["float32", "bfloat16"]  #: what "auto" was decided to be
+    sampler: Mapping[str, Any]  #: class and settings
+    pruner: Mapping[str, Any]
+    versions: Mapping[str, str]
+    folder: str  #: of its artifacts, under the artifacts root
+    created_at: str  #: ISO 8601, UTC
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunedStudy:
+    """An open study."""
+
+    study: optuna.Study
+    record: StudyRecord
+    storage: Storage
+    artifacts: StudyArtifacts
+
+    @property
+    def name(self) -> str:
+        return self.study.study_name
+
+    @property
+    def id(self) -> int:
+        return self.study._study_id
+
+    @property
+    def budget(self) -> int:
+        return int(self.study.user_attrs[BUDGET_KEY])
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def ranked(self) -> list[FrozenTrial]:
+        """Fully trained trials, best validation loss first; ties by number."""
+        complete = [trial for trial in self.trials(TrialState.COMPLETE) if trial.value is not None]
+        return sorted(complete, key=lambda trial: (trial.value, trial.number))
+
+
+class PerTrialSampler(BaseSampler):
+    """Samples every parameter of every trial from a generator of its own.
+
+    Seeded by (study seed, trial number, parameter name), so that what a trial draws depends
+    on the finished trials alone: not on how many workers there are, on who asks first, or on
+    a coordinator that died between two parameters.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+        self._make = make
+        self._seed = seed
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        entropy = [self._seed, trial.number, *param_name.encode()]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        return self._make(seed).sample_independent(study, trial, param_name, param_distribution)
+
+
+def make_sampler(spec: StudySpec) -> PerTrialSampler:
+    """The sampler of the study file, with the settings that were measured best."""
+    if spec.sampler.kind == "random":
+        return PerTrialSampler(lambda seed: RandomSampler(seed=seed), spec.seed)
+    return PerTrialSampler(lambda seed: TPESampler(**_TPE_SETTINGS, seed=seed), spec.seed)
+
+
+_TPE_SETTINGS: dict[str, Any] = {"multivariate": False, "constant_liar": True}
+
+
+def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
+    """Hyperband over completed epochs (arXiv:1603.06560), or none."""
+    if spec.hyperband is None:
+        return optuna.pruners.NopPruner()
+    return optuna.pruners.HyperbandPruner(**_hyperband_settings(spec))
+
+
+def _hyperband_settings(spec: StudySpec) -> dict[str, Any]:
+    if spec.hyperband is None:
+        return {}
+    low, eta = spec.hyperband.min_epochs, spec.hyperband.eta
+    # Optuna takes the number of brackets from a logarithm in floats, and log(243, 3) falls
+    # just short of 5: one epoch more in its sum gives the right count and changes no rung.
+    for max_resource in (spec.training.max_epochs, spec.training.max_epochs + 1):
+        if math.floor(math.log(max_resource / low, eta)) + 1 == len(spec.brackets):
+            return {"min_resource": low, "max_resource": max_resource, "reduction_factor": eta}
+    raise StudyError(
+        f"Hyperband with min_epochs = {low}, eta = {eta}, max_epochs = {spec.training.max_epochs}: "
+        f"Optuna does not make the {len(spec.brackets)} brackets that the paper asks for; "
+        "change max_epochs."
+    )
+
+
+def bracket_of(tuned: TunedStudy, trial: int) -> int | None:
+    """The Hyperband bracket of a trial, 0 the one that stops soonest; None without Hyperband."""
+    pruner = tuned.study.pruner
+    frozen = optuna.trial.create_trial(state=TrialState.WAITING)
+    frozen.number = trial
+    if isinstance(pruner, RecordedPruner):
+        pruner = pruner.inner
+    if not isinstance(pruner, optuna.pruners.HyperbandPruner):
+        return None
+    # Optuna tells nobody the bracket of a trial, and a second copy of its rule could differ.
+    if not pruner._pruners:  # noqa: SLF001
+        pruner._try_initialization(tuned.study)  # noqa: SLF001
+    return pruner._get_bracket_id(tuned.study, frozen)  # noqa: SLF001
+
+
+class RecordedPruner(optuna.pruners.BasePruner):
+    """A pruner whose verdicts are taken one at a time and told before they take effect."""
+
+    def __init__(
+        self,
+        inner: optuna.pruners.BasePruner,
+        on_verdict: Callable[[FrozenTrial, bool], None],
+        deciding: AbstractContextManager[Any],
+    ) -> None:
+        self.inner = inner
+        self._on_verdict = on_verdict
+        self._deciding = deciding
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        with self._deciding:
+            prunes = self.inner.prune(study, trial)
+            self._on_verdict(trial, prunes)
+        return prunes
+
+
+def create_or_resume(
+    storage: Storage,
+    spec: StudySpec,
+    data: DataIdentity,
+    *,
+    development_sha256: str,
+    artifacts_root: Path,
+) -> TunedStudy:
+    """The study of this name: the one that stands there, or a new one with its first trials.
+
+    Raises:
+        StudyError: A study of this name was made from another study file or other data, or is
+            no study of the tuner.
+    """
+    name = study_name(spec, data)
+    try:
+        study = optuna.create_study(
+            storage=storage.optuna,
+            study_name=name,
+            direction="minimize",
+            sampler=make_sampler(spec),
+            pruner=make_pruner(spec),
+        )
+    except optuna.exceptions.DuplicatedStudyError:
+        tuned = load(storage, name, artifacts_root=artifacts_root)
+        _refuse_another_study(tuned, spec, data)
+    else:
+        record = StudyRecord(
+            spec=spec,
+            data=data,
+            development_sha256=development_sha256,
+            precision=_decide_precision(spec),
+            sampler=_sampler_document(spec),
+            pruner={"class": type(make_pruner(spec)).__name__, **_hyperband_settings(spec)},
+            versions=versions(),
+            folder=study_folder_name(name),
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        study.set_user_attr(BUDGET_KEY, spec.trials)
+        for known in spec.known:
+            # Marked as ours from its first transaction on: see storage.COORDINATOR_KEY.
+            study.enqueue_trial(dict(known), user_attrs={COORDINATOR_KEY: "known"})
+        # Last: a study that has its record is whole.
+        study.set_user_attr(RECORD_KEY, _record_document(record))
+        tuned = load(storage, name, artifacts_root=artifacts_root)
+    if tuned.budget != spec.trials:
+        _refuse_more_trials_after_the_report(tuned, spec.trials)
+        tuned.study.set_user_attr(BUDGET_KEY, spec.trials)
+    return tuned
+
+
+def _decide_precision(spec: StudySpec) -> Literal["float32", "bfloat16"]:
+    """What "auto" means, decided once per study: float32, which is right everywhere."""
+    return "float32" if spec.training.precision == "auto" else spec.training.precision
+
+
+def study_name(spec: StudySpec, data: DataIdentity) -> str:
+    """The name of the study in the storage.
+
+    A fallback to synthetic data is another study, so that it never collides with a later
+    one on the real data.
+    """
+    fell_back = data.synthetic and spec.data.source != "synthetic"
+    return f"{spec.name}-synthetic" if fell_back else spec.name
+
+
+def load(storage: Storage, name: str, *, artifacts_root: Path) -> TunedStudy:
+    """Opens a study that exists.
+
+    Raises:
+        StudyError: There is none of this name, or it is no study of the tuner.
+    """
+    names = [known.study_name for known in optuna.get_all_study_summaries(storage.optuna, False)]
+    if name not in names:
+        listed = ", ".join(sorted(names)) or "none yet"
+        raise StudyError(
+            f"{storage.masked_url} holds no study {name!r}; it holds: {listed}. "
+            "`tuner launch SPEC` makes one."
+        )
+    study = optuna.load_study(study_name=name, storage=storage.optuna)
+    document = study.user_attrs.get(RECORD_KEY)
+    if document is None:
+        raise StudyError(
+            f"Study {name!r} in {storage.masked_url} was not made by `tuner launch` (or its making "
+            "was cut off); use another name (--name), or `tuner delete` it and launch again."
+        )
+    record = _record_from_document(document)
+    study.sampler, study.pruner = make_sampler(record.spec), make_pruner(record.spec)
+    return TunedStudy(
+        study=study,
+        record=record,
+        storage=storage,
+        artifacts=StudyArtifacts(artifacts_root / record.folder),
+    )
+
+
+def delete(tuned: TunedStudy) -> None:
+    """Removes a study and its artifacts; the ledger's rows stay.
+
+    Raises:
+        StudyError: It is running.
+    """
+    lease = tuned.storage.lease(tuned.id)
+    if lease is not None and lease.is_live:
+        raise StudyError(
+            f"Study {tuned.name!r} is being run by process {lease.holder.pid} on "
+            f"{lease.holder.host}; `tuner stop {tuned.name}` first."
+        )
+    tuned.artifacts.delete()
+    tuned.storage.forget(tuned.id)
+    optuna.delete_study(study_name=tuned.name, storage=tuned.storage.optuna)
+
+
+def list_names(storage: Storage) -> list[str]:
+    """The studies of the tuner in this storage, by name."""
+    summaries = optuna.get_all_study_summaries(storage.optuna, include_best_trial=False)
+    return sorted(known.study_name for known in summaries if RECORD_KEY in known.user_attrs)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in (*_RECORDED_PACKAGES, "tensorflow-cpu", "tensorflow"):
+        try:
+            found[package.removesuffix("-cpu")] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyStatus:
+    """Where a study stands; `to_document` is what `tuner status --json` prints."""
+
+    study: str
+    state: State
+    budget: int
+    counts: Mapping[str, int]  #: trials by state
+    best: FrozenTrial | None
+    epochs_spent: int
+    epochs_saved: int  #: epochs that Hyperband's pruning left untrained
+    workers: int
+    resumed_trials: int
+    brackets: tuple[int, ...]  #: trials per bracket
+    synthetic: bool
+    bytes_on_disk: int
+
+    @property
+    def finished_trials(self) -> int:
+        return sum(self.counts[state.name] for state in FINISHED)
+
+    def to_document(self) -> dict[str, Any]:
+        best = None
+        if self.best is not None:
+            best = {
+                "trial": self.best.number,
+                "validation_loss": self.best.value,
+                "sampled": self.best.params,
+            }
+        return {
+            "study": self.study,
+            "state": self.state,
+            "budget": self.budget,
+            "trials": dict(self.counts),
+            "best": best,
+            "epochs": {"spent": self.epochs_spent, "saved": self.epochs_saved},
+            "workers": self.workers,
+            "resumed_trials": self.resumed_trials,
+            "brackets": list(self.brackets),
+            "synthetic": self.synthetic,
+            "bytes_on_disk": self.bytes_on_disk,
+        }
+
+
+def status(tuned: TunedStudy) -> StudyStatus:
+    """Reads where a study stands."""
+    trials = tuned.trials()
+    lease = tuned.storage.lease(tuned.id)
+    counts = {state.name: 0 for state in TrialState}
+    for trial in trials:
+        counts[trial.state.name] += 1
+    finished = sum(counts[state.name] for state in FINISHED)
+    state: State
+    if tuned.storage.ledger(study_id=tuned.id):
+        state = "reported"
+    elif lease is not None and lease.is_live:
+        state = "running"
+    else:
+        state = "finished" if finished >= tuned.budget else "stopped"
+    max_epochs = tuned.record.spec.training.max_epochs
+    brackets = [0] * len(tuned.record.spec.brackets)
+    for trial in trials:
+        if (bracket := bracket_of(tuned, trial.number)) is not None:
+            brackets[bracket] += 1
+    ranked = tuned.ranked()
+    return StudyStatus(
+        study=tuned.name,
+        state=state,
+        budget=tuned.budget,
+        counts=counts,
+        best=ranked[0] if ranked else None,
+        epochs_spent=sum(trial.last_step or 0 for trial in trials),
+        epochs_saved=sum(
+            max_epochs - (trial.last_step or 0)
+            for trial in trials
+            if trial.state == TrialState.PRUNED
+        ),
+        workers=int(tuned.study.user_attrs.get(WORKERS_KEY, 0)) if state == "running" else 0,
+        resumed_trials=sum(1 for trial in trials if trial.user_attrs.get(RESUMED_KEY)),
+        brackets=tuple(brackets),
+        synthetic=tuned.record.data.synthetic,
+        bytes_on_disk=tuned.artifacts.bytes_on_disk(),
+    )
+
+
+def _refuse_another_study(tuned: TunedStudy, spec: StudySpec, data: DataIdentity) -> None:
+    advice = (
+        f"Give the new one another name (--name), or remove the old (tuner delete {tuned.name})."
+    )
+    if tuned.record.spec.spec_hash != spec.spec_hash:
+        keys = _differing_keys(tuned.record.spec.to_document(), spec.to_document())
+        raise StudyError(
+            f"Study {tuned.name!r} exists and was made from another study file: "
+            f"{', '.join(keys)} differ. {advice}"
+        )
+    for field in ("sha256", "split_id"):
+        old, new = getattr(tuned.record.data, field), getattr(data, field)
+        if old != new:
+            raise StudyError(
+                f"Study {tuned.name!r} exists and was made from other data ({field} {old[:12]}, "
+                f"now {new[:12]}). {advice}"
+            )
+
+
+def _refuse_more_trials_after_the_report(tuned: TunedStudy, trials: int) -> None:
+    if trials > tuned.budget and tuned.storage.ledger(study_id=tuned.id):
+        raise StudyError(
+            f"The test split of study {tuned.name!r} was opened by its report, so it takes no more "
+            f"trials (budget {tuned.budget}, asked for {trials}). Start a new study "
+            "(--name) with another split seed."
+        )
+
+
+def _differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, with both values."""
+    keys = []
+    for key in dict.fromkeys([*old, *new]):
+        if prefix == "" and key in ("name", "trials"):
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            keys += _differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            keys.append(f"{prefix}{key} ({before!r}, now {after!r})")
+    return keys
+
+
+def _sampler_document(spec: StudySpec) -> dict[str, Any]:
+    if spec.sampler.kind == "random":
+        return {"class": "RandomSampler"}
+    return {"class": "TPESampler", **_TPE_SETTINGS}
+
+
+def _record_document(record: StudyRecord) -> dict[str, Any]:
+    fields = {
+        field.name: getattr(record, field.name)
+        for field in dataclasses.fields(record)
+        if field.name not in ("spec", "data")
+    }
+    return {
+        **fields,
+        "spec": record.spec.to_document(),
+        "spec_hash": record.spec.spec_hash,
+        "spec_folder": str(record.spec.folder),
+        "data": record.data.to_document(),
+    }
+
+
+def _record_from_document(document: Mapping[str, Any]) -> StudyRecord:
+    fields = dict(document)
+    fields.pop("spec_hash")
+    folder = Path(fields.pop("spec_folder"))
+    spec = spec_from_document(fields.pop("spec"), folder=folder)
+    return StudyRecord(spec=spec, data=DataIdentity.from_document(fields.pop("data")), **fields)
