@@ -1,0 +1,308 @@
+"""The command line as a user has it: real processes, real training, tiny data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tuner.data import synthetic_sequences
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = """
+name = "tiny"
+trials = 3
+[data]
+source = "tiny.csv"
+max_length = 200
+[training]
+max_epochs = 3
+[hyperband]
+[space]
+embedding_dim = 4
+blocks = 1
+filters = { choices = [4, 8] }
+pool_size = 4
+units = 8
+learning_rate = { low = 1e-3, high = 1e-2, log = true }
+batch_size = 16
+"""
+
+
+def tuner(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tuner.cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A `tuner` in a process group of its own, as a terminal would start it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tuner.cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: a study file, and a CSV of 200 proteins."""
+    folder = tmp_path_factory.mktemp("lab")
+    sequences, labels = synthetic_sequences()
+    with (folder / "tiny.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sequence", "label"])
+        writer.writerows(list(zip(sequences, labels, strict=True))[:200])
+    (folder / "tiny.toml").write_text(TINY)
+    return folder
+
+
+def reported(folder: Path, study: str) -> int:
+    """Epochs that the storage holds, as `status` tells."""
+    done = tuner(folder, "status", study, "--json", check=False)
+    return json.loads(done.stdout)["epochs"]["spent"] if done.returncode == 0 else 0
+
+
+def wait_for_epochs(folder: Path, study: str, epochs: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while reported(folder, study) < epochs:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def launched(folder: Path) -> dict:
+    done = tuner(folder, "launch", "tiny.toml", "--workers", "1", "--json")
+    return json.loads(done.stdout)
+
+
+def test_a_launch_ends_with_exactly_its_budget(launched: dict) -> None:
+    assert launched["study"] == "tiny"
+    assert launched["state"] == "finished"
+    assert launched["budget"] == 3
+    assert launched["trials"]["COMPLETE"] + launched["trials"]["PRUNED"] == 3
+    assert launched["epochs"]["spent"] + launched["epochs"]["saved"] == 9
+    assert set(launched["best"]["sampled"]) == {"block1.filters", "learning_rate"}
+
+
+def test_a_second_launch_shows_the_finished_study(launched: dict, folder: Path) -> None:
+    done = tuner(folder, "launch", "tiny.toml", "--export", "best")
+    assert "finished" in done.stdout
+    assert len(list((folder / "best").glob("*.toml"))) == 1
+    assert json.loads(tuner(folder, "status", "tiny", "--json").stdout) == launched
+
+
+@pytest.mark.parametrize("form", ["toml", "json", "yaml"])
+def test_every_exported_format_passes_check(launched: dict, folder: Path, form: str) -> None:
+    tuner(folder, "export", "tiny", "--format", form, "-o", f"out.{form}")
+    document = json.loads(tuner(folder, "check", f"out.{form}", "--json").stdout)
+    assert document["valid"]
+    assert document["trials"] == 1
+
+
+def test_an_exported_study_trains_the_same_network_again(launched: dict, folder: Path) -> None:
+    tuner(folder, "export", "tiny", "-o", "winner.toml", "--model", "--trials", "all.csv")
+    again = json.loads(tuner(folder, "launch", "winner.toml", "--workers", "1", "--json").stdout)
+    assert again["study"] == f"tiny-trial-{launched['best']['trial']}"
+    assert again["best"]["validation_loss"] == launched["best"]["validation_loss"]
+    assert (folder / "winner.npz").exists()
+    with (folder / "all.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["number"] for row in rows] == ["0", "1", "2"]
+    exported = json.loads(tuner(folder, "export", "tiny", "--json").stdout)["configs"][0]
+    assert exported["rank"] == 1
+    assert exported["provenance"]["study"] == "tiny"
+    assert exported["config"]["blocks"][0]["filters"] == exported["sampled"]["block1.filters"]
+
+
+def test_kill_9_of_the_coordinator_costs_nothing_and_leaves_no_process(folder: Path) -> None:
+    arguments = ("launch", "tiny.toml", "--name", "killed", "--workers", "2", "--trials", "2",
+                 "--set", "training.max_epochs=300", "--set", "training.patience=300",
+                 "--set", "hyperband.min_epochs=200")  # fmt: skip
+    process = start(folder, *arguments)
+    wait_for_epochs(folder, "killed", 3, process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while group_members(process.pid):
+        assert time.monotonic() < deadline, "workers outlived their coordinator"
+        time.sleep(0.2)
+    before = json.loads(tuner(folder, "status", "killed", "--json").stdout)
+    assert before["state"] == "stopped"
+    assert before["trials"]["RUNNING"] == 2
+    after = json.loads(tuner(folder, *arguments, "--json").stdout)
+    assert after["state"] == "finished"
+    assert after["trials"]["COMPLETE"] + after["trials"]["PRUNED"] == 2
+    assert after["trials"]["RUNNING"] == 0
+    assert after["resumed_trials"] == 2
+
+
+def test_ctrl_c_stops_gracefully_says_how_to_resume_and_leaves_no_process(folder: Path) -> None:
+    arguments = ("launch", "tiny.toml", "--name", "stopped", "--workers", "2",
+                 "--set", "training.max_epochs=2000", "--set", "training.patience=2000",
+                 "--set", "hyperband.min_epochs=1500")  # fmt: skip
+    process = start(folder, *arguments)
+    wait_for_epochs(folder, "stopped", 2, process)
+    os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to the workers, too
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopping: running trials save a checkpoint" in output
+    assert "The same command goes on where it was" in output
+    assert "Traceback" not in output
+    assert not group_members(process.pid)
+    after = json.loads(tuner(folder, "status", "stopped", "--json").stdout)
+    assert after["state"] == "stopped"
+    checkpoints = list((folder / "runs" / "artifacts").glob("stopped-*/checkpoints/*.npz"))
+    assert len(checkpoints) == after["trials"]["RUNNING"] == 2
+
+
+def test_tuner_stop_ends_a_launch_and_a_second_launch_is_refused(folder: Path) -> None:
+    arguments = ("launch", "tiny.toml", "--name", "asked", "--workers", "1",
+                 "--set", "training.max_epochs=2000", "--set", "training.patience=2000",
+                 "--set", "hyperband.min_epochs=1500")  # fmt: skip
+    process = start(folder, *arguments)
+    wait_for_epochs(folder, "asked", 1, process)
+    second = tuner(folder, *arguments, check=False)
+    assert second.returncode == 1
+    assert "is being run by process" in second.stderr
+    assert "Asked asked to stop" in tuner(folder, "stop", "asked").stdout
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Stopped (stopped); nothing is lost" in output
+
+
+def group_members(group: int) -> list[int]:
+    import psutil
+
+    members = []
+    for process in psutil.process_iter():
+        try:
+            helper = "resource_tracker" in " ".join(process.cmdline())
+            if os.getpgid(process.pid) == group and process.status() != "zombie" and not helper:
+                members.append(process.pid)
+        except (ProcessLookupError, psutil.Error):
+            continue
+    return members
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("launch", "none.toml"), 1, "none.toml: there is no such file"),
+        (("launch", "."), 1, "is a folder"),
+        (("launch", "tiny.toml", "--set", "trials=0"), 1, "--set trials: must be at least 1"),
+        (("launch", "tiny.toml", "--set", "data.split.sed=1"), 1, 'did you mean "seed"'),
+        (("launch", "tiny.toml", "--trials", "0"), 2, "--trials"),
+        (("launch", "tiny.toml", "--workers", "0"), 2, "--workers"),
+        (("launch", "tiny.toml", "--name", "a/b"), 1, "must not contain /"),
+        (("launch", "tiny.toml", "--set", 'data.source="no.csv"'), 1, "no.csv"),
+        (("launch", "tiny.toml", "--storage", "tuner.db"), 1, "no database URL"),
+        (("launch", "tiny.toml", "--storage", "sqlite:///tiny.csv"), 1, "not a database"),
+        (("launch", "tiny.toml", "--artifacts", "tiny.csv"), 1, "tiny.csv"),
+        (("status", "nobody"), 1, "holds no study 'nobody'"),
+        (("stop", "nobody"), 1, "holds no study 'nobody'"),
+        (("export", "nobody"), 1, "holds no study 'nobody'"),
+        (("report", "nobody"), 1, "holds no study 'nobody'"),
+        (("delete", "nobody", "--yes"), 1, "holds no study 'nobody'"),
+        (("dashboard", "--host", "0.0.0.0"), 1, "0.0.0.0"),
+        (("frobnicate",), 2, "No such command"),
+    ],
+)
+def test_a_mistake_of_the_user_is_one_clear_message(
+    folder: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    done = tuner(folder, *arguments, check=False)
+    assert done.returncode == code
+    assert words in done.stderr.replace("\n", " ")
+
+
+def test_check_reports_every_mistake_with_its_line(folder: Path) -> None:
+    text = TINY.replace("units", "unit").replace("blocks = 1", "blocks = 0")
+    (folder / "bad.toml").write_text(text)
+    done = tuner(folder, "check", "bad.toml", "--json", check=False)
+    document = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert document["valid"] is False
+    assert [(error["key"], error["line"]) for error in document["errors"]] == [
+        ("space.blocks", 12),
+        ("space.unit", 15),
+    ]
+
+
+def test_check_tells_brackets_rungs_parameters_and_data(folder: Path) -> None:
+    document = json.loads(tuner(folder, "check", "tiny.toml", "--json").stdout)
+    assert document["brackets"] == [[1], []]
+    assert document["rungs"] == [1]
+    assert document["max_epochs"] == 3
+    assert document["trials"] == 3
+    # 21 x 4 embedding; 5 x 4 x f + f convolution; f x 8 + 8 dense; 8 + 1 output.
+    assert document["parameter_count"] == {"min": 84 + 84 + 40 + 9, "max": 84 + 168 + 72 + 9}
+    assert document["data"]["rows"] == {"train": 160, "validation": 20, "test": 20}
+    assert document["data"]["synthetic"] is False
+
+
+def test_the_json_schema_accepts_the_shipped_study_files() -> None:
+    import tomllib
+
+    import jsonschema
+
+    schema = json.loads(tuner(ROOT, "check", "--schema").stdout)
+    for path in sorted((ROOT / "studies").glob("*.toml")):
+        jsonschema.validate(tomllib.loads(path.read_text()), schema)
+
+
+PROBE = "import sys, {module}; print(sorted({{'tensorflow', 'keras'}} & set(sys.modules)))"
+QUIET_VERBS = [("--help",), ("check", "tiny.toml"), ("status",), ("export", "tiny", "-o", "x.toml")]
+
+
+def loaded(folder: Path, code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("verb", QUIET_VERBS)
+def test_verbs_that_train_nothing_do_not_load_tensorflow(
+    launched: dict, folder: Path, verb: tuple[str, ...]
+) -> None:
+    code = (
+        "import sys, tuner.cli\n"
+        f"sys.argv = ['tuner', *{verb!r}]\n"
+        "try: tuner.cli.main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print(sorted({'tensorflow', 'keras'} & set(sys.modules)))"
+    )
+    assert loaded(folder, code) == "[]"
+
+
+def test_the_probe_for_tensorflow_can_find_it(folder: Path) -> None:
+    assert loaded(folder, PROBE.format(module="tuner.model")) == "['keras', 'tensorflow']"
+    assert loaded(folder, PROBE.format(module="tuner.cluster")) == "[]"

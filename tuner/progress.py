@@ -1,0 +1,172 @@
+"""What the terminal shows while a study runs, and the tables of `status`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from optuna.trial import FrozenTrial
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tuner.curves import EpochResult
+from tuner.objective import DETAIL_KEY, ENDED_KEY
+from tuner.study import StudyStatus, TunedStudy, status
+
+_PLAIN_LINE_SECONDS = 10.0  #: between two lines of progress where stdout is no terminal
+_REFRESH_SECONDS = 0.5
+
+
+class ProgressWatcher:
+    """Shows a running study: live on a terminal, plain lines elsewhere."""
+
+    def __init__(self, tuned: TunedStudy, console: Console) -> None:
+        self._tuned = tuned
+        self._console = console
+        self._began = time.monotonic()
+        self._epochs = 0  # trained in this run
+        self._ended = 0  # trials that ended in this run
+        self._latest: dict[int, EpochResult] = {}
+        self._shown_at = 0.0
+        self._live: Live | None = None
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """The block in which the study runs."""
+        if not self._console.is_terminal:
+            yield
+            return
+        with Live(console=self._console, auto_refresh=False, transient=True) as self._live:
+            yield
+
+    def epoch(self, trial: int, result: EpochResult) -> None:
+        self._epochs += 1
+        self._latest[trial] = result
+
+    def trial_ended(self, trial: FrozenTrial) -> None:
+        self._ended += 1
+        self._latest.pop(trial.number, None)
+        if trial.state.name == "COMPLETE" or trial.user_attrs.get(ENDED_KEY):
+            self.say(describe_end(trial))
+
+    def say(self, message: str) -> None:
+        self._console.print(message, highlight=False, soft_wrap=True)
+
+    def tick(self, running: int) -> None:
+        pause = _PLAIN_LINE_SECONDS if self._live is None else _REFRESH_SECONDS
+        if time.monotonic() - self._shown_at < pause:
+            return
+        self._shown_at = time.monotonic()
+        now = status(self._tuned)
+        if self._live is None:
+            self.say(self._line(now))
+        else:
+            self._live.update(self._panel(now), refresh=True)
+
+    def _line(self, now: StudyStatus) -> str:
+        best = "-" if now.best is None else f"{now.best.value:.4f} (trial {now.best.number})"
+        return (
+            f"{now.finished_trials}/{now.budget} trials: {counts_in_words(now)}; best validation "
+            f"loss {best}; {self._rate():.2f} epochs/s; {now.epochs_saved} epochs saved; "
+            f"{self._time_left(now)} left"
+        )
+
+    def _panel(self, now: StudyStatus) -> Group:
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(now.study, style="bold"),
+            ProgressBar(total=now.budget, completed=now.finished_trials, width=30),
+            f"{now.finished_trials}/{now.budget} trials, {self._time_left(now)} left",
+        )
+        running = Table.grid(padding=(0, 2))
+        for trial, result in sorted(self._latest.items()):
+            running.add_row(
+                f"trial {trial}",
+                f"epoch {result.epoch}",
+                f"validation loss {result.validation_loss:.4f}",
+                f"{result.seconds:.1f} s an epoch",
+            )
+        return Group(head, Text(self._line(now), style="dim"), running)
+
+    def _rate(self) -> float:
+        """Epochs a second since this run began."""
+        return self._epochs / max(time.monotonic() - self._began, 1e-9)
+
+    def _time_left(self, now: StudyStatus) -> str:
+        if not self._ended:
+            return "?"
+        seconds = (time.monotonic() - self._began) / self._ended
+        return duration(seconds * max(now.budget - now.finished_trials, 0))
+
+
+def describe_end(trial: FrozenTrial) -> str:
+    """One line about a trial that ended."""
+    value = "" if trial.value is None else f", validation loss {trial.value:.4f}"
+    epochs = trial.last_step or 0
+    if reason := trial.user_attrs.get(ENDED_KEY):
+        detail = trial.user_attrs.get(DETAIL_KEY, "")
+        return f"Trial {trial.number} ended ({reason}: {detail}) after {epochs} epochs{value}"
+    return f"Trial {trial.number} {trial.state.name} after {epochs} epochs{value}"
+
+
+def counts_in_words(now: StudyStatus) -> str:
+    """The states that occur: "12 COMPLETE, 30 PRUNED, 2 RUNNING"."""
+    words = [f"{count} {state}" for state, count in now.counts.items() if count]
+    return ", ".join(words) or "none yet"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "40 s", "12 min", "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def megabytes(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 1e6:.1f} MB"
+
+
+def status_table(studies: list[StudyStatus]) -> Table:
+    """The studies of a storage, a row each."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("study", "state", "trials", "best validation loss", "epochs", "saved", "disk"):
+        table.add_column(heading)
+    for one in studies:
+        best = "-" if one.best is None else f"{one.best.value:.4f} (trial {one.best.number})"
+        table.add_row(
+            one.study + (" [yellow](synthetic data)[/]" if one.synthetic else ""),
+            one.state,
+            f"{one.finished_trials}/{one.budget}: {counts_in_words(one)}",
+            best,
+            str(one.epochs_spent),
+            str(one.epochs_saved),
+            megabytes(one.bytes_on_disk),
+        )
+    return table
+
+
+def status_details(one: StudyStatus) -> Table:
+    """Everything about one study, a line each."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("study", one.study + (" [yellow](synthetic data)[/]" if one.synthetic else ""))
+    table.add_row("state", one.state)
+    table.add_row("trials", f"{one.finished_trials} of {one.budget} finished")
+    table.add_row("", counts_in_words(one))
+    if one.resumed_trials:
+        table.add_row("", f"{one.resumed_trials} resumed after a worker or coordinator was lost")
+    if one.brackets:
+        table.add_row("brackets", " / ".join(str(count) for count in one.brackets) + " trials")
+    table.add_row("epochs", f"{one.epochs_spent} spent, {one.epochs_saved} saved by pruning")
+    table.add_row("workers", str(one.workers))
+    table.add_row("disk", megabytes(one.bytes_on_disk))
+    if one.best is not None:
+        table.add_row("best", f"trial {one.best.number}, validation loss {one.best.value:.4f}")
+        for name, value in one.best.params.items():
+            table.add_row("", f"{name} = {value!r}")
+    return table
