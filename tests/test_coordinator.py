@@ -247,6 +247,21 @@ def test_every_decision_is_recorded_in_order(study: Make) -> None:
         assert ("prune" in pruned) == (trial.state == TrialState.PRUNED)
 
 
+def test_a_reported_study_trains_nothing_more_not_even_a_trial_left_open(study: Make) -> None:
+    tuned = study(trials=3)
+    tuned.storage.take_lease(tuned.id)
+    tuned.record.spec.space.suggest(tuned.study.ask())
+    tuned.storage.release_lease()
+    tuned.storage.open_ledger_entry(
+        opened_at="", opened_by="", study="small", study_key=tuned.key, trial=0,
+        config_hash="", spec_hash="", split_id="s",
+    )  # fmt: skip
+    with pytest.raises(StudyError, match="trains no more trials"):
+        Coordinator(tuned, FakeWorkers(), Notes()).run()
+    assert [trial.state for trial in tuned.trials()] == [TrialState.RUNNING]
+    assert tuned.storage.lease(tuned.id) is None
+
+
 def test_enqueued_trials_of_the_user_are_run(study: Make) -> None:
     tuned = study(trials=2)
     tuned.study.enqueue_trial({"learning_rate": 0.05, "blocks": 1})

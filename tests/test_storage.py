@@ -184,7 +184,7 @@ def test_ledger_rows_outlive_their_study(tmp_path: Path) -> None:
             opened_at="2026-01-01T00:00:00+00:00",
             opened_by="ada@lab",
             study="q",
-            study_id=study._study_id,
+            study_key="q-1",
             trial=3,
             config_hash="c",
             spec_hash="s",

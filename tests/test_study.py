@@ -8,7 +8,7 @@ import pytest
 from fakes import IDENTITY, fake_train, make_study, small_spec
 from optuna.trial import TrialState
 
-from tuner.errors import StudyError
+from tuner.errors import StudyError, TrialEndedError
 from tuner.objective import Objective
 from tuner.storage import Storage
 from tuner.study import (
@@ -63,7 +63,7 @@ def test_a_larger_budget_extends_the_study_and_another_spec_is_refused(tmp_path:
 def test_a_reported_study_takes_no_more_trials(tmp_path: Path) -> None:
     made = make_study(tmp_path)
     made.storage.open_ledger_entry(
-        opened_at="", opened_by="", study="small", study_id=made.id, trial=0,
+        opened_at="", opened_by="", study="small", study_key=made.key, trial=0,
         config_hash="", spec_hash="", split_id=IDENTITY.split_id,
     )  # fmt: skip
     assert again(made, small_spec()).budget == 12
@@ -84,6 +84,21 @@ def test_known_configurations_are_the_first_trials(tmp_path: Path) -> None:
     made = make_study(tmp_path, small_spec(known=[{"learning_rate": 0.02}]))
     first = made.study.ask()
     assert made.record.spec.space.suggest(first).learning_rate == 0.02
+    made.storage.close()
+
+
+def test_a_study_whose_making_was_cut_off_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*_arguments: object, **_more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tuner.study._record_document", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            make_study(tmp_path, small_spec(known=[{"learning_rate": 0.02}]))
+    made = make_study(tmp_path, small_spec(known=[{"learning_rate": 0.02}]))
+    assert [trial.state for trial in made.trials()] == [TrialState.WAITING]
     made.storage.close()
 
 
@@ -135,12 +150,24 @@ def test_status_counts_what_was_spent_and_what_pruning_saved(tmp_path: Path) -> 
     made.storage.close()
 
 
+def test_a_diverged_trial_saved_no_epochs(tmp_path: Path) -> None:
+    def diverge(config, *, seed, trial, rungs):
+        raise TrialEndedError("diverged", "epoch 1")
+        yield
+
+    made = make_study(tmp_path)
+    made.study.optimize(Objective(made.record.spec, diverge), n_trials=1)
+    assert status(made).counts["PRUNED"] == 1
+    assert status(made).epochs_saved == 0
+    made.storage.close()
+
+
 def test_delete_removes_trials_and_artifacts_but_never_ledger_rows(tmp_path: Path) -> None:
     made = make_study(tmp_path)
     made.artifacts.weights(0).parent.mkdir(parents=True)
     made.artifacts.weights(0).write_bytes(b"w")
     made.storage.open_ledger_entry(
-        opened_at="", opened_by="", study="small", study_id=made.id, trial=0,
+        opened_at="", opened_by="", study="small", study_key=made.key, trial=0,
         config_hash="", spec_hash="", split_id=IDENTITY.split_id,
     )  # fmt: skip
     made.storage.take_lease(made.id)

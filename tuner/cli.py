@@ -608,7 +608,6 @@ def dashboard(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     storage: StorageUrl = _DEFAULT_STORAGE,
-    artifacts: ArtifactsRoot = _ARTIFACTS,
 ) -> None:
     """Shows the Optuna dashboard over the storage, on this machine only."""
     from tuner.dashboard import serve

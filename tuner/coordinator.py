@@ -98,10 +98,12 @@ class Coordinator:
         Raises:
             StorageError: Another coordinator runs this study.
             LeaseLostError: Another coordinator took over.
-            StudyError: Ten trials in a row failed; the message has the last reason.
+            StudyError: Ten trials in a row failed (the message has the last reason), or the test
+                split of this study was opened.
             TunerError: The workers are unusable.
         """
         self._tuned.storage.take_lease(self._tuned.id)
+        self._refuse_a_reported_study()
         deadline = None if timeout is None else time.monotonic() + timeout
         told_to_pause = False
         try:
@@ -130,6 +132,14 @@ class Coordinator:
         if self._fatal is not None:
             raise self._fatal
         return self._ending
+
+    def _refuse_a_reported_study(self) -> None:
+        if self._tuned.storage.ledger(study_key=self._tuned.key):
+            self._tuned.storage.release_lease()
+            raise StudyError(
+                f"The test split of study {self._tuned.name!r} was opened by its report, so it "
+                "trains no more trials. Start a new study (--name) with another split seed."
+            )
 
     def _start_trials(self) -> None:
         while len(self._running) < self._workers.slots():

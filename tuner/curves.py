@@ -11,7 +11,7 @@ from tuner.space import ModelConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochResult:
-    """What one epoch brought. Losses are mean binary cross-entropies in nats, penalties left out."""
+    """What one epoch brought. Losses: mean binary cross-entropy, nats, penalties left out."""
 
     epoch: int  #: completed epochs, counted from 1: Hyperband's resource
     training_loss: float  #: mean over the epoch's batches, with dropout active

@@ -278,7 +278,8 @@ def _activated(x: Tensor, activation: Activation, name: str) -> Tensor:
 
 def _zeroed(values: Tensor, real: Tensor | None) -> Tensor:
     """`values` [n, length, channels] with padding set to 0."""
-    return values if real is None else ops.multiply(values, ops.cast(real, values.dtype))
+    # Not a product: 0 times infinity is no 0.
+    return values if real is None else ops.where(real, values, 0)
 
 
 def _without_padding(positions: _Positions) -> Tensor:

@@ -267,9 +267,9 @@ class StudySpec(_Settings):
     def spec_hash(self) -> str:
         """SHA-256 (hex) of what makes the study what it is.
 
-        Left out: its name and provenance; `trials`, which may be raised later; `data.fallback`, which decides
-        whether there is a study at all; and the folders of data files, whose content has an
-        identity of its own (`tuner.data.DataIdentity`).
+        Left out: its name and provenance; `trials`, which may be raised later; `data.fallback`,
+        which decides whether there is a study at all; and the folders of data files, whose
+        content has an identity of its own (`tuner.data.DataIdentity`).
         """
         document = self.to_document()
         del document["name"], document["trials"]

@@ -61,7 +61,8 @@ _ledger = sa.Table(
     sa.Column("opened_at", sa.String(40), nullable=False),  # ISO 8601, UTC
     sa.Column("opened_by", sa.String(255), nullable=False),  # user@host
     sa.Column("study", sa.String(512), nullable=False),
-    sa.Column("study_id", sa.Integer, nullable=False),
+    # Not its id: SQLite gives that of a deleted study to the next one.
+    sa.Column("study_key", sa.String(128), nullable=False, index=True),
     sa.Column("trial", sa.Integer, nullable=False),
     sa.Column("config_hash", sa.String(64), nullable=False),
     sa.Column("spec_hash", sa.String(64), nullable=False),
@@ -134,7 +135,7 @@ class LedgerEntry:
     opened_at: str
     opened_by: str
     study: str
-    study_id: int
+    study_key: str  #: unique to the study, and never used again
     trial: int
     config_hash: str
     spec_hash: str
@@ -479,7 +480,7 @@ class Storage:
         opened_at: str,
         opened_by: str,
         study: str,
-        study_id: int,
+        study_key: str,
         trial: int,
         config_hash: str,
         spec_hash: str,
@@ -498,12 +499,12 @@ class Storage:
         )
 
     def ledger(
-        self, *, study_id: int | None = None, split_id: str | None = None
+        self, *, study_key: str | None = None, split_id: str | None = None
     ) -> tuple[LedgerEntry, ...]:
         """The openings of one study, of one split, or all, oldest first."""
         query = sa.select(_ledger).order_by(_ledger.c.id)
-        if study_id is not None:
-            query = query.where(_ledger.c.study_id == study_id)
+        if study_key is not None:
+            query = query.where(_ledger.c.study_key == study_key)
         if split_id is not None:
             query = query.where(_ledger.c.split_id == split_id)
         rows = self._transaction(lambda connection: connection.execute(query).mappings().all())

@@ -73,6 +73,11 @@ class TunedStudy:
         return self.study._study_id
 
     @property
+    def key(self) -> str:
+        """Unique to this study: the ledger knows it by this, also when its name is used again."""
+        return self.record.folder
+
+    @property
     def budget(self) -> int:
         return int(self.study.user_attrs[BUDGET_KEY])
 
@@ -202,6 +207,7 @@ def create_or_resume(
             no study of the tuner.
     """
     name = study_name(spec, data)
+    _forget_what_was_cut_off(storage, name)
     try:
         study = optuna.create_study(
             storage=storage.optuna,
@@ -270,8 +276,8 @@ def load(storage: Storage, name: str, *, artifacts_root: Path) -> TunedStudy:
     document = study.user_attrs.get(RECORD_KEY)
     if document is None:
         raise StudyError(
-            f"Study {name!r} in {storage.masked_url} was not made by `tuner launch` (or its making "
-            "was cut off); use another name (--name), or `tuner delete` it and launch again."
+            f"Study {name!r} in {storage.masked_url} was not made by `tuner launch`; give yours "
+            "another name (--name)."
         )
     record = _record_from_document(document)
     study.sampler, study.pruner = make_sampler(record.spec), make_pruner(record.spec)
@@ -370,7 +376,7 @@ def status(tuned: TunedStudy) -> StudyStatus:
         counts[trial.state.name] += 1
     finished = sum(counts[state.name] for state in FINISHED)
     state: State
-    if tuned.storage.ledger(study_id=tuned.id):
+    if tuned.storage.ledger(study_key=tuned.key):
         state = "reported"
     elif lease is not None and lease.is_live:
         state = "running"
@@ -392,7 +398,7 @@ def status(tuned: TunedStudy) -> StudyStatus:
         epochs_saved=sum(
             max_epochs - (trial.last_step or 0)
             for trial in trials
-            if trial.state == TrialState.PRUNED
+            if trial.state == TrialState.PRUNED and not _could_not_go_on(trial)
         ),
         workers=int(tuned.study.user_attrs.get(WORKERS_KEY, 0)) if state == "running" else 0,
         resumed_trials=sum(1 for trial in trials if trial.user_attrs.get(RESUMED_KEY)),
@@ -400,6 +406,19 @@ def status(tuned: TunedStudy) -> StudyStatus:
         synthetic=tuned.record.data.synthetic,
         bytes_on_disk=tuned.artifacts.bytes_on_disk(),
     )
+
+
+def _could_not_go_on(trial: FrozenTrial) -> bool:
+    """Whether a pruned trial diverged or the like: Hyperband then saved nothing."""
+    return any(violation > 0 for violation in trial.constraints.values())
+
+
+def _forget_what_was_cut_off(storage: Storage, name: str) -> None:
+    """Removes a study of ours whose making was cut off before its first trial could run."""
+    for known in optuna.get_all_study_summaries(storage.optuna, include_best_trial=False):
+        ours = BUDGET_KEY in known.user_attrs and RECORD_KEY not in known.user_attrs
+        if known.study_name == name and ours:
+            optuna.delete_study(study_name=name, storage=storage.optuna)
 
 
 def _refuse_another_study(tuned: TunedStudy, spec: StudySpec, data: DataIdentity) -> None:
@@ -422,7 +441,7 @@ def _refuse_another_study(tuned: TunedStudy, spec: StudySpec, data: DataIdentity
 
 
 def _refuse_more_trials_after_the_report(tuned: TunedStudy, trials: int) -> None:
-    if trials > tuned.budget and tuned.storage.ledger(study_id=tuned.id):
+    if trials > tuned.budget and tuned.storage.ledger(study_key=tuned.key):
         raise StudyError(
             f"The test split of study {tuned.name!r} was opened by its report, so it takes no more "
             f"trials (budget {tuned.budget}, asked for {trials}). Start a new study "

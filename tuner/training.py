@@ -242,7 +242,8 @@ class TrainingRun:
             losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
             objective = tf.add_n([tf.reduce_mean(losses), *self._logits.losses])
         gradients = tape.gradient(objective, self._model.trainable_variables)
-        # The embedding's gradient comes as slices.
+        # The embedding's comes as slices, one a residue; Adam wants the square of their sum (of
+        # slices, Keras 3's optimizers take the sum of the squares).
         self._optimizer.apply([tf.convert_to_tensor(gradient) for gradient in gradients])
         return losses, logits, objective
 

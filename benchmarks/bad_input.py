@@ -1,0 +1,251 @@
+"""What a user sees who makes a mistake: runs the real command line, writes docs/bad-input.md.
+
+    .venv/bin/python benchmarks/bad_input.py
+
+Each case runs in a folder that holds a finished study and the user's files. After each, the
+study's trials and the files must be what they were: "kept" in the table is that comparison.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+
+from tuner.data import prepare, synthetic_sequences
+from tuner.spec import load_spec
+from tuner.storage import Storage
+from tuner.study import create_or_resume
+
+ROOT = Path(__file__).resolve().parent.parent
+GOOD = """name = "good"
+trials = 3
+[data]
+source = "good.csv"
+[training]
+max_epochs = 9
+[hyperband]
+[space]
+blocks = 1
+learning_rate = { low = 1e-4, high = 1e-2, log = true }
+"""
+CSV = "sequence,label\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    what: str
+    arguments: tuple[str, ...]
+    files: tuple[tuple[str, str | bytes], ...] = ()
+
+
+def spec(what: str, text: str) -> Case:
+    return Case(what=what, arguments=("check", "bad.toml"), files=(("bad.toml", text),))
+
+
+def data(what: str, name: str, content: str | bytes) -> Case:
+    override = f'data.source="{name}"'
+    return Case(
+        what=what, arguments=("check", "good.toml", "--set", override), files=((name, content),)
+    )
+
+
+def changed(old: str, new: str) -> str:
+    if old not in GOOD:
+        raise ValueError(old)
+    return GOOD.replace(old, new)
+
+
+SPACE = "blocks = 1\n"
+SPECS = (
+    spec("TOML that ends too soon", GOOD + "filters = { choices = [16, 32"),
+    spec("the same key twice", GOOD + "blocks = 2\n"),
+    spec("no `trials`", changed("trials = 3\n", "")),
+    spec("trials = 0", changed("trials = 3", "trials = 0")),
+    spec("trials as text", changed("trials = 3", 'trials = "3"')),
+    spec("unknown key, nearly right", changed("trials = 3", "trails = 3")),
+    spec("unknown key in [space]", changed(SPACE, SPACE + "kernal_size = 5\n")),
+    spec("unknown value", changed(SPACE, SPACE + 'activation = "swsh"\n')),
+    spec("low above high", changed(SPACE, SPACE + "filters = { low = 64, high = 16 }\n")),
+    spec("log from 0", changed("low = 1e-4", "low = 0.0")),
+    spec("a step that does not fit", changed(SPACE, SPACE + "filters = {low=3,high=8,step=2}\n")),
+    spec("no choices", changed(SPACE, SPACE + "filters = { choices = [] }\n")),
+    spec("a choice twice", changed(SPACE, SPACE + "filters = { choices = [16, 16] }\n")),
+    spec("a rate of 1", changed(SPACE, SPACE + "dense_dropout = 1.0\n")),
+    spec("a kernel too long for the pooling", changed(SPACE, "blocks = 3\npool_size = 9\n")),
+    spec("a table for a block that never is", GOOD + "[space.block4]\npool_size = 2\n"),
+    spec("brackets that cannot be: eta", changed("[hyperband]", "[hyperband]\neta = 1")),
+    spec("brackets: min_epochs", changed("[hyperband]", "[hyperband]\nmin_epochs = 20")),
+    spec("fractions that leave no training rows", changed('"good.csv"\n',
+         '"good.csv"\nsplit = { validation = 0.5, test = 0.5 }\n')),
+    spec("known configuration out of range", GOOD + "[[known]]\nlearning_rate = 0.5\n"),
+    spec("known configuration of a block that is not", GOOD + "[[known]]\nblock2.filters = 3\n"),
+    spec("not a number", changed("high = 1e-2", "high = nan")),
+    spec("a name that is a path", changed('"good"', '"../good"')),
+    spec("four mistakes at once", changed(SPACE, 'blocks = 0\nhead = "flaten"\nunits = -1\n')
+         .replace("trials = 3", "trials = -3")),
+    Case(what="no such study file", arguments=("check", "goood.toml")),
+    Case(what="a folder for a study file", arguments=("check", ".")),
+    Case(what="a study file that is no text", arguments=("check", "x.toml"),
+         files=(("x.toml", b"\xff\xfe\x00"),)),
+    Case(what="--set with an unknown key", arguments=("check", "good.toml", "--set", "sed=1")),
+    Case(what="--set with a bad value",
+         arguments=("check", "good.toml", "--set", "data.split.seed=-1")),
+)  # fmt: skip
+DATA = (
+    Case(what="no such data file",
+         arguments=("check", "good.toml", "--set", 'data.source="gone.csv"')),
+    data("a suffix that says nothing", "rows.xls", "x"),
+    data("empty CSV", "empty.csv", ""),
+    data("CSV without the columns", "columns.csv", "seq,soluble\nMKV,1\n"),
+    data("CSV rows with a cell too many", "ragged.csv", CSV + "MKV,1,7\nMKA,0\n"),
+    data("a residue that is none", "residue.csv", CSV + "MKV1,1\nMXA,0\n"),
+    data("an empty sequence", "nothing.csv", CSV + ",1\nMKA,0\n"),
+    data("a label that is none", "label.csv", CSV + "MKV,yes\nMKA,0\n"),
+    data("one sequence with both labels", "conflict.csv", CSV + "MKV,1\nMKV,0\n"),
+    data("a single class", "single.csv", CSV + "".join(f"MK{r},1\n" for r in "ACDEFGHIKLMNPQ")),
+    data("too few rows", "few.csv", CSV + "MKV,1\nMKA,0\n"),
+    data("a sequence too long", "long.csv", CSV + "M" * 201 + ",1\nMKA,0\n"),
+    data("an npz that is none", "broken.npz", b"PK\x03\x04 no"),
+    data("a CSV that is no text", "binary.csv", b"\xff\xfe\x00\x01"),
+    Case(what="FASTA without a header",
+         arguments=("check", "good.toml", "--set",
+                    'data.source={ soluble = "a.fasta", insoluble = "b.fasta" }'),
+         files=(("a.fasta", "MKV\n>p\nMKA\n"), ("b.fasta", ">q\nMKL\n"))),
+)  # fmt: skip
+RUNS = (
+    Case(what="a storage URL that is none",
+         arguments=("status", "--storage", "tuner.db")),
+    Case(what="a storage not known yet, with a password",
+         arguments=("status", "--storage", "postgresql://me:secret@host/db")),
+    Case(what="a storage in memory", arguments=("status", "--storage", "sqlite://")),
+    Case(what="a storage that is another file",
+         arguments=("status", "--storage", "sqlite:///good.csv")),
+    Case(what="a storage in a folder that cannot be",
+         arguments=("status", "--storage", "sqlite:////proc/no/tuner.db")),
+    Case(what="artifacts where a file stands",
+         arguments=("launch", "good.toml", "--artifacts", "good.csv")),
+    Case(what="a study that is not", arguments=("export", "god")),
+    Case(what="an export of a study without a trained trial", arguments=("export", "good")),
+    Case(what="a report of a study that is not finished", arguments=("report", "good")),
+    Case(what="the name of a study made from another file",
+         arguments=("launch", "good.toml", "--set", "training.max_epochs=27")),
+    Case(what="the name of a study made from other data",
+         arguments=("launch", "good.toml", "--set", 'data.source="other/good.csv"')),
+    Case(what="a study of plain Optuna", arguments=("status", "theirs")),
+    Case(what="--name with a slash", arguments=("launch", "good.toml", "--name", "a/b")),
+    Case(what="no workers", arguments=("launch", "good.toml", "--workers", "0")),
+    Case(what="a dashboard for everybody", arguments=("dashboard", "--host", "0.0.0.0")),
+    Case(what="deleting without saying yes", arguments=("delete", "good")),
+    Case(what="a verb that is none", arguments=("lanch", "good.toml")),
+)  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[tuple[str, int]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("sequence", "label"), *rows])
+
+
+def prepare_folder(folder: Path) -> None:
+    """A user's folder: a study file, its data, and a study with a trial that cost something."""
+    rows = list(zip(*synthetic_sequences(), strict=True))
+    write_rows(folder / "good.csv", rows[:200])
+    write_rows(folder / "other" / "good.csv", rows[200:400])
+    (folder / "good.toml").write_text(GOOD)
+    spec = load_spec(folder / "good.toml")
+    artifacts = folder / "runs" / "artifacts"
+    prepared = prepare(spec.data, folder=spec.folder, artifacts=artifacts)
+    with Storage(f"sqlite:///{folder}/runs/tuner.db") as storage:
+        tuned = create_or_resume(
+            storage,
+            spec,
+            prepared.identity,
+            development_sha256=prepared.development_sha256,
+            artifacts_root=artifacts,
+        )
+        trial = tuned.study.ask()
+        spec.space.suggest(trial)
+        trial.report(0.7, 1)
+        tuned.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        optuna.create_study(storage=storage.optuna, study_name="theirs")
+
+
+def what_stands(folder: Path) -> tuple[object, ...]:
+    """The studies with their trials, and the user's files."""
+    with Storage(f"sqlite:///{folder}/runs/tuner.db") as storage:
+        studies = [
+            (one.study_name, [
+                (trial.number, trial.state, trial.params, trial.intermediate_values)
+                for trial in storage.optuna.get_all_trials(one._study_id)
+            ])
+            for one in optuna.get_all_study_summaries(storage.optuna)
+        ]  # fmt: skip
+    files = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and "runs" not in path.parts
+    }
+    return studies, files
+
+
+def run(case: Case, folder: Path) -> tuple[int, str, bool]:
+    for name, content in case.files:
+        path = folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = what_stands(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "tuner.cli", *case.arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "400", "NO_COLOR": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    kept = what_stands(folder) == before
+    for name, _ in case.files:
+        (folder / name).unlink()
+    seen = " / ".join(line.strip(" │╭╮╰╯─") for line in done.stderr.splitlines())
+    return done.returncode, seen.replace(str(folder), "~"), kept
+
+
+def main() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    lines = [
+        "# Bad input",
+        "",
+        "Made by `.venv/bin/python benchmarks/bad_input.py`. Each command ran in a folder with a",
+        "study that had one finished trial; `kept`: its trials and the user's files were the same",
+        "after it. What a killed run leaves is tested in `tests/test_cli.py` and",
+        "`tests/test_cluster.py`.",
+        "",
+        "| # | mistake | exit | what the user sees | kept |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    wrong = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare_folder(folder)
+        for number, case in enumerate((*SPECS, *DATA, *RUNS), start=1):
+            code, seen, kept = run(case, folder)
+            wrong += code not in (1, 2) or not kept or "Traceback" in seen or not seen
+            shown = seen.replace("|", "\\|").replace("`", "'")
+            lines.append(
+                f"| {number} | {case.what} | {code} | {shown} | {'yes' if kept else 'NO'} |"
+            )
+            print(lines[-1])
+    (ROOT / "docs" / "bad-input.md").write_text("\n".join(lines) + "\n")
+    sys.exit(f"{wrong} cases went wrong" if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

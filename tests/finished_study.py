@@ -1,0 +1,111 @@
+"""A finished study made by hand: real rows, real split, weights and predictions out of a hat."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+
+from tuner import study
+from tuner.data import load_development, prepare, synthetic_sequences
+from tuner.metrics import cross_entropy
+from tuner.objective import CURVE_KEY, DETAIL_KEY, ENDED_KEY
+from tuner.space import ModelConfig
+from tuner.spec import spec_from_document
+from tuner.storage import Storage
+from tuner.study import TunedStudy
+
+SPACE = {"blocks": 2, "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
+LEARNING_RATE = FloatDistribution(1e-4, 1e-1, log=True)
+WINNER = 1
+
+
+def predict(
+    config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float64]:
+    """Stands in for the network: some function of the residues, with ties."""
+    assert weights == b"weights of the winner"
+    assert config.learning_rate == 0.01
+    return 0.2 + 0.6 * ((tokens.sum(axis=1) % 7) / 6)
+
+
+def storage_in(folder: Path) -> Storage:
+    return Storage(f"sqlite:///{folder}/tuner.db")
+
+
+def write_rows(folder: Path, *, rows: int = 400) -> None:
+    sequences, labels = synthetic_sequences()
+    lines = [f"{sequence},{label}" for sequence, label in zip(sequences, labels, strict=True)]
+    (folder / "rows.csv").write_text("\n".join(["sequence,label", *lines[:rows], ""]))
+
+
+def finished_study(storage: Storage, folder: Path, **changes: Any) -> TunedStudy:
+    """Five trials: 0 and 1 fully trained (1 wins), 2 pruned, 3 diverged, 4 failed."""
+    if not (folder / "rows.csv").exists():
+        write_rows(folder)
+    document = {
+        "name": "demo",
+        "trials": 4,
+        "data": {"source": "rows.csv", "split": {"seed": 1, "validation": 0.2, "test": 0.2}},
+        "training": {"max_epochs": 9},
+        "hyperband": {"min_epochs": 1, "eta": 3},
+        "space": SPACE,
+    }
+    spec = spec_from_document(document | changes, folder=folder)
+    artifacts = folder / "artifacts"
+    prepared = prepare(spec.data, folder=folder, artifacts=artifacts)
+    tuned = study.create_or_resume(
+        storage,
+        spec,
+        prepared.identity,
+        development_sha256=prepared.development_sha256,
+        artifacts_root=artifacts,
+    )
+    development = load_development(prepared.development_file)
+    config = spec.space.resolve({"learning_rate": 0.01})
+    probabilities = predict(config, b"weights of the winner", development.validation_tokens)
+    best = float(cross_entropy(development.validation_labels, probabilities).mean())
+    tell(tuned, best + 0.05, 0.05, epochs=9)
+    tell(tuned, best, 0.01, epochs=9)
+    tell(tuned, best + 0.1, 0.002, epochs=1, state=TrialState.PRUNED)
+    tell(tuned, math.inf, 0.1, epochs=0, state=TrialState.PRUNED)
+    tell(tuned, best, 0.001, epochs=2, state=TrialState.FAIL)
+    kept = tuned.artifacts.weights(WINNER)
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"weights of the winner")
+    return tuned
+
+
+def tell(
+    tuned: TunedStudy,
+    best: float,
+    learning_rate: float,
+    *,
+    epochs: int,
+    state: TrialState = TrialState.COMPLETE,
+) -> None:
+    """A trial whose loss falls to `best` at its last epoch but one, then rises."""
+    losses = [best + abs(epochs - 1 - epoch) / 50 for epoch in range(1, epochs + 1)]
+    curve = [
+        [epoch, loss - 0.05, 0.6, loss, 0.6, 1.0] for epoch, loss in enumerate(losses, start=1)
+    ]
+    attributes = {CURVE_KEY: curve}
+    if not epochs:
+        attributes |= {ENDED_KEY: "diverged", DETAIL_KEY: "epoch 1"}
+    trial = optuna.create_trial(
+        state=state,
+        value=best if state == TrialState.COMPLETE else None,
+        params={"learning_rate": learning_rate},
+        distributions={"learning_rate": LEARNING_RATE},
+        intermediate_values=dict(enumerate(np.minimum.accumulate(losses).tolist(), start=1))
+        if losses
+        else {},
+        user_attrs=attributes,
+    )
+    tuned.study.add_trial(trial)

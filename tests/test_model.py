@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tuner.model import build_model, keras, logit_model
+from tuner.space import BlockConfig, DenseConfig, ModelConfig, misfits, parameter_count
+
+
+def block(**changes: Any) -> BlockConfig:
+    plain = BlockConfig(
+        kernel_size=3,
+        filters=4,
+        padding="same",
+        normalization="none",
+        activation="relu",
+        residual="none",
+        pooling="max",
+        pool_size=2,
+        conv_dropout=0.0,
+        conv_l1=0.0,
+        conv_l2=0.0,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def dense(units: int, **changes: Any) -> DenseConfig:
+    plain = DenseConfig(
+        units=units, activation="relu", dense_dropout=0.0, dense_l1=0.0, dense_l2=0.0
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def network(*blocks: BlockConfig, **changes: Any) -> ModelConfig:
+    plain = ModelConfig(
+        embedding_dim=4,
+        embedding_dropout=0.0,
+        masking=True,
+        arrangement="stacked",
+        blocks=blocks or (block(),),
+        head="global_both",
+        dense=(dense(5),),
+        output_dropout=0.0,
+        bias_l2=0.0,
+        activity_l2=0.0,
+        optimizer="adam",
+        learning_rate=1e-3,
+        batch_size=4,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+# The chapter's baseline: design.md section 4 and the chapter's own listing.
+CHAPTER = network(
+    block(kernel_size=5, filters=16, padding="valid", pool_size=4),
+    block(kernel_size=3, filters=16, padding="valid", pool_size=2),
+    block(kernel_size=3, filters=16, padding="valid", pool_size=2),
+    embedding_dim=16,
+    masking=False,
+    head="flatten",
+    dense=(dense(256), dense(64)),
+    batch_size=16,
+)
+
+
+def sequences(lengths: list[int], max_length: int) -> np.ndarray:
+    """Random tokens, uint8 [n, max_length], padded at the end; a row's residues do not depend on
+    `max_length`."""
+    tokens = np.zeros((len(lengths), max_length), np.uint8)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = np.random.default_rng(row).integers(1, 21, length)
+    return tokens
+
+
+def with_random_weights(model: keras.Model) -> keras.Model:
+    """All weights random, biases and moments too, so that what leaks from padding is seen."""
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        values = rng.uniform(-1.0, 1.0, weight.shape)
+        weight.assign(abs(values) if weight.path.endswith("variance") else values)
+    return model
+
+
+def logits(model: keras.Model, tokens: np.ndarray) -> np.ndarray:
+    return logit_model(model)(tokens, training=False).numpy()[:, 0]
+
+
+# Blocks of all kinds; two stacked ones of each padding leave remainders on 21 positions.
+ALL_KINDS = [
+    (
+        block(
+            padding=padding,
+            pooling=pooling,
+            normalization=normalization,
+            residual=residual,
+            activation=activation,
+            kernel_size=5,
+            pool_size=2,
+        ),
+        block(
+            padding=padding,
+            pooling=pooling,
+            normalization=normalization,
+            residual=residual,
+            activation=activation,
+            kernel_size=4,
+            pool_size=3,
+        ),
+    )
+    for padding, pooling, normalization, residual, activation in [
+        ("same", "max", "none", "none", "tanh"),
+        ("same", "average", "batch", "identity", "gelu"),
+        ("same", "max", "layer", "projected", "relu"),
+        ("valid", "max", "batch", "projected", "swish"),
+        ("valid", "average", "layer", "none", "relu"),
+        ("valid", "average", "none", "identity", "tanh"),
+    ]
+]
+
+
+@pytest.mark.parametrize("arrangement", ["stacked", "parallel"])
+@pytest.mark.parametrize("blocks", ALL_KINDS)
+def test_with_a_global_head_the_output_does_not_change_with_max_length(
+    blocks: tuple[BlockConfig, ...], arrangement: str
+) -> None:
+    config = network(*blocks, arrangement=arrangement)
+    lengths = [21, 20, 17, 8, 1]  # the first fills the shortest max_length
+    short = with_random_weights(build_model(config, 21))
+    expected = logits(short, sequences(lengths, 21))
+    for max_length in (22, 23, 40):
+        longer = build_model(config, max_length)
+        longer.set_weights(short.get_weights())
+        np.testing.assert_allclose(
+            logits(longer, sequences(lengths, max_length)), expected, rtol=2e-5
+        )
+
+
+@pytest.mark.parametrize("arrangement", ["stacked", "parallel"])
+@pytest.mark.parametrize("blocks", ALL_KINDS)
+def test_with_a_flatten_head_the_embedding_of_padding_does_not_matter(
+    blocks: tuple[BlockConfig, ...], arrangement: str
+) -> None:
+    config = network(*blocks, arrangement=arrangement, head="flatten")
+    model = with_random_weights(build_model(config, 24))
+    tokens = sequences([24, 20, 13, 1, 0], 24)
+    expected = logits(model, tokens)
+    embedding = model.get_layer("embedding").embeddings
+    for garbage in (1e6, np.nan):
+        embedding.assign(np.vstack([np.full((1, 4), garbage), embedding.numpy()[1:]]))
+        np.testing.assert_array_equal(logits(model, tokens), expected)
+
+
+@pytest.mark.parametrize("head", ["flatten", "global_both"])
+@pytest.mark.parametrize("blocks", ALL_KINDS[1:4])
+def test_a_sequence_without_residues_gives_a_number_in_training_too(
+    blocks: tuple[BlockConfig, ...], head: str
+) -> None:
+    config = network(*blocks, head=head, activity_l2=0.1, dense=())
+    model = build_model(config, 24)
+    empty = np.zeros((2, 24), np.uint8)
+    for training in (False, True):
+        output = model(empty, training=training).numpy()
+        # Nothing is left but the output's bias, which starts at 0; flatten sees zeros.
+        np.testing.assert_array_equal(output, [[0.5], [0.5]])
+        assert all(np.isfinite(float(loss)) for loss in model.losses)
+
+
+def test_max_pooling_leaves_padding_out_even_where_all_values_are_negative() -> None:
+    config = network(block(activation="tanh", pool_size=2), head="flatten", dense=())
+    model = build_model(config, 4)
+    pooled = keras.Model(model.input, model.get_layer("logit").input)
+    model.get_layer("block1_conv").bias.assign([-2.0] * 4)  # every activation is near -1
+    values = pooled(np.array([[1, 0, 0, 0]], np.uint8)).numpy().reshape(2, 4)
+    assert (values[0] < -0.9).all()  # not max(-1, padding's 0)
+    np.testing.assert_array_equal(values[1], 0)  # an empty window
+
+
+def test_average_pooling_divides_by_the_residues_in_its_window() -> None:
+    config = network(
+        block(activation="tanh", pooling="average", pool_size=3), head="flatten", dense=()
+    )
+    model = build_model(config, 6)
+    pooled = keras.Model(model.input, model.get_layer("logit").input)
+    model.get_layer("block1_conv").bias.assign([-9.0] * 4)  # every activation is -1
+    values = pooled(np.array([[1, 2, 0, 0, 0, 0]], np.uint8)).numpy().reshape(2, 4)
+    np.testing.assert_allclose(values, [[-1.0] * 4, [0.0] * 4], rtol=1e-6)
+
+
+def test_batch_normalisation_takes_its_moments_over_residues_only() -> None:
+    config = network(block(normalization="batch", pool_size=1, kernel_size=1))
+    moments = []
+    for max_length in (6, 30):
+        model = build_model(config, max_length)
+        model(sequences([6, 3], max_length), training=True)
+        norm = model.get_layer("block1_norm")
+        moments.append(np.concatenate([norm.moving_mean, norm.moving_variance]))
+    np.testing.assert_allclose(moments[0], moments[1], rtol=1e-5)
+
+
+def test_without_masking_padding_counts() -> None:
+    config = network(masking=False)
+    short, long = (build_model(config, length) for length in (12, 24))
+    outputs = [logits(short, sequences([6], 12)), logits(long, sequences([6], 24))]
+    assert outputs[0] != outputs[1]
+
+
+def test_the_chapters_baseline_is_the_keras_network_that_it_lists() -> None:
+    layers = keras.layers
+    chapter = keras.Sequential(
+        [
+            layers.Input((200,)),
+            layers.Embedding(21, 16),
+            layers.Conv1D(16, 5, activation="relu"),
+            layers.MaxPooling1D(4),
+            layers.Conv1D(16, 3, activation="relu"),
+            layers.MaxPooling1D(2),
+            layers.Conv1D(16, 3, activation="relu"),
+            layers.MaxPooling1D(2),
+            layers.Flatten(),
+            layers.Dense(256, activation="relu"),
+            layers.Dense(64, activation="relu"),
+            layers.Dense(1, activation="sigmoid"),
+        ]
+    )
+    model = build_model(CHAPTER, 200)
+    assert model.count_params() == 60_929
+    chapter.set_weights(model.get_weights())
+    tokens = sequences([200, 120, 30], 200)
+    np.testing.assert_allclose(model(tokens), chapter(tokens.astype("int32")), rtol=1e-5)
+
+
+def test_parameter_counts_by_arithmetic_are_those_of_keras() -> None:
+    rng = np.random.default_rng(7)
+    choose = rng.choice
+    checked = 0
+    while checked < 25:
+        blocks = tuple(
+            block(
+                kernel_size=int(choose([1, 2, 3, 5])),
+                filters=int(choose([1, 4, 6])),
+                padding=str(choose(["same", "valid"])),
+                normalization=str(choose(["none", "batch", "layer"])),
+                residual=str(choose(["none", "identity", "projected"])),
+                pooling=str(choose(["max", "average"])),
+                pool_size=int(choose([1, 2, 3])),
+            )
+            for _ in range(choose([1, 2, 3]))
+        )
+        config = network(
+            *blocks,
+            embedding_dim=int(choose([4, 6])),
+            masking=bool(choose([True, False])),
+            arrangement=str(choose(["stacked", "parallel"])),
+            head=str(choose(["flatten", "global_max", "global_average", "global_both"])),
+            dense=tuple(dense(int(choose([3, 8]))) for _ in range(choose([0, 1, 2]))),
+        )
+        if misfits(config, 32):
+            continue
+        assert build_model(config, 32).count_params() == parameter_count(config, 32), config
+        checked += 1
+
+
+def test_a_block_is_convolution_normalisation_activation_residual_pooling_dropout() -> None:
+    config = network(block(normalization="layer", residual="projected", conv_dropout=0.5))
+    names = [operation.name for operation in build_model(config, 12).operations]
+    order = ["conv", "norm", "activation", "residual", "pool", "dropout"]
+    found = [names.index(f"block1_{station}") for station in order]
+    assert found == sorted(found)
+
+
+def test_an_identity_residual_adds_the_blocks_input_cropped_at_the_end() -> None:
+    def activations(filters: int, residual: str) -> np.ndarray:
+        config = network(
+            block(padding="valid", pool_size=1, filters=filters, residual=residual),
+            head="flatten",
+            dense=(),
+            masking=False,
+        )
+        model = build_model(config, 8)
+        features = keras.Model(model.input, model.get_layer("logit").input)
+        return features(sequences([8], 8)).numpy().reshape(6, filters)
+
+    embedded = build_model(network(), 8).get_layer("embedding")(sequences([8], 8)).numpy()[0]
+    np.testing.assert_allclose(
+        activations(4, "identity") - activations(4, "none"), embedded[:6], atol=1e-6
+    )
+    np.testing.assert_array_equal(activations(5, "identity"), activations(5, "none"))
+
+
+def test_penalties_are_those_that_the_configuration_names() -> None:
+    config = network(
+        block(residual="projected", conv_l1=0.1, conv_l2=0.2),
+        dense=(dense(5, dense_l1=0.3, dense_l2=0.4),),
+        bias_l2=0.5,
+        activity_l2=0.6,
+    )
+    model = with_random_weights(build_model(config, 8))
+    tokens = sequences([8, 3], 8)
+    model(tokens)
+
+    def penalty(l1: float, l2: float, *weights: Any) -> float:
+        return sum(l1 * np.abs(w).sum() + l2 * np.square(w).sum() for w in map(np.asarray, weights))
+
+    conv, hidden = model.get_layer("block1_conv"), model.get_layer("dense1")
+    projection = model.get_layer("block1_projection")
+    convolved = np.maximum(conv(model.get_layer("embedding")(tokens) * (tokens > 0)[..., None]), 0)
+    convolved *= (tokens > 0)[..., None]  # padding is not penalised
+    activated = np.maximum(keras.Model(model.input, hidden.output)(tokens), 0)
+    expected = (
+        penalty(0.1, 0.2, conv.kernel, projection.kernel)
+        + penalty(0.3, 0.4, hidden.kernel)
+        + penalty(0.0, 0.5, conv.bias, hidden.bias)
+        + penalty(0.0, 0.6, convolved, activated) / len(tokens)
+    )
+    assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_dropout_stands_before_every_dense_layer_and_where_else_the_configuration_has_it() -> None:
+    config = network(
+        block(conv_dropout=0.1),
+        embedding_dropout=0.2,
+        dense=(dense(5, dense_dropout=0.3), dense(6, dense_dropout=0.4)),
+        output_dropout=0.5,
+    )
+    model = build_model(config, 8)
+    dropouts = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+    assert [layer.rate for layer in dropouts] == [0.2, 0.1, 0.3, 0.4, 0.5]
+    inputs = [model.get_layer(name).input for name in ("dense1", "dense2", "logit")]
+    assert [x is layer.output for x, layer in zip(inputs, dropouts[2:], strict=True)] == [True] * 3
+
+
+def test_initial_weights_follow_from_the_seed_and_layers_differ() -> None:
+    config = network(block(), block())
+    first, again, other = (build_model(config, 8, seed=seed).get_weights() for seed in (1, 1, 2))
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    kernels = [n for n, weight in enumerate(first) if weight.ndim > 1]
+    assert all((first[n] != other[n]).any() for n in kernels)
+    assert (first[kernels[1]] != first[kernels[2]]).any()  # both [3, 4, 4]
+
+
+def test_bfloat16_computes_in_bfloat16_and_answers_in_float32() -> None:
+    config = network(*ALL_KINDS[1], activity_l2=0.1)
+    tokens = sequences([20, 5], 24)
+    half, single = (build_model(config, 24, precision=p) for p in ("bfloat16", "float32"))
+    assert half.get_layer("block2_conv").compute_dtype == "bfloat16"
+    assert half.get_layer("block2_conv").kernel.dtype == "float32"
+    assert half.output.dtype == "float32"
+    assert keras.config.dtype_policy().name == "float32"
+    np.testing.assert_allclose(half(tokens), single(tokens), atol=0.01)
+
+
+# Keras 3.15 with NumPy 2.4, while it saves.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_saved_model_loads_without_our_code(tmp_path: Path) -> None:
+    config = network(
+        *ALL_KINDS[1], *ALL_KINDS[3], arrangement="parallel", activity_l2=0.1, output_dropout=0.1
+    )
+    model = build_model(config, 24)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    tokens = sequences([24, 10], 24)
+    np.testing.assert_array_equal(loaded(tokens), model(tokens))

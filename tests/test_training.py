@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tuner import training
+from tuner.curves import EpochResult
+from tuner.data import DevelopmentData
+from tuner.errors import TrialEndedError
+from tuner.model import build_model, keras, load_weights, logit_model, tf
+from tuner.predict import probabilities
+from tuner.space import BlockConfig, DenseConfig, ModelConfig
+from tuner.spec import TrainingSettings
+from tuner.training import LocalTraining, TensorData, TrainingRun
+
+MAX_LENGTH = 24
+ROWS, VALIDATION_ROWS = 70, 30  # 70 rows leave a last batch of 6 at batch size 16
+
+CONFIG = ModelConfig(
+    embedding_dim=4,
+    embedding_dropout=0.1,
+    masking=True,
+    arrangement="stacked",
+    blocks=(
+        BlockConfig(
+            kernel_size=3,
+            filters=6,
+            padding="same",
+            normalization="batch",
+            activation="relu",
+            residual="none",
+            pooling="max",
+            pool_size=2,
+            conv_dropout=0.2,
+            conv_l1=0.0,
+            conv_l2=1e-3,
+        ),
+    ),
+    head="global_max",
+    dense=(
+        DenseConfig(units=8, activation="swish", dense_dropout=0.1, dense_l1=0.0, dense_l2=0.0),
+    ),
+    output_dropout=0.3,
+    bias_l2=0.0,
+    activity_l2=0.0,
+    optimizer="adam",
+    learning_rate=0.02,
+    batch_size=16,
+)
+# Neither dropout nor batch normalisation: what is trained does not depend on their random numbers.
+PLAIN = dataclasses.replace(
+    CONFIG,
+    embedding_dropout=0.0,
+    blocks=(dataclasses.replace(CONFIG.blocks[0], normalization="none", conv_dropout=0.0),),
+    dense=(dataclasses.replace(CONFIG.dense[0], dense_dropout=0.0),),
+    output_dropout=0.0,
+)
+
+
+def development_data() -> DevelopmentData:
+    """Random sequences; soluble are those with more lysine than leucine."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(1, 21, (ROWS + VALIDATION_ROWS, MAX_LENGTH)).astype(np.uint8)
+    lengths = rng.integers(6, MAX_LENGTH + 1, len(tokens))
+    tokens[np.arange(MAX_LENGTH) >= lengths[:, None]] = 0
+    labels = ((tokens == 12).sum(1) > (tokens == 11).sum(1)).astype(np.uint8)
+    return DevelopmentData(
+        training_tokens=tokens[:ROWS],
+        training_labels=labels[:ROWS],
+        validation_tokens=tokens[ROWS:],
+        validation_labels=labels[ROWS:],
+    )
+
+
+DATA = development_data()
+
+
+@pytest.fixture(scope="module")
+def tensors() -> TensorData:
+    return TensorData(DATA)
+
+
+def training_run(tensors: TensorData, config: ModelConfig = CONFIG, **changes: Any) -> TrainingRun:
+    settings: dict[str, Any] = {
+        "seed": 3,
+        "trial": 7,
+        "max_epochs": 4,
+        "patience": None,
+        "precision": "float32",
+        "max_trial_seconds": 600.0,
+    }
+    return TrainingRun(tensors, config, **(settings | changes))
+
+
+def curve(results: list[EpochResult]) -> list[EpochResult]:
+    """The results without their times, which no two runs share."""
+    return [dataclasses.replace(result, seconds=0.0) for result in results]
+
+
+def replay(results: list[EpochResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets epochs have these results instead of training."""
+    monkeypatch.setattr(TrainingRun, "_epoch", lambda run, epoch: results[epoch - 1])
+
+
+def made_up(*validation_losses: float) -> list[EpochResult]:
+    return [
+        EpochResult(
+            epoch=epoch,
+            training_loss=0.6,
+            training_accuracy=0.5,
+            validation_loss=loss,
+            validation_accuracy=0.5,
+            seconds=10.0,
+        )
+        for epoch, loss in enumerate(validation_losses, start=1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tensors: TensorData) -> TrainingRun:
+    """Four epochs of CONFIG, trained through."""
+    run = training_run(tensors)
+    assert [result.epoch for result in run.epochs()] == [1, 2, 3, 4]
+    assert run.finished
+    return run
+
+
+def test_the_same_run_gives_the_same_curve_and_weights_bit_for_bit(
+    tensors: TensorData, undisturbed: TrainingRun
+) -> None:
+    again = training_run(tensors)
+    assert curve(list(again.epochs())) == curve(undisturbed.history)
+    assert again.best_weights() == undisturbed.best_weights()
+
+
+def test_seed_and_trial_each_change_the_curve(
+    tensors: TensorData, undisturbed: TrainingRun
+) -> None:
+    for changes in ({"seed": 4}, {"trial": 8}):
+        other = next(training_run(tensors, **changes).epochs())
+        assert other.validation_loss != undisturbed.history[0].validation_loss
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_resumed_run_equals_an_undisturbed_one(
+    tensors: TensorData, undisturbed: TrainingRun, epochs: int
+) -> None:
+    first = training_run(tensors)
+    list(itertools.islice(first.epochs(), epochs))
+    second = training_run(tensors, checkpoint=first.checkpoint())
+    assert second.history == first.history
+    assert [result.epoch for result in second.epochs()] == list(range(epochs + 1, 5))
+    assert curve(second.history) == curve(undisturbed.history)
+    assert second.best_weights() == undisturbed.best_weights()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "sgd"])
+def test_every_optimizers_state_is_in_the_checkpoint(tensors: TensorData, optimizer: str) -> None:
+    config = dataclasses.replace(PLAIN, optimizer=optimizer)
+    first = training_run(tensors, config, max_epochs=2)
+    epochs = first.epochs()
+    next(epochs)
+    second = training_run(tensors, config, max_epochs=2, checkpoint=first.checkpoint())
+    assert curve(list(second.epochs())) == curve(list(epochs))
+
+
+def test_another_process_gives_the_same_curve(undisturbed: TrainingRun, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    threads = tf.config.threading.get_intra_op_parallelism_threads()
+    script.write_text(
+        "import dataclasses, importlib.util, json\n"
+        f"spec = importlib.util.spec_from_file_location('here', {__file__!r})\n"
+        "here = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(here)\n"
+        f"if {threads}: here.training.configure_tensorflow({threads})\n"
+        "run = here.training_run(here.TensorData(here.DATA), max_epochs=2)\n"
+        "print(json.dumps([dataclasses.asdict(result) for result in run.epochs()]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent,
+        env={"PYTHONPATH": ".", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    results = [EpochResult(**result) for result in json.loads(done.stdout)]
+    assert curve(results) == curve(undisturbed.history[:2])
+    assert done.stderr == ""  # TensorFlow is quiet
+
+
+def test_a_checkpoint_of_another_run_is_refused(tensors: TensorData) -> None:
+    checkpoint = training_run(tensors).checkpoint()
+    with pytest.raises(ValueError, match=r'another run.*"trial": 7.*"trial": 8'):
+        training_run(tensors, trial=8, checkpoint=checkpoint)
+
+
+def test_it_learns_and_best_weights_are_those_of_the_best_epoch(tensors: TensorData) -> None:
+    run = training_run(tensors, max_epochs=12)
+    best = min(run.epochs(), key=lambda result: result.validation_loss)
+    assert best.validation_loss < 0.69
+    predicted = probabilities(CONFIG, run.best_weights(), DATA.validation_tokens)
+    chosen = np.where(DATA.validation_labels == 1, predicted, 1 - predicted)
+    assert predicted.dtype == np.float64
+    assert -np.log(chosen).mean() == pytest.approx(best.validation_loss, rel=1e-5)
+    assert (chosen > 0.5).mean() == pytest.approx(best.validation_accuracy)
+
+
+def reference_epoch(config: ModelConfig, seed: int, trial: int) -> tuple[keras.Model, float, float]:
+    """The first epoch as Keras would train it, a step at a time: model, mean loss, accuracy."""
+    model = build_model(config, MAX_LENGTH, seed=training._derived_seed(seed, trial))
+    logits_of = logit_model(model)
+    optimizer: Any = {
+        "adam": keras.optimizers.Adam,
+        "adamw": keras.optimizers.AdamW,
+        "rmsprop": keras.optimizers.RMSprop,
+        "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9),
+    }[config.optimizer](config.learning_rate)
+    loss_sum, right = 0.0, 0
+    shuffled = np.random.default_rng([seed, trial, 1]).permutation(ROWS)
+    for start in range(0, ROWS, config.batch_size):
+        batch = shuffled[start : start + config.batch_size]
+        labels = DATA.training_labels[batch].astype(np.float32)
+        with tf.GradientTape() as tape:
+            logits = logits_of(DATA.training_tokens[batch], training=True)[:, 0]
+            loss = keras.losses.binary_crossentropy(labels, logits, from_logits=True)
+            objective = loss + sum(logits_of.losses)
+        weights = model.trainable_variables
+        # Dense: of slices, Keras 3 adds up the squares where Adam squares the sum.
+        gradients = [tf.convert_to_tensor(g) for g in tape.gradient(objective, weights)]
+        optimizer.apply(gradients, weights)
+        loss_sum += float(loss) * len(batch)
+        right += int(((logits.numpy() > 0) == (labels == 1)).sum())
+    return model, loss_sum / ROWS, right / ROWS
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "sgd"])
+def test_an_epoch_is_what_keras_trains_step_by_step_last_batch_included(
+    tensors: TensorData, optimizer: str
+) -> None:
+    # So the losses are free of penalties, and the penalties are in the gradients.
+    block = dataclasses.replace(PLAIN.blocks[0], normalization="layer", conv_l2=0.1)
+    config = dataclasses.replace(PLAIN, optimizer=optimizer, blocks=(block,))
+    run = training_run(tensors, config, max_epochs=1)
+    (result,) = run.epochs()
+    model, loss, accuracy = reference_epoch(config, seed=3, trial=7)
+    assert result.training_loss == pytest.approx(loss, rel=1e-5)
+    assert result.training_accuracy == pytest.approx(accuracy)
+    trained = training._unpacked(run.best_weights())
+    for weight in model.weights:
+        np.testing.assert_allclose(
+            trained[weight.path], weight.numpy(), rtol=1e-3, atol=1e-5, err_msg=weight.path
+        )
+
+
+def test_bfloat16_trains_too(tensors: TensorData) -> None:
+    config = dataclasses.replace(CONFIG, activity_l2=1e-3)
+    (result,) = training_run(tensors, config, precision="bfloat16", max_epochs=1).epochs()
+    assert 0.4 < result.validation_loss < 1.5
+
+
+def test_patience_counts_epochs_without_a_strictly_lower_validation_loss(
+    tensors: TensorData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay(made_up(0.7, 0.6, 0.6, 0.61, 0.5), monkeypatch)
+    patient = training_run(tensors, patience=3, max_epochs=5)
+    assert len(list(patient.epochs())) == 5
+    impatient = training_run(tensors, patience=2, max_epochs=5)
+    assert len(list(impatient.epochs())) == 4
+    assert impatient.finished
+    resumed = training_run(tensors, patience=2, max_epochs=5, checkpoint=impatient.checkpoint())
+    assert resumed.finished
+    assert list(resumed.epochs()) == []
+
+
+@pytest.mark.parametrize("learning_rate", [1e30, float("nan")])
+def test_a_diverged_trial_ends_at_once_and_says_where(
+    tensors: TensorData, learning_rate: float
+) -> None:
+    run = training_run(tensors, dataclasses.replace(CONFIG, learning_rate=learning_rate))
+    with pytest.raises(TrialEndedError, match=r"diverged: epoch 1, training loss (nan|inf)"):
+        list(run.epochs())
+    steps = int(run._optimizer.variables[0])
+    assert steps < ROWS / CONFIG.batch_size  # not at the end of the epoch
+    assert run.history == []
+
+
+def test_weights_that_are_no_numbers_are_found_where_the_losses_are_finite(
+    tensors: TensorData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingRun, "_train_epoch", lambda *_: (0.6, 0.5))
+    run = training_run(tensors)
+    run._model.get_layer("embedding").embeddings[0].assign([np.nan] * 4)  # masked: no loss sees it
+    with pytest.raises(TrialEndedError, match=r"diverged: epoch 1, validation loss 0\."):
+        list(run.epochs())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), tf.errors.ResourceExhaustedError(None, None, "OOM when allocating a tensor")],
+)
+def test_a_trial_that_runs_out_of_memory_ends(
+    tensors: TensorData, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    run = training_run(tensors)
+    monkeypatch.setattr(TrainingRun, "_train_epoch", fail)
+    with pytest.raises(TrialEndedError, match=r"out_of_memory: epoch 1: (OOM|MemoryError)"):
+        list(run.epochs())
+    monkeypatch.setattr(training, "build_model", fail)
+    with pytest.raises(TrialEndedError, match="out_of_memory: building the network: "):
+        training_run(tensors)
+
+
+def test_a_trial_over_its_time_ends_and_time_before_the_checkpoint_counts(
+    tensors: TensorData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        replay(made_up(0.7, 0.6), patch)  # 10 s each
+        first = training_run(tensors)
+        list(itertools.islice(first.epochs(), 2))
+    second = training_run(tensors, checkpoint=first.checkpoint(), max_trial_seconds=19.9)
+    with pytest.raises(TrialEndedError, match=r"over_time: epoch 3, 0 of 70 rows.*19\.9"):
+        list(second.epochs())
+
+
+def test_an_epoch_ends_in_its_middle_when_the_time_is_over(
+    tensors: TensorData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "STEPS_A_CALL", 1)
+    clock = itertools.count(start=0.0, step=10.0)
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    run = training_run(tensors, PLAIN, max_trial_seconds=25.0)
+    with pytest.raises(TrialEndedError, match="over_time: epoch 1, 32 of 70 rows"):
+        list(run.epochs())
+
+
+def test_local_training_is_a_generator_of_epochs_that_can_be_closed() -> None:
+    train = LocalTraining(DATA, TrainingSettings(max_epochs=3))
+    epochs = train(PLAIN, seed=3, trial=7, rungs=(1,))
+    first = next(epochs)
+    assert first.epoch == 1
+    epochs.close()
+    assert next(epochs, None) is None
+
+
+def test_weights_of_another_network_are_refused(tensors: TensorData) -> None:
+    weights = training_run(tensors, PLAIN).best_weights()
+    with pytest.raises(ValueError, match="another network: block1_norm/beta"):
+        probabilities(CONFIG, weights, DATA.validation_tokens)
+    wider = dataclasses.replace(PLAIN, embedding_dim=5)
+    with pytest.raises(ValueError, match="another network: block1_conv/kernel"):
+        load_weights(build_model(wider, MAX_LENGTH), training._unpacked(weights))
+
+
+def test_no_sequences_give_no_probabilities(tensors: TensorData) -> None:
+    weights = training_run(tensors, PLAIN).best_weights()
+    assert probabilities(PLAIN, weights, DATA.validation_tokens[:0]).shape == (0,)
+
+
+def test_a_run_leaves_no_graph_behind(tensors: TensorData) -> None:
+    def graphs() -> int:
+        gc.collect()
+        return sum(type(thing).__name__.endswith("FuncGraph") for thing in gc.get_objects())
+
+    before = graphs()
+    run = training_run(tensors, max_epochs=1)
+    list(run.epochs())
+    assert graphs() > before
+    del run
+    assert graphs() == before

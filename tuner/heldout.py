@@ -1,0 +1,123 @@
+"""Opens the test split: the ledger first, then the rows. Only `tuner.report` may import this."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+
+from optuna.trial import FrozenTrial
+
+from tuner import data
+from tuner.data import DataIdentity, HeldOutRows
+from tuner.errors import StudyError
+from tuner.spec import DataSettings
+from tuner.study import TunedStudy
+
+
+def check_source(tuned: TunedStudy) -> None:
+    """Makes sure that the study's source is where it was and has not changed.
+
+    Its bytes are hashed, no row is read: an opening that would fail is so found before it
+    stands in the ledger.
+
+    Raises:
+        DataError: The data set "solubility" is nowhere to be found.
+        StudyError: The source is missing or another one.
+    """
+    settings, folder = _settings(tuned), tuned.record.spec.folder
+    if settings.source == "synthetic":
+        return  # generated, not read
+    if settings.source == "solubility":
+        if data.locate(folder) is None:
+            data.fetch()
+        return
+    source = settings.source
+    if isinstance(source, str):
+        found = _file_sha256(tuned, folder, source).hex()
+    else:
+        pair = [_file_sha256(tuned, folder, name) for name in (source.soluble, source.insoluble)]
+        found = hashlib.sha256(b"".join(pair)).hexdigest()
+    _compare(tuned, "sha256", tuned.record.data.sha256, found)
+
+
+def open_test_split(
+    tuned: TunedStudy, *, trial: FrozenTrial, config_hash: str
+) -> tuple[int, HeldOutRows]:
+    """Writes the ledger row, then reads the test rows.
+
+    Args:
+        tuned: The study whose split is opened.
+        trial: The trial that will be evaluated on it, chosen before.
+        config_hash: The sha256 of its configuration.
+
+    Returns:
+        The ledger entry's id, and the rows.
+
+    Raises:
+        DataError: The source cannot be read. The opening stays in the ledger.
+        StudyError: The source is no longer the study's. The opening stays in the ledger.
+    """
+    record = tuned.record
+    entry = tuned.storage.open_ledger_entry(
+        opened_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        opened_by=_who(),
+        study=tuned.name,
+        study_key=tuned.key,
+        trial=trial.number,
+        config_hash=config_hash,
+        spec_hash=record.spec.spec_hash,
+        split_id=record.data.split_id,
+    )
+    identity, rows = data.read_held_out(_settings(tuned), folder=record.spec.folder)
+    _require_same(tuned, identity)
+    return entry, rows
+
+
+def _settings(tuned: TunedStudy) -> DataSettings:
+    """The study's data, and no other: what it fell back to, or what it did not need to."""
+    settings = tuned.record.spec.data
+    if tuned.record.data.synthetic:
+        return settings.model_copy(update={"source": "synthetic", "fallback": None})
+    return settings.model_copy(update={"fallback": None})
+
+
+def _require_same(tuned: TunedStudy, found: DataIdentity) -> None:
+    _compare(tuned, "sha256", tuned.record.data.sha256, found.sha256)
+    _compare(tuned, "split_id", tuned.record.data.split_id, found.split_id)
+
+
+def _compare(tuned: TunedStudy, field: str, recorded: str, found: str) -> None:
+    if recorded != found:
+        raise StudyError(
+            f"{tuned.record.data.source}: {field} is {found[:12]}, but study {tuned.name!r} was "
+            f"made from {recorded[:12]}: the data changed since. Put the old file back where it "
+            "was, or launch a new study on the new one (--name)."
+        )
+
+
+def _file_sha256(tuned: TunedStudy, folder: Path, name: str) -> bytes:
+    path = folder / (Path(name).expanduser() if name.startswith("~/") else Path(name))
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe might never end
+            raise OSError("it is not a regular file")
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise StudyError(
+            f"{path}: {error.strerror or error}. Study {tuned.name!r} was made from this file, "
+            "and its test split is read from there: put it back, then report again. Nothing was "
+            "opened."
+        ) from error
+
+
+def _who() -> str:
+    """user@host; a container may run as a number without a name."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"[:255]

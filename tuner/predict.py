@@ -1,0 +1,34 @@
+"""Soluble probabilities from a configuration and its trained weights."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+
+from tuner.model import build_model, load_weights
+from tuner.space import ModelConfig
+
+BATCH = 512  # sequences
+
+
+def probabilities(
+    config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float64]:
+    """The probability of being soluble, float64 [n]; computed in float32.
+
+    Args:
+        config: The network.
+        weights: What `TrainingRun.best_weights` returned.
+        tokens: uint8 [n, max_length]; with a flatten head, the length that it was trained with.
+
+    Raises:
+        ValueError: The weights are of another network.
+    """
+    model = build_model(config, tokens.shape[1])
+    with np.load(io.BytesIO(weights), allow_pickle=False) as arrays:
+        load_weights(model, dict(arrays))
+    batches = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
+    predicted = [model(batch, training=False).numpy()[:, 0] for batch in batches]
+    return np.concatenate([np.empty(0), *predicted])

@@ -1,0 +1,383 @@
+"""The final report: the winner on the test split, once.
+
+Everything that can be checked without a test row is checked first; then the ledger is written,
+the test rows are read (`tuner.heldout`), the winner is evaluated from its kept weights, the
+result is recorded, and the report is published.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner import heldout, report_page, study
+from tuner.artifacts import publish
+from tuner.data import DevelopmentData, load_development
+from tuner.errors import StudyError, TunerError
+from tuner.export import config_hash
+from tuner.metrics import Metrics, measure, roc_curve
+from tuner.objective import ENDED_KEY, curve_of
+from tuner.space import ModelConfig
+from tuner.storage import Storage
+from tuner.study import TunedStudy
+
+#: (configuration, its trained weights, uint8 tokens [n, max_length]) -> probabilities [n]
+Evaluate: TypeAlias = Callable[[ModelConfig, bytes, npt.NDArray[np.uint8]], npt.NDArray[np.float64]]
+
+#: How far the kept weights' validation loss may be from the recorded one, nats. A study in
+#: bfloat16 chose by coarser figures than those of the evaluation, which is in float32.
+_LOSS_TOLERANCE = {"float32": 0.002, "bfloat16": 0.02}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A report that was written."""
+
+    document: Mapping[str, Any]  #: what `report.json` holds
+    json_file: Path
+    html_file: Path
+    opened_now: bool  #: False where the recorded report is shown again
+
+    @property
+    def synthetic(self) -> bool:
+        return bool(self.document["synthetic"])
+
+    def to_document(self) -> dict[str, Any]:
+        """What `tuner report --json` prints: `report.json`, and where the files are."""
+        files = {"json": str(self.json_file), "html": str(self.html_file)}
+        return {**self.document, "opened_now": self.opened_now, "files": files}
+
+    def summary(self) -> str:
+        """What the terminal shows: the figures, what was opened, where to read on."""
+        document = self.document
+        lines = [
+            report_page.headline(document),
+            *(
+                f"  {row.name:<10}{row.test:>10}   ({row.interval})"
+                for row in report_page.metric_rows(document)
+            ),
+            report_page.gap_in_words(document),
+            self._opening(),
+            *report_page.ledger_warnings(document),
+            f"Read on in {self.html_file} ({self.json_file.name} beside it has every figure).",
+        ]
+        return "\n".join(lines)
+
+    def _opening(self) -> str:
+        entry = self.document["ledger"]["entry"]
+        if self.opened_now:
+            return (
+                f"The test split was opened: ledger entry {entry}. The study takes no more trials."
+            )
+        return f"Nothing was opened: this is the report recorded in ledger entry {entry}."
+
+
+def write_report(
+    storage: Storage,
+    name: str,
+    *,
+    artifacts_root: Path,
+    output: Path | None = None,
+    evaluate: Evaluate | None = None,
+) -> Report:
+    """Evaluates the winner of a finished study on the test split and writes the report.
+
+    A second call shows the recorded report and opens nothing; only the count of openings is
+    read anew. An opening whose evaluation never ended counts, and the next call opens again.
+
+    Args:
+        storage: Where the study is.
+        name: The study's name.
+        artifacts_root: Where its weights and development file are.
+        output: The folder of `report.json` and `report.html`; the study's own by default.
+        evaluate: Predicts with trained weights; `tuner.predict.probabilities` by default.
+
+    Raises:
+        StudyError: There is no such study, it is running or not finished, its winner cannot be
+            evaluated, or its data changed.
+        DataError: The source cannot be used.
+        TunerError: The files cannot be written.
+    """
+    tuned = study.load(storage, name, artifacts_root=artifacts_root)
+    folder = output or tuned.artifacts.report_folder
+    _require_writable(folder)
+    recorded = _recorded_report(tuned)
+    opened_now = recorded is None
+    if recorded is None:
+        recorded = _open_and_evaluate(tuned, evaluate or _probabilities)
+    document = _with_the_ledger_of_now(tuned, recorded)
+    page = report_page.render(document)
+    written = Report(
+        document=document,
+        json_file=folder / "report.json",
+        html_file=folder / "report.html",
+        opened_now=opened_now,
+    )
+    text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
+    try:
+        publish(written.json_file, f"{text}\n".encode())
+        publish(written.html_file, page.encode())
+    except OSError as error:
+        raise TunerError(
+            f"{folder}: the report cannot be written ({error.strerror or error}). It is recorded "
+            f"in the storage: `tuner report {name} -o DIR` writes it elsewhere and opens nothing."
+        ) from error
+    return written
+
+
+def _recorded_report(tuned: TunedStudy) -> dict[str, Any] | None:
+    """What an earlier call recorded for this very study."""
+    reports = [entry.report for entry in tuned.storage.ledger(study_key=tuned.key)]
+    return next((report for report in reports if report is not None), None)
+
+
+def _open_and_evaluate(tuned: TunedStudy, evaluate: Evaluate) -> dict[str, Any]:
+    """Opens the split, and records what the winner is worth on it."""
+    _require_finished(tuned)
+    # While this process holds the lease no coordinator starts, and no second report opens.
+    tuned.storage.take_lease(tuned.id)
+    try:
+        winner = _winner(tuned)
+        weights = _kept_weights(tuned, winner)
+        config = tuned.record.spec.space.resolve(winner.params)
+        validation = _validation_metrics(tuned, winner, config, weights, evaluate)
+        heldout.check_source(tuned)
+        entry, rows = heldout.open_test_split(tuned, trial=winner, config_hash=config_hash(config))
+        probabilities = _predict(evaluate, config, weights, rows.tokens)
+        test = measure(rows.labels, probabilities)
+        document = {
+            "study": tuned.name,
+            "trial": winner.number,
+            "synthetic": tuned.record.data.synthetic,
+            "test": test.to_document(),
+            "confusion_matrix": dataclasses.asdict(test.confusion),
+            "roc_curve": roc_curve(rows.labels, probabilities),
+            "validation_loss": winner.value,
+            "validation": validation.to_document(),
+            "ledger": {"entry": entry},
+            **_winner_document(tuned, winner, config, weights),
+            **_study_document(tuned),
+        }
+        # As it will be read back, so that both calls show the same.
+        document = dict(json.loads(json.dumps(document, allow_nan=False)))
+        tuned.storage.record_report(entry, document)
+    finally:
+        tuned.storage.release_lease()
+    return document
+
+
+def _winner_document(
+    tuned: TunedStudy, winner: FrozenTrial, config: ModelConfig, weights: bytes
+) -> dict[str, Any]:
+    return {
+        "epochs": winner.last_step or 0,
+        "curve": [
+            {
+                "epoch": result.epoch,
+                "training_loss": _finite(result.training_loss),
+                "validation_loss": _finite(result.validation_loss),
+            }
+            for result in curve_of(winner)
+        ],
+        "sampled": winner.params,
+        "config": dataclasses.asdict(config),
+        "config_hash": config_hash(config),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "precision": tuned.record.precision,
+    }
+
+
+def _study_document(tuned: TunedStudy) -> dict[str, Any]:
+    record, status = tuned.record, study.status(tuned)
+    return {
+        "spec": record.spec.to_document(),
+        "spec_hash": record.spec.spec_hash,
+        "budget": tuned.budget,
+        "trials": {state: count for state, count in status.counts.items() if count},
+        "epochs_spent": status.epochs_spent,
+        "epochs_saved": status.epochs_saved,
+        "history": [_history_row(trial) for trial in tuned.trials(*study.FINISHED)],
+        "data": record.data.to_document(),
+        "sampler": dict(record.sampler),
+        "pruner": dict(record.pruner),
+        "created_at": record.created_at,
+        "artifacts": record.folder,
+        "versions": dict(record.versions),
+        "evaluated_with": study.versions(),
+    }
+
+
+def _history_row(trial: FrozenTrial) -> dict[str, Any]:
+    """One trial of the search; a pruned one has the best loss that it had reached."""
+    losses = [loss for loss in trial.intermediate_values.values() if math.isfinite(loss)]
+    value = trial.value if trial.state == TrialState.COMPLETE else min(losses, default=None)
+    return {
+        "trial": trial.number,
+        "state": trial.state.name,
+        "validation_loss": None if value is None else _finite(value),
+        "epochs": trial.last_step or 0,
+        "ended": trial.user_attrs.get(ENDED_KEY),
+    }
+
+
+def _finite(value: float) -> float | None:
+    """The value; None, as JSON knows no NaN, where there is none."""
+    return value if math.isfinite(value) else None
+
+
+def _with_the_ledger_of_now(tuned: TunedStudy, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded report with all openings of its split up to now, by whatever study."""
+    rows = tuned.storage.ledger(split_id=tuned.record.data.split_id)
+    ledger = {
+        "entry": recorded["ledger"]["entry"],
+        "openings": len(rows),
+        "rows": [
+            {
+                "entry": row.id,
+                "opened_at": row.opened_at,
+                "opened_by": row.opened_by,
+                "study": row.study,
+                "trial": row.trial,
+                "evaluated": row.report is not None,
+            }
+            for row in rows
+        ],
+    }
+    return {**recorded, "ledger": ledger}
+
+
+# --- what is checked before anything is opened ---
+
+
+def _require_finished(tuned: TunedStudy) -> None:
+    lease = tuned.storage.lease(tuned.id)
+    if lease is not None and lease.is_live:
+        raise StudyError(
+            f"Study {tuned.name!r} is being run by process {lease.holder.pid} on "
+            f"{lease.holder.host}; a report closes a study for more trials, so wait until it is "
+            f"finished, or stop it first (tuner stop {tuned.name}). Nothing was opened."
+        )
+    finished = len(tuned.trials(*study.FINISHED))
+    if finished < tuned.budget:
+        lower = f", or lower the budget (--trials {finished})" if finished else ""
+        raise StudyError(
+            f"Study {tuned.name!r} has finished {finished} of its {tuned.budget} trials; a report "
+            f"closes it for more. Finish it first (`tuner launch` with its study file){lower}. "
+            "Nothing was opened."
+        )
+
+
+def _winner(tuned: TunedStudy) -> FrozenTrial:
+    """The fully trained trial with the lowest validation loss."""
+    ranked = tuned.ranked()
+    if not ranked:
+        raise StudyError(
+            f"Study {tuned.name!r} has no fully trained trial (all were pruned), so there is no "
+            "winner to evaluate; launch it with a larger budget (--trials). Nothing was opened."
+        )
+    return ranked[0]
+
+
+def _kept_weights(tuned: TunedStudy, winner: FrozenTrial) -> bytes:
+    path = tuned.artifacts.weights(winner.number)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StudyError(
+            f"{path}: {error.strerror or error}. The winner, trial {winner.number}, is evaluated "
+            "from the weights that were kept there, never trained again. If the study ran with "
+            "another artifacts folder, name that one (TUNER_ARTIFACTS). Nothing was opened."
+        ) from error
+
+
+def _validation_metrics(
+    tuned: TunedStudy,
+    winner: FrozenTrial,
+    config: ModelConfig,
+    weights: bytes,
+    evaluate: Evaluate,
+) -> Metrics:
+    """The winner on the validation split: the rehearsal, with rows that are not sealed.
+
+    Weights that do not give the validation loss for which they were chosen (another file,
+    another version of Keras) would waste the one opening.
+    """
+    record, path = tuned.record, tuned.artifacts.weights(winner.number)
+    development = _development(tuned)
+    try:
+        probabilities = _predict(evaluate, config, weights, development.validation_tokens)
+        metrics = measure(development.validation_labels, probabilities)
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise StudyError(
+            f"{path}: the network of trial {winner.number} cannot be made from these weights "
+            f"({error}). Was the file damaged, or written by another version? Put a sound copy "
+            "there. Nothing was opened."
+        ) from error
+    if abs(metrics.loss - (winner.value or 0.0)) > _LOSS_TOLERANCE[record.precision]:
+        raise StudyError(
+            f"{path}: these weights have a validation loss of {metrics.loss:.4f}, but trial "
+            f"{winner.number} is recorded with {winner.value:.4f}. Are they another trial's, or "
+            f"are the versions others than those of the study ({_changed_versions(tuned)})? "
+            "Nothing was opened."
+        )
+    return metrics
+
+
+def _development(tuned: TunedStudy) -> DevelopmentData:
+    path = tuned.artifacts.folder.parent / "development" / f"{tuned.record.development_sha256}.npz"
+    if not path.is_file():
+        raise StudyError(
+            f"{path} is missing: before the test split is opened, the winner is tried on the "
+            "validation split, which is in there. `tuner launch` with the study file writes it "
+            "again and trains nothing. Nothing was opened."
+        )
+    return load_development(path, tuned.record.development_sha256)
+
+
+def _changed_versions(tuned: TunedStudy) -> str:
+    then, now = tuned.record.versions, study.versions()
+    changed = [
+        f"{package} {then.get(package, 'none')}, now {now.get(package, 'none')}"
+        for package in dict.fromkeys([*then, *now])
+        if then.get(package) != now.get(package)
+    ]
+    return "; ".join(changed) or "they are the same"
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TunerError(
+            f"{folder}: the report cannot be written there ({error.strerror or error}); name a "
+            "folder that you may write with -o. Nothing was opened."
+        ) from error
+
+
+def _predict(
+    evaluate: Evaluate, config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float64]:
+    return np.asarray(evaluate(config, weights, tokens), dtype=np.float64).reshape(-1)
+
+
+def _probabilities(
+    config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float64]:
+    # TensorFlow takes seconds to import, and a recorded report does not need it.
+    from tuner.predict import probabilities  # noqa: PLC0415
+
+    return probabilities(config, weights, tokens)
