@@ -207,14 +207,13 @@ class Cluster:
     ) -> Future[Any]:
         record = self._tuned.record
         checkpoint = self._tuned.artifacts.checkpoint(trial)
-        pinned = record.spec.training.as_trial
         task = TrainingTask(
             attempt=attempt.name,
             events=self._events,
             orders=self._orders_topic,
             config=config,
             seed=seed,
-            trial=trial if pinned is None else pinned,
+            trial=record.spec.training.seeded_as(trial),
             rungs=rungs,
             training=record.spec.training,
             precision=record.precision,
@@ -350,7 +349,7 @@ def local_client(workers: int, *, threads: int = 1) -> Iterator[Client]:
         "TF_NUM_INTEROP_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    settings = {
+    settings: dict[str, Any] = {
         # A task whose worker died comes back to us at once: the coordinator decides.
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": True,
@@ -358,7 +357,7 @@ def local_client(workers: int, *, threads: int = 1) -> Iterator[Client]:
     }
     with (
         tempfile.TemporaryDirectory(prefix="tuner-workers-") as folder,
-        dask.config.set(settings),
+        dask.config.set(settings | {"temporary-directory": folder}),
     ):
         with _children_deaf_to_interrupts():
             cluster = LocalCluster(

@@ -115,7 +115,6 @@ def _study_file(
     document = record.spec.to_document()
     document.pop("hyperband", None)
     document.pop("known", None)
-    pinned = record.spec.training.as_trial
     document |= {
         "name": f"{tuned.name}-trial-{trial.number}",
         "trials": 1,
@@ -124,7 +123,7 @@ def _study_file(
         "provenance": dict(provenance),
     }
     document["training"] |= {
-        "as_trial": trial.number if pinned is None else pinned,
+        "as_trial": record.spec.training.seeded_as(trial.number),
         "precision": record.precision,
     }
     document["data"].pop("fallback", None)

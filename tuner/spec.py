@@ -190,6 +190,14 @@ class TrainingSettings(_Table):
     as_trial: int | None = Field(default=None, ge=0, le=2**31 - 1)
     """weights, shuffling and dropout are those of this trial number, in every trial"""
 
+    def decided_precision(self) -> Literal["float32", "bfloat16"]:
+        """What "auto" means: float32, which is right everywhere. A study stores what it was."""
+        return "float32" if self.precision == "auto" else self.precision
+
+    def seeded_as(self, trial: int) -> int:
+        """The trial number that weights, shuffling and dropout of trial `trial` derive from."""
+        return trial if self.as_trial is None else self.as_trial
+
 
 class HyperbandSettings(_Table):
     """Hyperband (arXiv:1603.06560); its R is `training.max_epochs`."""

@@ -224,7 +224,7 @@ def create_or_resume(
             spec=spec,
             data=data,
             development_sha256=development_sha256,
-            precision=_decide_precision(spec),
+            precision=spec.training.decided_precision(),
             sampler=_sampler_document(spec),
             pruner={"class": type(make_pruner(spec)).__name__, **_hyperband_settings(spec)},
             versions=versions(),
@@ -242,11 +242,6 @@ def create_or_resume(
         _refuse_more_trials_after_the_report(tuned, spec.trials)
         tuned.study.set_user_attr(BUDGET_KEY, spec.trials)
     return tuned
-
-
-def _decide_precision(spec: StudySpec) -> Literal["float32", "bfloat16"]:
-    """What "auto" means, decided once per study: float32, which is right everywhere."""
-    return "float32" if spec.training.precision == "auto" else spec.training.precision
 
 
 def study_name(spec: StudySpec, data: DataIdentity) -> str:

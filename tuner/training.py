@@ -11,11 +11,11 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -322,24 +322,19 @@ class LocalTraining:
 
     def __call__(
         self, config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
-    ) -> Iterator[EpochResult]:
+    ) -> Generator[EpochResult, None, None]:
         """See `tuner.curves.Train`. Nothing runs ahead of the caller, so `rungs` do not matter."""
         run = TrainingRun(
             self._data,
             config,
             seed=seed,
-            trial=trial,
+            trial=self._training.seeded_as(trial),
             max_epochs=self._training.max_epochs,
             patience=self._training.patience,
-            precision=choose_precision(self._training.precision),
+            precision=self._training.decided_precision(),
             max_trial_seconds=self._training.max_trial_seconds,
         )
         yield from run.epochs()
-
-
-def choose_precision(setting: Literal["auto", "float32", "bfloat16"]) -> Precision:
-    """What "auto" stands for on this machine."""
-    return "float32" if setting == "auto" else setting
 
 
 def configure_tensorflow(threads: int) -> None:
