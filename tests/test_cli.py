@@ -145,10 +145,7 @@ def test_kill_9_of_the_coordinator_costs_nothing_and_leaves_no_process(folder: P
     wait_for_epochs(folder, "killed", 3, process)
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 20
-    while group_members(process.pid):
-        assert time.monotonic() < deadline, "workers outlived their coordinator"
-        time.sleep(0.2)
+    assert_all_end(process.pid)
     before = json.loads(tuner(folder, "status", "killed", "--json").stdout)
     assert before["state"] == "stopped"
     assert before["trials"]["RUNNING"] == 2
@@ -171,7 +168,7 @@ def test_ctrl_c_stops_gracefully_says_how_to_resume_and_leaves_no_process(folder
     assert "Stopping: running trials save a checkpoint" in output
     assert "The same command goes on where it was" in output
     assert "Traceback" not in output
-    assert not group_members(process.pid)
+    assert_all_end(process.pid)
     after = json.loads(tuner(folder, "status", "stopped", "--json").stdout)
     assert after["state"] == "stopped"
     checkpoints = list((folder / "runs" / "artifacts").glob("stopped-*/checkpoints/*.npz"))
@@ -191,6 +188,14 @@ def test_tuner_stop_ends_a_launch_and_a_second_launch_is_refused(folder: Path) -
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Stopped (stopped); nothing is lost" in output
+
+
+def assert_all_end(group: int) -> None:
+    """No worker outlives its coordinator by more than the seconds that a process takes to end."""
+    deadline = time.monotonic() + 20
+    while members := group_members(group):
+        assert time.monotonic() < deadline, f"{members} outlived their coordinator"
+        time.sleep(0.2)
 
 
 def group_members(group: int) -> list[int]:

@@ -13,7 +13,7 @@ from tuner.coordinator import FAILURES_IN_A_ROW, KEPT_WEIGHTS, POISON_LOSSES, Co
 from tuner.errors import LeaseLostError, StorageError, StudyError, WorkerLostError
 from tuner.objective import ENDED_KEY, curve_of
 from tuner.storage import Storage
-from tuner.study import FINISHED, RESUMED_KEY, TunedStudy, load
+from tuner.study import BUDGET_KEY, FINISHED, RESUMED_KEY, TunedStudy, load
 
 
 @pytest.fixture
@@ -90,6 +90,17 @@ def test_trials_of_a_dead_coordinator_go_on_under_their_number(study: Make) -> N
     assert trials[0].user_attrs[RESUMED_KEY] == 1
     assert trials[0].intermediate_values[1] == 1.0
     assert "Trial 0 goes on" in notes.said[0]
+
+
+def test_a_budget_that_was_lowered_is_not_exceeded_by_trials_left_open(study: Make) -> None:
+    tuned = study(trials=3)
+    tuned.storage.take_lease(tuned.id)
+    for _ in range(3):
+        tuned.record.spec.space.suggest(tuned.study.ask())
+    tuned.storage.release_lease()
+    tuned.study.set_user_attr(BUDGET_KEY, 2)
+    Coordinator(tuned, FakeWorkers(4), Notes()).run()
+    assert finished(tuned) == 2
 
 
 def test_running_trials_of_somebody_else_are_left_alone(study: Make) -> None:

@@ -43,7 +43,7 @@ def network(*blocks: BlockConfig, **changes: Any) -> ModelConfig:
         arrangement="stacked",
         blocks=blocks or (block(),),
         head="global_both",
-        dense=(dense(5),),
+        dense=(dense(5, activation="tanh"),),
         output_dropout=0.0,
         bias_l2=0.0,
         activity_l2=0.0,

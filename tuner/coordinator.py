@@ -153,14 +153,14 @@ class Coordinator:
         """The next trial to run; None where finished and running ones make up the budget."""
         with self._deciding:
             trials = self._tuned.trials()
+            finished = sum(trial.state in FINISHED for trial in trials)
+            if finished + len(self._running) >= self._tuned.budget:
+                return None
             # Trials of a coordinator that died go first; trials of others are left alone.
             for trial in trials:
                 ours = COORDINATOR_KEY in trial.user_attrs
                 if trial.state == TrialState.RUNNING and ours and trial.number not in self._running:
                     return self._adopt(trial)
-            finished = sum(trial.state in FINISHED for trial in trials)
-            if finished + len(self._running) >= self._tuned.budget:
-                return None
             asked = self._tuned.study.ask()
             self._tuned.record.spec.space.suggest(asked)
             if COORDINATOR_KEY not in asked.user_attrs:  # enqueued by the user
