@@ -180,6 +180,25 @@ def test_a_stop_leaves_running_trials_open_and_the_next_run_finishes_them(
     assert len(tuned.trials()) == finished(tuned) == 6
 
 
+@pytest.mark.parametrize("error", [WorkerLostError("dropped"), RuntimeError("client closed")])
+def test_workers_that_a_stop_took_away_cost_their_trials_nothing(
+    study: Make, error: Exception
+) -> None:
+    tuned = study(trials=2, hyperband=None)
+    coordinator: list[Coordinator] = []
+
+    def train(config, *, seed, trial, rungs):
+        yield epoch_result(0.7, 1)
+        coordinator[0].stop("interrupted")
+        raise error
+
+    coordinator.append(Coordinator(tuned, FakeWorkers(1, train), Notes()))
+    assert coordinator[0].run() == "interrupted"
+    assert [trial.state for trial in tuned.trials()] == [TrialState.RUNNING]
+    Coordinator(tuned, FakeWorkers(2), Notes()).run()
+    assert len(tuned.trials()) == finished(tuned) == 2
+
+
 def test_tuner_stop_from_another_process_stops_the_study(study: Make) -> None:
     tuned = study(trials=500)
     asked = threading.Event()

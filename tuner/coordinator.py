@@ -123,6 +123,7 @@ class Coordinator:
                     self.stop("stopped")
                 self._watcher.tick(len(self._running))
         except BaseException:
+            self.stop("interrupted")
             self._workers.pause()
             raise
         finally:
@@ -199,13 +200,17 @@ class Coordinator:
             except optuna.TrialPruned:
                 return TrialState.PRUNED, None
             except WorkerLostError as lost:
+                if self._stopping:  # we took the workers away ourselves: no fault of the trial
+                    raise TrainingPausedError from lost
                 if self._is_poison(trial, progressed=reported_epochs(trial) > before):
                     return TrialState.PRUNED, None
                 self._count_resumption(trial)
                 self._watcher.say(f"Trial {trial.number}: {lost}; it goes on under its number.")
             except (TunerError, TrainingPausedError):
                 raise
-            except Exception as error:  # noqa: BLE001 - infrastructure: the study decides below
+            except Exception as error:
+                if self._stopping:
+                    raise TrainingPausedError from error
                 trial.set_user_attr(DETAIL_KEY, f"{type(error).__name__}: {error}")
                 return TrialState.FAIL, None
 
