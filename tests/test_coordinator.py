@@ -195,6 +195,7 @@ def test_workers_that_a_stop_took_away_cost_their_trials_nothing(
     coordinator.append(Coordinator(tuned, FakeWorkers(1, train), Notes()))
     assert coordinator[0].run() == "interrupted"
     assert [trial.state for trial in tuned.trials()] == [TrialState.RUNNING]
+    assert RESUMED_KEY not in tuned.trials()[0].user_attrs
     Coordinator(tuned, FakeWorkers(2), Notes()).run()
     assert len(tuned.trials()) == finished(tuned) == 2
 

@@ -414,6 +414,7 @@ def _stop_on_signals(coordinator: Coordinator) -> None:
             coordinator.stop("interrupted")
             os.write(2, b"\nStopping: running trials save a checkpoint. Again: stop at once.\n")
         elif time.monotonic() - asked_at[0] > 0.5:
+            os.write(2, b"\nStopped at once. The same command goes on where it was.\n")
             raise KeyboardInterrupt  # the workers are ended on the way out
 
     signal.signal(signal.SIGINT, stop)
