@@ -179,7 +179,7 @@ def test_no_file_names_a_package_registry_or_a_folder_of_one_machine() -> None:
         ("/Us" + "ers/ada/x", True),
         ("https://example.org/work/item", False),
         ("../work/item", False),
-        ("~/work/item", False),
+        ("~/lab/item", False),
         ("/usr/lib", False),
     ],
 )
