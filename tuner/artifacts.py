@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_ROOT = Path("runs/artifacts")
+DEFAULT_STORAGE_URL = "sqlite:///runs/tuner.db"
+DEFAULT_EXPORT_FOLDER = Path("runs/export")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,11 @@ class StudyArtifacts:
 
     def delete(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def development_path(root: Path, sha256: str) -> Path:
+    """Training and validation rows, named by their content: studies may share them."""
+    return root / "development" / f"{sha256}.npz"
 
 
 def study_folder_name(name: str) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from tuner import __version__
+from tuner.artifacts import DEFAULT_EXPORT_FOLDER, DEFAULT_ROOT, DEFAULT_STORAGE_URL
 from tuner.errors import ProblemsError, TunerError
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="The data: download.")
 app.add_typer(data_app, name="data")
 
-_DEFAULT_STORAGE = "sqlite:///runs/tuner.db"
-_EXPORT_FOLDER = Path("runs/export")
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A study file, studies/*.toml.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
@@ -65,7 +64,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Overrides any key of the study file."),
 ]
-_ARTIFACTS = Path("runs/artifacts")
 
 
 def main() -> NoReturn:
@@ -148,7 +146,7 @@ def _global_options(
 def check(
     spec_path: Annotated[Path | None, typer.Argument(metavar="SPEC")] = None,
     overrides: Overrides = None,
-    artifacts: ArtifactsRoot = _ARTIFACTS,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of study files.")
@@ -316,8 +314,8 @@ def launch(
         Path | None,
         typer.Option("--export", metavar="DIR", help="Export the best configuration at the end."),
     ] = None,
-    storage: StorageUrl = _DEFAULT_STORAGE,
-    artifacts: ArtifactsRoot = _ARTIFACTS,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Creates a study, or takes it up where it stopped, and runs it to its budget."""
@@ -355,7 +353,7 @@ def launch(
 
 def _again(storage: str) -> str:
     """The option that finds the same storage again, where it is not the default."""
-    known = storage == _DEFAULT_STORAGE or storage == os.environ.get("TUNER_STORAGE")
+    known = storage == DEFAULT_STORAGE_URL or storage == os.environ.get("TUNER_STORAGE")
     if known:
         return ""
     from sqlalchemy import make_url
@@ -456,8 +454,8 @@ def _print_summary(
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every 2 s.")] = False,
-    storage: StorageUrl = _DEFAULT_STORAGE,
-    artifacts: ArtifactsRoot = _ARTIFACTS,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Shows where studies stand: trials by state, best value, epochs spent and saved, disk."""
@@ -487,8 +485,8 @@ def status(
 @app.command(epilog="Example: tuner stop quickstart")
 def stop(
     name: Name,
-    storage: StorageUrl = _DEFAULT_STORAGE,
-    artifacts: ArtifactsRoot = _ARTIFACTS,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Stops a running study: its trials save a checkpoint; `launch` goes on from there."""
@@ -509,8 +507,8 @@ def stop(
 def delete(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    storage: StorageUrl = _DEFAULT_STORAGE,
-    artifacts: ArtifactsRoot = _ARTIFACTS,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
 ) -> None:
     """Removes a study and its artifacts; the ledger keeps what it opened."""
     from tuner.study import delete as delete_study
@@ -544,8 +542,8 @@ def export(
         Path | None,
         typer.Option("-o", "--output", metavar="PATH", help="A folder, or one file."),
     ] = None,
-    storage: StorageUrl = _DEFAULT_STORAGE,
-    artifacts: ArtifactsRoot = _ARTIFACTS,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Writes the best configurations, each a study file that trains its network again."""
@@ -558,7 +556,7 @@ def export(
         configs = best_configs(tuned, top)
         paths: tuple[Path, ...] = ()
         if output is not None or not as_json:
-            paths = write_configs(configs, output or _EXPORT_FOLDER, form)
+            paths = write_configs(configs, output or DEFAULT_EXPORT_FOLDER, form)
         models = [path.with_suffix(".npz") for path in paths] if model else []
         for exported, path in zip(configs, models, strict=False):
             write_model(tuned, exported, path)
@@ -587,8 +585,8 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write it.")
     ] = None,
-    storage: StorageUrl = _DEFAULT_STORAGE,
-    artifacts: ArtifactsRoot = _ARTIFACTS,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Opens the test split, once, and writes the final report of a finished study."""
@@ -608,7 +606,7 @@ def report(
 def dashboard(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
-    storage: StorageUrl = _DEFAULT_STORAGE,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
 ) -> None:
     """Shows the Optuna dashboard over the storage, on this machine only."""
     from tuner.dashboard import serve

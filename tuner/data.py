@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tuner.artifacts import publish
+from tuner.artifacts import development_path, publish
 from tuner.errors import DataError, Problem, TunerError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def prepare(settings: DataSettings, *, folder: Path, artifacts: Path) -> Prepare
         }
     )
     sha256 = hashlib.sha256(content).hexdigest()
-    development_file = artifacts / "development" / f"{sha256}.npz"
+    development_file = development_path(artifacts, sha256)
     _write_development(development_file, content)
     return Prepared(
         identity=_identity(source, split, settings),

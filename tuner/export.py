@@ -21,7 +21,7 @@ from tuner.artifacts import publish
 from tuner.errors import StudyError
 from tuner.objective import DETAIL_KEY, ENDED_KEY, curve_of
 from tuner.space import ModelConfig, space_of
-from tuner.study import RESUMED_KEY, TunedStudy, bracket_of
+from tuner.study import RESUMED_KEY, StudyRecord, TunedStudy, bracket_of
 
 Format = Literal["toml", "json", "yaml"]
 
@@ -127,13 +127,13 @@ def _study_file(
         "precision": record.precision,
     }
     document["data"].pop("fallback", None)
-    document["data"]["source"] = _source(record.spec.folder, record)
+    document["data"]["source"] = _source(record)
     return document
 
 
-def _source(folder: Path, record: Any) -> Any:
+def _source(record: StudyRecord) -> str | dict[str, str]:
     """Where the exported file finds the data, wherever it is moved."""
-    source = record.spec.data.source
+    source, folder = record.spec.data.source, record.spec.folder
     if record.data.synthetic:
         return "synthetic"
     if source == "solubility":

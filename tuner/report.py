@@ -23,7 +23,7 @@ import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner import heldout, report_page, study
-from tuner.artifacts import publish
+from tuner.artifacts import development_path, publish
 from tuner.data import DevelopmentData, load_development
 from tuner.errors import StudyError, TunerError
 from tuner.export import config_hash
@@ -336,7 +336,7 @@ def _validation_metrics(
 
 
 def _development(tuned: TunedStudy) -> DevelopmentData:
-    path = tuned.artifacts.folder.parent / "development" / f"{tuned.record.development_sha256}.npz"
+    path = development_path(tuned.artifacts.folder.parent, tuned.record.development_sha256)
     if not path.is_file():
         raise StudyError(
             f"{path} is missing: before the test split is opened, the winner is tried on the "

@@ -31,9 +31,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, orm
 from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError, SQLAlchemyError
 
+from tuner.artifacts import DEFAULT_STORAGE_URL
 from tuner.errors import LeaseLostError, StorageError
 
-DEFAULT_URL = "sqlite:///runs/tuner.db"
 SCHEMA_VERSION = 1
 LEASE_SECONDS = 30.0  #: a lease not renewed for this long may be taken over
 _SQLITE_BUSY_SECONDS = 30.0  #: how long a statement waits for another process's write lock
@@ -542,18 +542,19 @@ def sqlite_path(url: str) -> Path:
         parsed = sa.make_url(url)
     except SQLAlchemyError:
         raise StorageError(
-            f"--storage {url!r} is no database URL; write sqlite:///PATH, like {DEFAULT_URL}."
+            f"--storage {url!r} is no database URL; write sqlite:///PATH, "
+            f"like {DEFAULT_STORAGE_URL}."
         ) from None
     masked = parsed.render_as_string(hide_password=True)
     if parsed.get_backend_name() != "sqlite":
         raise StorageError(
             f"--storage {masked}: only SQLite is known so far; write sqlite:///PATH, "
-            f"for instance {DEFAULT_URL}."
+            f"for instance {DEFAULT_STORAGE_URL}."
         )
     if not parsed.database or parsed.database == ":memory:":
         raise StorageError(
             f"--storage {masked}: a study must outlive its process; name a file, "
-            f"for instance {DEFAULT_URL}."
+            f"for instance {DEFAULT_STORAGE_URL}."
         )
     return Path(parsed.database)
 
