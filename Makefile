@@ -4,6 +4,9 @@ LOCK ?= cpu# or gpu: export LOCK=gpu
 ARGS ?=#     more arguments for pytest: make test ARGS="-k split -x"
 UV_LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet
+COMPOSE_FILES = docker-compose.yml $(wildcard docs/clusters/compose.*.yml)
+MANIFESTS = docs/clusters/kubernetes.yaml docs/clusters/kubernetes-worker-job.yaml
+SCRIPTS = .ci/run locks/install $(wildcard docs/clusters/*.sh docs/clusters/*.sbatch)
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format lock clean setup setup-dev
@@ -18,13 +21,18 @@ test: setup-dev ## run the tests, with branch coverage (ARGS="..." is handed to 
 	.venv/bin/python -m pytest --cov --cov-report=term $(ARGS)
 
 # Every check runs, so that one call shows all problems.
-lint: setup-dev ## check style, types and the layering of imports
+lint: setup-dev ## check style, types, the layering of imports, containers, manifests and scripts
 	@failed=; \
 	check() { echo "== $$*"; .venv/bin/"$$@" || failed="$$failed, $$*"; }; \
 	check ruff check .; \
 	check ruff format --check .; \
 	check mypy; \
 	check lint-imports --no-logo; \
+	check hadolint Dockerfile; \
+	check check-jsonschema --builtin-schema vendor.compose-spec $(COMPOSE_FILES); \
+	check compose-lint --strict-config --skip-suppressed --fail-on low docker-compose.yml; \
+	check kubernetes-validate --strict --quiet $(MANIFESTS); \
+	check shellcheck $(SCRIPTS); \
 	[ -z "$$failed" ] || { echo "lint: failed: $${failed#, }" >&2; exit 1; }
 
 format: setup-dev ## format the code and fix what ruff can fix by itself

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from postgres import Postgres, postgres_server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +47,25 @@ def nothing_is_left_behind() -> Iterator[None]:
     left += [f"file {path}" for path in sorted(set(ROOT.iterdir()) - files) if not is_cache(path)]
     if left:
         pytest.fail("the tests left behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL, started for the first test that asks; `postgres.database()` is its own.
+
+    A test that stops it starts it again.
+    """
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database: the tests that take it are the contract of every storage."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/tuner.db"
+    postgres: Postgres = request.getfixturevalue("postgres")
+    return postgres.database()
 
 
 def our_processes() -> list[psutil.Process]:

@@ -13,14 +13,15 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
-from tuner.cluster import TrainingTask
+from tuner.attempt import TrainingTask
 from tuner.curves import EpochResult, Train
 from tuner.data import DataIdentity
 from tuner.errors import TrainingPausedError
+from tuner.objective import curve_of
 from tuner.space import ModelConfig
 from tuner.spec import StudySpec, spec_from_document
 from tuner.storage import Storage
-from tuner.study import TunedStudy, create_or_resume
+from tuner.study import FINISHED, TunedStudy, create_or_resume
 
 IDENTITY = DataIdentity(
     source="synthetic",
@@ -52,14 +53,33 @@ def small_spec(**changes: object) -> StudySpec:
     return spec_from_document({key: value for key, value in document.items() if value is not None})
 
 
-def make_study(folder: Path, spec: StudySpec | None = None) -> TunedStudy:
+def make_study(
+    folder: Path,
+    spec: StudySpec | None = None,
+    *,
+    url: str | None = None,
+    development_sha256: str = "c" * 64,
+) -> TunedStudy:
+    folder.mkdir(parents=True, exist_ok=True)
     return create_or_resume(
-        Storage(f"sqlite:///{folder}/tuner.db"),
+        Storage(url or f"sqlite:///{folder}/tuner.db"),
         spec or small_spec(),
         IDENTITY,
-        development_sha256="c" * 64,
+        development_sha256=development_sha256,
         artifacts_root=folder / "artifacts",
     )
+
+
+def assert_whole(tuned: TunedStudy, budget: int) -> None:
+    """Exactly the budget, and every curve that of an undisturbed run."""
+    trials = tuned.trials()
+    assert len(trials) == len(tuned.trials(*FINISHED)) == budget
+    for trial in trials:
+        config = tuned.record.spec.space.resolve(trial.params)
+        epochs = range(1, (trial.last_step or 0) + 1)
+        assert sorted(trial.intermediate_values) == list(epochs)
+        curve = [epoch.validation_loss for epoch in curve_of(trial)]
+        assert curve == [loss_of(config, trial.number, epoch) for epoch in epochs]
 
 
 def loss_of(config: ModelConfig, trial: int, epoch: int) -> float:

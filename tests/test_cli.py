@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import csv
+import http.client
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from tuner.data import synthetic_sequences
+from tuner.storage import Storage
+from tuner.study import ERROR_KEY, FINISHED, load
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
 name = "tiny"
@@ -78,6 +86,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def in_storage(folder: Path, look: Callable[[Storage], T]) -> T:
+    with Storage(f"sqlite:///{folder}/runs/tuner.db") as storage:
+        return look(storage)
+
+
 def reported(folder: Path, study: str) -> int:
     """Epochs that the storage holds, as `status` tells."""
     done = tuner(folder, "status", study, "--json", check=False)
@@ -94,16 +107,18 @@ def wait_for_epochs(folder: Path, study: str, epochs: int, process: subprocess.P
 
 @pytest.fixture(scope="module")
 def launched(folder: Path) -> dict:
+    tuner(folder, "launch", "tiny.toml", "--detach")  # queued first: no service may run it again
     done = tuner(folder, "launch", "tiny.toml", "--workers", "1", "--json")
     return json.loads(done.stdout)
 
 
-def test_a_launch_ends_with_exactly_its_budget(launched: dict) -> None:
+def test_a_launch_ends_with_exactly_its_budget(launched: dict, folder: Path) -> None:
     assert launched["study"] == "tiny"
     assert launched["state"] == "finished"
     assert launched["budget"] == 3
     assert launched["trials"]["COMPLETE"] + launched["trials"]["PRUNED"] == 3
     assert launched["epochs"]["spent"] + launched["epochs"]["saved"] == 9
+    assert in_storage(folder, Storage.queued) == ()
     assert set(launched["best"]["sampled"]) == {"block1.filters", "learning_rate"}
 
 
@@ -190,6 +205,107 @@ def test_tuner_stop_ends_a_launch_and_a_second_launch_is_refused(folder: Path) -
     assert "Stopped (stopped); nothing is lost" in output
 
 
+def test_the_service_goes_on_after_a_restart_and_takes_turns_on_one_worker(folder: Path) -> None:
+    budgets = {"first": 3, "second": 2}
+    for name, trials in budgets.items():
+        arguments = ("launch", "tiny.toml", "--name", name, "--trials", str(trials), "--detach")
+        queued = json.loads(tuner(folder, *arguments, "--json").stdout)
+        assert (queued["state"], queued["budget"]) == ("queued", trials)
+    assert "Study second is queued already" in tuner(folder, *arguments).stdout
+
+    def finished() -> dict[str, int]:
+        def count(storage: Storage) -> dict[str, int]:
+            tuned = [load(storage, name, artifacts_root=folder) for name in budgets]
+            return {one.name: len(one.trials(*FINISHED)) for one in tuned}
+
+        return in_storage(folder, count)
+
+    def serve(until: Callable[[], bool]) -> str:
+        """Runs the service until then; what it said."""
+        process = start(folder, "serve", "--workers", "1", "--port", "0")
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:(\d+)/", said)
+        assert address, said
+        deadline = time.monotonic() + 120
+        while not until():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        probe = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=30)
+        probe.request("GET", "/healthz")
+        assert probe.getresponse().read() == b"ok\n"
+        probe.close()
+        process.send_signal(signal.SIGTERM)
+        said += process.communicate(timeout=60)[0]
+        assert process.returncode == 0, said
+        assert "Traceback" not in said
+        assert_all_end(process.pid)
+        return said
+
+    said = serve(lambda: any(finished().values()))
+    assert "The service ended; queued studies wait for the next one." in said
+    assert finished() != budgets
+    assert "queued" in tuner(folder, "status").stdout
+    said = serve(lambda: finished() == budgets)
+    assert "Study first: finished, 3 of 3 trials" in said
+    assert "Study second: finished, 2 of 2 trials" in said
+    for document in json.loads(tuner(folder, "status", "--json").stdout):
+        if document["study"] in budgets:
+            assert document["state"] == "finished"
+            assert document["trials"]["RUNNING"] == 0
+            assert document["error"] is None
+    assert "Study second is finished: 2 of 2" in tuner(folder, *arguments).stdout
+
+
+def test_a_queued_study_can_be_stopped_and_deleted(folder: Path) -> None:
+    arguments = ("launch", "tiny.toml", "--name", "waiting", "--detach")
+    tuner(folder, *arguments)
+    assert "Took waiting out of the queue" in tuner(folder, "stop", "waiting").stdout
+
+    def fail(storage: Storage) -> None:
+        study = load(storage, "waiting", artifacts_root=folder).study
+        study.set_user_attr(ERROR_KEY, "10 trials in a row failed")
+
+    in_storage(folder, fail)
+    assert "10 trials in a row failed" in tuner(folder, "status", "waiting").stdout
+    again = json.loads(tuner(folder, *arguments, "--json").stdout)
+    assert (again["state"], again["error"]) == ("queued", None)
+    tuner(folder, "delete", "waiting", "--yes")
+    assert in_storage(folder, Storage.queued) == ()
+
+
+def test_a_service_whose_port_is_taken_says_so_and_leaves_nothing_running(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start(folder, "serve", "--port", str(port))
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"Port {port} on 127.0.0.1 is taken" in said
+    assert_all_end(process.pid)
+
+
+def test_a_dashboard_on_a_trusted_network_warns_and_answers_to_this_machine_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tuner.cli import _dashboard
+
+    def status(url: str, host: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", int(url.split(":")[2].strip("/")))
+        connection.request("GET", "/api/studies", headers={"Host": host})
+        answer = connection.getresponse().status
+        connection.close()
+        return answer
+
+    with (
+        Storage(f"sqlite:///{tmp_path}/tuner.db") as storage,
+        _dashboard(storage, "0.0.0.0", 0, trust_network=True) as url,
+    ):
+        assert status(url, "localhost:8080") == 200
+        assert status(url, "192.0.2.1:8080") == 421
+    assert "LISTENS ON 0.0.0.0 WITHOUT A LOGIN" in capsys.readouterr().err
+
+
 def assert_all_end(group: int) -> None:
     """No worker outlives its coordinator by more than the seconds that a process takes to end."""
     deadline = time.monotonic() + 20
@@ -232,6 +348,8 @@ def group_members(group: int) -> list[int]:
         (("report", "nobody"), 1, "holds no study 'nobody'"),
         (("delete", "nobody", "--yes"), 1, "holds no study 'nobody'"),
         (("dashboard", "--host", "0.0.0.0"), 1, "0.0.0.0"),
+        (("serve", "--host", "0.0.0.0"), 1, "--trust-network"),
+        (("launch", "tiny.toml", "--detach", "--workers", "2"), 2, "--workers"),
         (("frobnicate",), 2, "No such command"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import threading
@@ -10,48 +12,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import dask
+import psutil
 import pytest
-from distributed import Client
-from fakes import FakeRun, Notes, loss_of, make_study, small_spec
+from clusters import eventually
+from fakes import FakeRun, Notes, assert_whole, make_study, small_spec
 from optuna.trial import TrialState
 
-from tuner.cluster import Cluster, _Orders, local_client
+from tuner.artifacts import publish
+from tuner.attempt import _Orders
+from tuner.cluster import Cluster, Connection, local_connection
 from tuner.coordinator import Coordinator
-from tuner.errors import TrialEndedError
+from tuner.errors import TrialEndedError, WorkerLeftError, WorkerLostError
 from tuner.objective import curve_of
-from tuner.study import FINISHED, RESUMED_KEY, TunedStudy
+from tuner.study import RESUMED_KEY, TunedStudy
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with local_client(2) as client:
-        yield client
+def local() -> Iterator[Connection]:
+    with local_connection(2, say=print) as connection:
+        yield connection
 
 
 @contextmanager
-def cluster_of(client: Client, tuned: TunedStudy, open_run=FakeRun) -> Iterator[Cluster]:
+def cluster_of(connection: Connection, tuned: TunedStudy, open_run=FakeRun) -> Iterator[Cluster]:
     with Cluster(
-        client, tuned, development_file=Path("none.npz"), threads=1, open_run=open_run
+        connection, tuned, development_file=Path("none.npz"), threads=1, open_run=open_run
     ) as cluster:
         yield cluster
     tuned.storage.close()
 
 
-def assert_whole(tuned: TunedStudy, budget: int) -> None:
-    """Exactly the budget, and every curve that of an undisturbed run."""
-    trials = tuned.trials()
-    assert len(trials) == len(tuned.trials(*FINISHED)) == budget
-    for trial in trials:
-        config = tuned.record.spec.space.resolve(trial.params)
-        epochs = range(1, (trial.last_step or 0) + 1)
-        assert sorted(trial.intermediate_values) == list(epochs)
-        curve = [epoch.validation_loss for epoch in curve_of(trial)]
-        assert curve == [loss_of(config, trial.number, epoch) for epoch in epochs]
-
-
-def test_a_study_runs_on_workers_to_its_budget(tmp_path: Path, client: Client) -> None:
+def test_a_study_runs_on_workers_to_its_budget(tmp_path: Path, local: Connection) -> None:
     tuned = make_study(tmp_path, small_spec(trials=20))
-    with cluster_of(client, tuned) as cluster:
+    with cluster_of(local, tuned) as cluster:
         assert cluster.slots() == 2
         Coordinator(tuned, cluster, Notes()).run()
         assert_whole(tuned, 20)
@@ -62,10 +56,10 @@ def test_a_study_runs_on_workers_to_its_budget(tmp_path: Path, client: Client) -
         assert os.getpid() not in processes
 
 
-def test_a_pruned_training_stops_on_its_worker(tmp_path: Path, client: Client) -> None:
+def test_a_pruned_training_stops_on_its_worker(tmp_path: Path, local: Connection) -> None:
     tuned = make_study(tmp_path, small_spec(seed=20))
     config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
-    with cluster_of(client, tuned) as cluster:
+    with cluster_of(local, tuned) as cluster:
         epochs = cluster.train(config, seed=20, trial=0, rungs=(1, 3))
         assert next(epochs).epoch == 1
         # The verdict of epoch 1 is awaited: nothing is trained ahead of it.
@@ -75,10 +69,10 @@ def test_a_pruned_training_stops_on_its_worker(tmp_path: Path, client: Client) -
         assert [epoch.epoch for epoch in again] == list(range(1, 10))
 
 
-def test_a_worker_waits_at_a_rung_for_the_verdict(tmp_path: Path, client: Client) -> None:
+def test_a_worker_waits_at_a_rung_for_the_verdict(tmp_path: Path, local: Connection) -> None:
     tuned = make_study(tmp_path, small_spec(seed=1))
     config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
-    with cluster_of(client, tuned) as cluster:
+    with cluster_of(local, tuned) as cluster:
         epochs = cluster.train(config, seed=1, trial=0, rungs=(3,))
         assert next(epochs).epoch == 1
         (attempt,) = cluster._attempts.values()
@@ -93,18 +87,20 @@ class DivergingRun(FakeRun):
         raise TrialEndedError("diverged", "epoch 2, training loss nan")
 
 
-def test_how_a_trial_ended_on_its_worker_reaches_the_study(tmp_path: Path, client: Client) -> None:
+def test_how_a_trial_ended_on_its_worker_reaches_the_study(
+    tmp_path: Path, local: Connection
+) -> None:
     tuned = make_study(tmp_path, small_spec(trials=1))
-    with cluster_of(client, tuned, DivergingRun) as cluster:
+    with cluster_of(local, tuned, DivergingRun) as cluster:
         Coordinator(tuned, cluster, Notes()).run()
         (trial,) = tuned.trials()
         assert trial.state == TrialState.PRUNED
         assert trial.user_attrs["ended_detail"] == "epoch 2, training loss nan"
 
 
-def test_a_paused_study_resumes_from_its_checkpoints(tmp_path: Path, client: Client) -> None:
+def test_a_paused_study_resumes_from_its_checkpoints(tmp_path: Path, local: Connection) -> None:
     tuned = make_study(tmp_path, small_spec(trials=4, seed=100, hyperband=None))
-    with cluster_of(client, tuned) as cluster:
+    with cluster_of(local, tuned) as cluster:
         coordinator: list[Coordinator] = []
 
         def stop(trial: int, result: object) -> None:
@@ -123,7 +119,9 @@ def test_a_paused_study_resumes_from_its_checkpoints(tmp_path: Path, client: Cli
         assert not any((tuned.artifacts.folder / "checkpoints").iterdir())
 
 
-def test_kill_9_of_workers_loses_no_trial_and_doubles_none(tmp_path: Path, client: Client) -> None:
+def test_kill_9_of_workers_loses_no_trial_and_doubles_none(
+    tmp_path: Path, local: Connection
+) -> None:
     tuned = make_study(tmp_path, small_spec(trials=10, seed=60, hyperband=None))
     killed: list[int] = []
 
@@ -134,7 +132,7 @@ def test_kill_9_of_workers_loses_no_trial_and_doubles_none(tmp_path: Path, clien
             os.kill(int(result.seconds), signal.SIGKILL)
 
     notes = Notes(kill)
-    with cluster_of(client, tuned) as cluster:
+    with cluster_of(local, tuned) as cluster:
         Coordinator(tuned, cluster, notes).run()
         assert_whole(tuned, 10)
         resumed = {trial.number for trial in tuned.trials() if trial.user_attrs.get(RESUMED_KEY)}
@@ -143,16 +141,179 @@ def test_kill_9_of_workers_loses_no_trial_and_doubles_none(tmp_path: Path, clien
     assert any("its worker died; it goes on under its number" in line for line in notes.said)
 
 
+def test_sigterm_of_a_local_worker_gives_its_trial_back(tmp_path: Path, local: Connection) -> None:
+    tuned = make_study(tmp_path, small_spec(trials=2, seed=60, hyperband=None))
+    signalled: list[int] = []
+
+    def leave(trial: int, result) -> None:
+        if trial == 1 and result.epoch == 3 and not signalled:
+            signalled.append(int(result.seconds))
+            os.kill(int(result.seconds), signal.SIGTERM)
+
+    notes = Notes(leave)
+    with cluster_of(local, tuned) as cluster:
+        Coordinator(tuned, cluster, notes).run()
+        assert_whole(tuned, 2)
+        (trial,) = [trial for trial in tuned.trials() if trial.number == 1]
+        assert "workers_lost" not in trial.user_attrs  # no fault of the trial's
+        assert trial.user_attrs[RESUMED_KEY] == 1
+        # The checkpoint is that of the last epoch: those before it are not trained again.
+        trained_by = [int(epoch.seconds) for epoch in curve_of(trial)]
+        assert trained_by[:3] == signalled * 3
+        assert signalled[0] not in trained_by[4:]
+    assert notes.said == ["Trial 1: its worker left and gave it back; it goes on under its number."]
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, kind: str, times: int) -> list[Path]:
+    """Files of a kind cannot be written so many times; returns the attempts."""
+    attempts: list[Path] = []
+
+    def write(path: Path, content: bytes) -> None:
+        if path.parent.name == kind:
+            attempts.append(path)
+            if len(attempts) <= times:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        publish(path, content)
+
+    monkeypatch.setattr("tuner.cluster.publish", write)
+    monkeypatch.setattr("tuner.cluster._DISK_PAUSE_SECONDS", 0.2)
+    return attempts
+
+
+@pytest.fixture
+def said(local: Connection, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    # Workers that are missed for a while are another story, of a machine that is busy.
+    monkeypatch.setattr(local, "say", lambda line: "written" in line and lines.append(line))
+    return lines
+
+
+def test_best_weights_wait_for_a_full_disk(
+    tmp_path: Path, local: Connection, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = full_disk(monkeypatch, "weights", 3)
+    tuned = make_study(tmp_path, small_spec(trials=1))
+    with cluster_of(local, tuned) as cluster:
+        Coordinator(tuned, cluster, Notes()).run()
+        assert tuned.trials(TrialState.COMPLETE)
+        assert attempts[-1].read_bytes() == b"weights"
+    assert len(attempts) == 4
+    assert len(said) == 1
+    assert "cannot be written (No space left on device)" in said[0]
+
+
+def test_a_stop_does_not_wait_for_a_full_disk(
+    tmp_path: Path, local: Connection, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = full_disk(monkeypatch, "weights", 1000)
+    tuned = make_study(tmp_path, small_spec(trials=1))
+    with cluster_of(local, tuned) as cluster:
+        coordinator = Coordinator(tuned, cluster, Notes())
+        stopper = threading.Thread(
+            target=lambda: eventually(lambda: bool(attempts)) and coordinator.stop("interrupted")
+        )
+        stopper.start()
+        assert coordinator.run() == "interrupted"
+        stopper.join()
+        (trial,) = tuned.trials()
+        assert trial.state == TrialState.RUNNING
+        monkeypatch.undo()
+        cluster._pausing = False
+        Coordinator(tuned, cluster, Notes()).run()
+        assert_whole(tuned, 1)
+
+
+def test_a_checkpoint_that_finds_the_disk_full_is_skipped(
+    tmp_path: Path, local: Connection, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = full_disk(monkeypatch, "checkpoints", 1000)
+    tuned = make_study(tmp_path, small_spec(trials=1, seed=60, hyperband=None))
+    gone: list[int] = []
+
+    def leave(trial: int, result) -> None:
+        if result.epoch in (2, 4) and len(gone) < result.epoch / 2:
+            gone.append(result.epoch)
+            os.kill(int(result.seconds), signal.SIGTERM)
+
+    with cluster_of(local, tuned) as cluster:
+        Coordinator(tuned, cluster, Notes(leave)).run()
+        assert_whole(tuned, 1)
+    assert len(attempts) == 2
+    assert len(said) == 1  # not once for each
+
+
+def test_a_training_that_dask_started_again_by_itself_is_given_up(
+    tmp_path: Path, local: Connection
+) -> None:
+    tuned = make_study(tmp_path, small_spec(seed=100))
+    config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
+    with cluster_of(local, tuned) as cluster:
+        epochs = cluster.train(config, seed=100, trial=0, rungs=(9,))
+        next(epochs)
+        (attempt,) = cluster._attempts
+        cluster._hear((0.0, {"attempt": attempt, "started": "again"}))
+        with pytest.raises(WorkerLostError) as lost:
+            list(epochs)
+        assert not isinstance(lost.value, WorkerLeftError)
+
+
+def test_an_attempt_that_was_given_up_is_not_believed(tmp_path: Path, local: Connection) -> None:
+    tuned = make_study(tmp_path, small_spec(seed=20))
+    config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
+    with cluster_of(local, tuned) as cluster:
+        epochs = cluster.train(config, seed=20, trial=0, rungs=(1,))
+        next(epochs)
+        (old,) = cluster._attempts
+        epochs.close()
+        again = cluster.train(config, seed=20, trial=0, rungs=(1,))
+        next(again)
+        cluster._hear((0.0, {"attempt": old, "checkpoint": b"of the old one", "left": "asked"}))
+        assert len(list(again)) == 8
+        # The rung that the new one survived brought a checkpoint of its own.
+        assert tuned.artifacts.checkpoint(0).read_bytes() != b"of the old one"
+
+
+def worker_processes() -> set[int]:
+    found = set()
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
+
+
+def test_a_worker_that_is_slow_to_start_again_is_not_given_up() -> None:
+    before = worker_processes()
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "500ms"}),
+        local_connection(1, say=lambda _: None) as connection,
+    ):
+        assert eventually(lambda: connection.slots() == 1)
+        (first,) = worker_processes() - before
+        os.kill(first, signal.SIGKILL)
+        assert eventually(lambda: worker_processes() - before - {first})
+        (second,) = worker_processes() - before - {first}
+        os.kill(second, signal.SIGSTOP)
+        assert eventually(lambda: connection.slots() == 0)
+        time.sleep(1.5)
+        os.kill(second, signal.SIGCONT)
+        assert eventually(lambda: connection.slots() == 1)
+
+
 @pytest.fixture
 def orders(monkeypatch: pytest.MonkeyPatch) -> _Orders:
     class Deaf:
         def subscribe_topic(self, topic: str, handler: object) -> None:
             pass
 
-    monkeypatch.setattr("tuner.cluster.get_client", Deaf)
+    monkeypatch.setattr("tuner.attempt.get_client", Deaf)
     heard = _Orders("topic")
     heard.begin("attempt", 3)
     return heard
+
+
+def wanted() -> bool:
+    return False
 
 
 def hear(orders: _Orders, attempts: dict[str, int], *, pause=False, complete=False) -> None:
@@ -160,20 +321,30 @@ def hear(orders: _Orders, attempts: dict[str, int], *, pause=False, complete=Fal
 
 
 def test_between_rungs_a_worker_runs_ahead(orders: _Orders) -> None:
-    assert orders.wait("attempt", 2) == "go"
+    assert orders.wait("attempt", 2, wanted) == "go"
     threading.Timer(0.1, hear, (orders, {"attempt": 9})).start()
-    assert orders.wait("attempt", 3) == "go"
+    assert orders.wait("attempt", 3, wanted) == "go"
 
 
 def test_an_attempt_that_complete_orders_do_not_name_stops(orders: _Orders) -> None:
     hear(orders, {"another": 9})
-    assert orders.wait("attempt", 1) == "go"
+    assert orders.wait("attempt", 1, wanted) == "go"
     hear(orders, {"another": 9}, complete=True)
-    assert orders.wait("attempt", 1) == "stop"
+    assert orders.wait("attempt", 1, wanted) == "stop"
+
+
+def test_an_attempt_that_the_scheduler_forgot_stops_where_it_waits(orders: _Orders) -> None:
+    asked: list[bool] = []
+
+    def is_unwanted() -> bool:
+        asked.append(len(asked) > 0)
+        return asked[-1]
+
+    assert orders.wait("attempt", 3, is_unwanted) == "stop"  # it would wait for its verdict
 
 
 def test_a_worker_without_a_coordinator_saves_and_ends(
     orders: _Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.cluster._SILENCE_SECONDS", 0.2)
-    assert orders.wait("attempt", 3) == "pause"
+    monkeypatch.setattr("tuner.attempt._SILENCE_SECONDS", 0.2)
+    assert orders.wait("attempt", 3, wanted) == "pause"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,19 +10,33 @@ import pytest
 from fakes import FakeWorkers, Notes, epoch_result, fake_train, make_study, small_spec
 from optuna.trial import TrialState
 
-from tuner.coordinator import FAILURES_IN_A_ROW, KEPT_WEIGHTS, POISON_LOSSES, Coordinator
-from tuner.errors import LeaseLostError, StorageError, StudyError, WorkerLostError
+from tuner.coordinator import (
+    FAILURES_IN_A_ROW,
+    KEPT_WEIGHTS,
+    POISON_EARLY_LOSSES,
+    POISON_LOSSES,
+    Coordinator,
+)
+from tuner.curves import Train
+from tuner.errors import (
+    LeaseLostError,
+    StorageError,
+    StudyError,
+    WorkerDiedEarlyError,
+    WorkerLeftError,
+    WorkerLostError,
+)
 from tuner.objective import ENDED_KEY, curve_of
 from tuner.storage import Storage
 from tuner.study import BUDGET_KEY, FINISHED, RESUMED_KEY, TunedStudy, load
 
 
 @pytest.fixture
-def study(tmp_path: Path):
+def study(tmp_path: Path, database_url: str):
     made: list[TunedStudy] = []
 
     def make(**changes: object) -> TunedStudy:
-        made.append(make_study(tmp_path, small_spec(**changes)))
+        made.append(make_study(tmp_path, small_spec(**changes), url=database_url))
         return made[-1]
 
     yield make
@@ -129,22 +144,55 @@ def test_a_lost_worker_costs_the_trial_nothing(study: Make) -> None:
     assert [epoch.epoch for epoch in curve_of(trials[0])] == list(range(1, 10))
 
 
-def test_a_trial_that_kills_its_workers_ends_and_the_study_goes_on(study: Make) -> None:
+@pytest.mark.parametrize(
+    ("error", "most"),
+    [(WorkerLostError, POISON_LOSSES), (WorkerDiedEarlyError, POISON_EARLY_LOSSES)],
+)
+def test_a_trial_that_kills_its_workers_ends_and_the_study_goes_on(
+    study: Make, error: type[WorkerLostError], most: int
+) -> None:
     attempts: list[int] = []
 
     def train(config, *, seed, trial, rungs):
         if trial == 0:
             attempts.append(trial)
-            raise WorkerLostError("its worker died")
+            raise error("its worker died")
         yield from fake_train(config, seed=seed, trial=trial, rungs=rungs)
 
     tuned = study(trials=3)
     Coordinator(tuned, FakeWorkers(1, train), Notes()).run()
     poison = tuned.trials()[0]
-    assert len(attempts) == POISON_LOSSES
+    assert len(attempts) == most
     assert poison.state == TrialState.PRUNED
     assert poison.user_attrs[ENDED_KEY] == "worker_lost"
     assert poison.constraints == {ENDED_KEY: 1.0}
+    assert finished(tuned) == 3
+
+
+def test_a_trial_whose_workers_left_it_is_never_given_up(study: Make) -> None:
+    tuned = study(trials=2)
+    left: list[int] = []
+
+    def leaving(config, *, seed, trial, rungs):
+        if trial == 1 and len(left) < 2 * POISON_LOSSES:
+            left.append(trial)
+            raise WorkerLeftError("its worker left and gave it back")
+        yield from fake_train(config, seed=seed, trial=trial, rungs=rungs)
+
+    Coordinator(tuned, FakeWorkers(2, leaving), Notes()).run()
+    assert len(left) == 2 * POISON_LOSSES
+    assert finished(tuned) == 2
+    assert all(ENDED_KEY not in trial.user_attrs for trial in tuned.trials())
+
+
+def test_a_study_waits_for_workers_that_join_later(study: Make) -> None:
+    tuned, workers = study(trials=3), FakeWorkers(slots=0)
+    running = threading.Thread(target=Coordinator(tuned, workers, Notes()).run)
+    running.start()
+    running.join(0.3)
+    assert running.is_alive()
+    workers._slots = 2
+    running.join(30)
     assert finished(tuned) == 3
 
 
@@ -213,6 +261,41 @@ def test_tuner_stop_from_another_process_stops_the_study(study: Make) -> None:
     assert Coordinator(tuned, FakeWorkers(2), Notes(ask)).run() == "stopped"
     assert finished(tuned) < 500
     assert tuned.storage.lease(tuned.id) is None
+
+
+class FastWorkers(FakeWorkers):
+    """Every trial has ended before the next slot is found free."""
+
+    def __init__(self, train: Train = fake_train) -> None:
+        super().__init__(1, train)
+        self.coordinator: Coordinator | None = None
+
+    def slots(self) -> int:
+        if self.coordinator is not None:
+            self.coordinator._deciding.release()  # it holds that while it asks
+            while self.coordinator.running:
+                time.sleep(0.001)
+            self.coordinator._deciding.acquire()
+        return 1
+
+
+def test_ten_failures_are_noticed_where_trials_end_as_fast_as_they_start(study: Make) -> None:
+    def train(config, *, seed, trial, rungs):
+        raise RuntimeError("no GPU here")
+        yield
+
+    workers = FastWorkers(train)
+    coordinator = Coordinator(study(trials=3), workers, Notes())
+    workers.coordinator = coordinator
+    with pytest.raises(StudyError, match="no GPU here"):
+        coordinator.run()
+
+
+def test_a_timeout_is_noticed_where_trials_end_as_fast_as_they_start(study: Make) -> None:
+    workers = FastWorkers()
+    coordinator = Coordinator(study(trials=100_000), workers, Notes())
+    workers.coordinator = coordinator
+    assert coordinator.run(timeout=0.2) == "timeout"
 
 
 def test_a_timeout_stops_the_study(study: Make) -> None:

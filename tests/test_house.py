@@ -383,6 +383,7 @@ def test_what_a_test_leaves_behind_fails_the_session(
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
         cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},  # what conftest.py imports
         check=False,
         capture_output=True,
         text=True,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +102,41 @@ def test_a_study_whose_making_was_cut_off_is_made_anew(
     made = make_study(tmp_path, small_spec(known=[{"learning_rate": 0.02}]))
     assert [trial.state for trial in made.trials()] == [TrialState.WAITING]
     made.storage.close()
+
+
+def test_of_several_launches_that_make_a_study_at_once_all_get_the_same(
+    tmp_path: Path, database_url: str
+) -> None:
+    Storage(database_url).close()
+    together, made = threading.Barrier(6), []
+
+    def make() -> None:
+        together.wait()
+        made.append(make_study(tmp_path, small_spec(known=[{"blocks": 2}]), url=database_url))
+
+    threads = [threading.Thread(target=make) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({(tuned.id, tuned.key) for tuned in made}) == 1
+    assert len(made) == 6
+    assert optuna.get_all_study_names(made[0].storage.optuna) == ["small"]
+    assert [trial.state.name for trial in made[0].trials()] == ["WAITING"]
+    for tuned in made:
+        assert tuned.storage.optuna.get_study_name_from_id(tuned.id) == "small"
+        tuned.storage.close()
+
+
+def test_what_was_left_of_a_making_long_ago_is_removed(tmp_path: Path) -> None:
+    with Storage(f"sqlite:///{tmp_path}/tuner.db") as storage:
+        for began in (1, int(time.time())):
+            optuna.create_study(storage=storage.optuna, study_name=f".making.{began}.a")
+        make_study(tmp_path).storage.close()
+        names = optuna.get_all_study_names(storage.optuna)
+        assert [name.split(".")[0] for name in sorted(names)] == ["", "small"]
+        assert ".making.1.a" not in names
+        assert list_names(storage) == ["small"]
 
 
 def test_a_study_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -23,8 +26,10 @@ from tuner.artifacts import DEFAULT_EXPORT_FOLDER, DEFAULT_ROOT, DEFAULT_STORAGE
 from tuner.errors import ProblemsError, TunerError
 
 if TYPE_CHECKING:
-    from tuner.coordinator import Coordinator, Ending
+    from tuner.cluster import Connection
+    from tuner.coordinator import Ending
     from tuner.data import Prepared
+    from tuner.scheduler import TlsFiles
     from tuner.spec import StudySpec
     from tuner.storage import Storage
     from tuner.study import StudyStatus, TunedStudy
@@ -37,6 +42,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="The data: download.")
 app.add_typer(data_app, name="data")
+storage_app = typer.Typer(no_args_is_help=True, help="The database: make its schema, look at it.")
+app.add_typer(storage_app, name="storage")
 
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A study file, studies/*.toml.")]
@@ -47,7 +54,7 @@ StorageUrl = Annotated[
         "--storage",
         envvar="TUNER_STORAGE",
         metavar="URL",
-        help="Where studies are kept: sqlite:///PATH.",
+        help="Where studies are kept: sqlite:///PATH or postgresql://USER@HOST/DATABASE.",
     ),
 ]
 ArtifactsRoot = Annotated[
@@ -60,6 +67,28 @@ ArtifactsRoot = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Worker processes; one for each core by default."),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of each training; 1 by default.")
+]
+ClusterPlace = typer.Option(
+    "--cluster",
+    metavar="ADDRESS|FILE",
+    help="A Dask scheduler: tcp://host:8786, tls://host:8786, or the scheduler file it wrote.",
+)
+TlsCa = Annotated[
+    Path | None,
+    typer.Option("--tls-ca", metavar="FILE", help="Who signed the cluster's certificates, PEM."),
+]
+TlsCert = Annotated[
+    Path | None, typer.Option("--tls-cert", metavar="FILE", help="This side's certificate, PEM.")
+]
+TlsKey = Annotated[
+    Path | None, typer.Option("--tls-key", metavar="FILE", help="Its private key, PEM.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Overrides any key of the study file."),
@@ -104,11 +133,18 @@ def _note(message: str) -> None:
     typer.echo(message, err=True)
 
 
+def _log(message: str) -> None:
+    """A line of the service's log."""
+    _note(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {message}")
+
+
 def _print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2))
 
 
-def _open(url: str, *, patience_seconds: float | None = 5.0) -> Storage:
+def _open(
+    url: str, *, patience_seconds: float | None = 5.0, say: Callable[[str], None] = _note
+) -> Storage:
     import optuna
     from stamina.instrumentation import set_on_retry_hooks
 
@@ -116,7 +152,7 @@ def _open(url: str, *, patience_seconds: float | None = 5.0) -> Storage:
 
     set_on_retry_hooks(())  # an outage is told in our words
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return Storage(url, patience_seconds=patience_seconds, say=_note)
+    return Storage(url, patience_seconds=patience_seconds, say=say)
 
 
 def _version(value: bool) -> None:
@@ -207,8 +243,11 @@ def _load(
 
 
 def _warn_synthetic() -> None:
+    _warn("SYNTHETIC DATA: the proteins of this study are made up. No result means anything.")
+
+
+def _warn(text: str) -> None:
     line = "!" * 78
-    text = "SYNTHETIC DATA: the proteins of this study are made up. No result means anything."
     typer.secho(f"{line}\n{text}\n{line}", fg=typer.colors.YELLOW, bold=True, err=True)
 
 
@@ -299,10 +338,12 @@ def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
 def launch(
     spec_path: SpecPath,
     name: Annotated[str | None, typer.Option(help="Another name than the file's.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes; one for each core by default.")
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each worker.")] = 1,
+    workers: Workers = None,
+    threads: Threads = None,
+    cluster: Annotated[str | None, ClusterPlace] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     trials: Annotated[
         int | None, typer.Option(min=1, help="Another budget than the file's.")
     ] = None,
@@ -314,16 +355,26 @@ def launch(
         Path | None,
         typer.Option("--export", metavar="DIR", help="Export the best configuration at the end."),
     ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Queue it for `tuner serve`, and return at once.")
+    ] = False,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Creates a study, or takes it up where it stopped, and runs it to its budget."""
+    if detach:
+        here: dict[str, object] = {"--workers": workers, "--threads": threads}
+        here |= {"--timeout": timeout, "--export": export_to, "--cluster": cluster}
+        here |= {"--tls-ca": tls_ca, "--tls-cert": tls_cert, "--tls-key": tls_key}
+        _refuse_with_detach(here)
+    _refuse_two_places(cluster, workers)
+    tls = _tls(tls_ca, tls_cert, tls_key, cluster)
     given = list(overrides or [])
     given += [] if name is None else [f"name={json.dumps(name)}"]
     given += [] if trials is None else [f"trials={trials}"]
     spec, prepared = _load(spec_path, given, artifacts)
-    from tuner.study import create_or_resume, status
+    from tuner.study import clear_error, create_or_resume, status
 
     with _open(storage, patience_seconds=None) as opened:
         tuned = create_or_resume(
@@ -333,10 +384,24 @@ def launch(
             development_sha256=prepared.development_sha256,
             artifacts_root=artifacts,
         )
+        clear_error(tuned)
+        if detach:
+            said = _queue(tuned, prepared, _again(storage))
+            _note(said) if as_json else typer.echo(said)
+            if as_json:
+                _print_json(status(tuned).to_document())
+            return
         now = status(tuned)
         ending: Ending = "finished"
         if now.finished_trials < now.budget:
-            ending = _run(tuned, prepared, workers, threads, timeout, as_json=as_json)
+            ending = _run(
+                tuned,
+                prepared,
+                lambda say: _connect(cluster, tls, workers, threads or 1, say),
+                threads or 1,
+                timeout,
+                as_json=as_json,
+            )
             now = status(tuned)
         elif not as_json:
             _note(f"Study {now.study} is finished.")
@@ -351,6 +416,49 @@ def launch(
         raise typer.Exit(130)
 
 
+def _refuse_two_places(cluster: str | None, workers: int | None) -> None:
+    if cluster is not None and workers is not None:
+        raise typer.BadParameter(
+            "--workers starts workers on this machine, --cluster uses those of a scheduler; "
+            "`tuner worker --cluster ...` adds one to it."
+        )
+
+
+def _refuse_with_detach(options: dict[str, object]) -> None:
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise typer.BadParameter(
+            f"{', '.join(given)} make no sense with --detach: the study runs in the service, on "
+            "the service's workers (tuner serve --help), until `tuner stop` or its budget."
+        )
+
+
+def _queue(tuned: TunedStudy, prepared: Prepared, again: str) -> str:
+    """Puts a study into the service's queue, where it is not at work already; says what is so."""
+    from tuner.study import refuse_a_reported_study, status
+
+    now, lease = status(tuned), tuned.storage.lease(tuned.id)
+    if now.finished_trials >= now.budget:
+        return f"Study {tuned.name} is finished: {now.finished_trials} of {now.budget} trials."
+    refuse_a_reported_study(tuned)
+    # A study that is about to stop is queued again behind that.
+    if lease is not None and lease.is_live and not lease.stop_requested:
+        return (
+            f"Study {tuned.name} is running already, in process {lease.holder.pid} on "
+            f"{lease.holder.host}, to {now.budget} trials."
+        )
+    content = prepared.development_file.read_bytes()
+    tuned.storage.keep_development(prepared.development_sha256, content)
+    fresh = tuned.storage.enqueue(tuned.id)
+    return (
+        f"Study {tuned.name} is {'queued' if fresh else 'queued already'}: "
+        f"{now.budget - now.finished_trials} of {now.budget} trials to go.\n"
+        f"Next: tuner serve{again}      drives it, where no service does so yet\n"
+        f"      tuner status {tuned.name}{again} --watch      shows how far it is\n"
+        f"      tuner stop {tuned.name}{again}      takes it out of the queue"
+    )
+
+
 def _again(storage: str) -> str:
     """The option that finds the same storage again, where it is not the default."""
     known = storage == DEFAULT_STORAGE_URL or storage == os.environ.get("TUNER_STORAGE")
@@ -361,10 +469,41 @@ def _again(storage: str) -> str:
     return f" --storage {make_url(storage).render_as_string(hide_password=True)}"
 
 
+def _tls(
+    ca: Path | None, cert: Path | None, key: Path | None, cluster: str | None
+) -> TlsFiles | None:
+    """The certificates of a cluster; warns on stderr of one that everybody can reach."""
+    from tuner.scheduler import exposure, scheduler_address, tls_files
+
+    tls = tls_files(ca, cert, key)
+    if cluster is not None:
+        warning = exposure(scheduler_address(cluster, tls))
+        if warning is not None:
+            typer.secho(warning, fg=typer.colors.YELLOW, bold=True, err=True)
+    elif tls is not None:
+        raise typer.BadParameter("--tls-ca, --tls-cert and --tls-key belong to --cluster.")
+    return tls
+
+
+def _connect(
+    cluster: str | None,
+    tls: TlsFiles | None,
+    workers: int | None,
+    threads: int,
+    say: Callable[[str], None],
+) -> AbstractContextManager[Connection]:
+    """To the workers of a scheduler, or to workers of this machine that are started for it."""
+    from tuner.cluster import default_workers, local_connection, remote_connection
+
+    if cluster is not None:
+        return remote_connection(cluster, tls=tls, say=say)
+    return local_connection(workers or default_workers(), threads=threads, say=say)
+
+
 def _run(
     tuned: TunedStudy,
     prepared: Prepared,
-    workers: int | None,
+    connect: Callable[[Callable[[str], None]], AbstractContextManager[Connection]],
     threads: int,
     timeout: float | None,
     *,
@@ -372,36 +511,35 @@ def _run(
 ) -> Ending:
     from rich.console import Console
 
-    from tuner.cluster import Cluster, default_workers, local_client
+    from tuner.cluster import Cluster
     from tuner.coordinator import Coordinator
     from tuner.progress import ProgressWatcher
-    from tuner.study import WORKERS_KEY
 
-    count = workers or default_workers()
     data = prepared.identity
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 200)
     watcher = ProgressWatcher(tuned, console)
-    watcher.say(
-        f"Study {tuned.name}: {tuned.budget} trials on {count} worker(s); data {data.source}"
-        f"{' (SYNTHETIC)' if data.synthetic else ''}, {data.training_rows} training and "
-        f"{data.validation_rows} validation rows; split seed {data.split_seed}, "
-        f"identity {data.split_id[:12]}."
-    )
     tuned.storage.refuse_if_run_elsewhere(tuned.id)
-    with (
-        local_client(count, threads=threads) as client,
-        Cluster(
-            client, tuned, development_file=prepared.development_file, threads=threads
-        ) as cluster,
-    ):
-        tuned.study.set_user_attr(WORKERS_KEY, count)
-        coordinator = Coordinator(tuned, cluster, watcher)
-        _stop_on_signals(coordinator)
-        with watcher.showing():
-            return coordinator.run(timeout=timeout)
+    with connect(watcher.say) as connection:
+        connection.require_workers()
+        count = connection.slots()
+        watcher.say(
+            f"Study {tuned.name}: {tuned.budget} trials on {count} worker(s); data {data.source}"
+            f"{' (SYNTHETIC)' if data.synthetic else ''}, {data.training_rows} training and "
+            f"{data.validation_rows} validation rows; split seed {data.split_seed}, "
+            f"identity {data.split_id[:12]}."
+        )
+        with Cluster(
+            connection, tuned, development_file=prepared.development_file, threads=threads
+        ) as cluster:
+            coordinator = Coordinator(tuned, cluster, watcher)
+            _stop_on_signals(lambda: coordinator.stop("interrupted"))
+            with watcher.showing():
+                ending = coordinator.run(timeout=timeout)
+    tuned.storage.dequeue(tuned.id)  # it was driven here, and not by the service
+    return ending
 
 
-def _stop_on_signals(coordinator: Coordinator) -> None:
+def _stop_on_signals(stop_gracefully: Callable[[], None]) -> None:
     """Ctrl-C or SIGTERM once: running trials save and stay open. Twice: now."""
     asked_at: list[float] = []
 
@@ -409,7 +547,7 @@ def _stop_on_signals(coordinator: Coordinator) -> None:
         # One Ctrl-C may arrive twice (from the terminal, and from `make` or a wrapper).
         if not asked_at:
             asked_at.append(time.monotonic())
-            coordinator.stop("interrupted")
+            stop_gracefully()
             os.write(2, b"\nStopping: running trials save a checkpoint. Again: stop at once.\n")
         elif time.monotonic() - asked_at[0] > 0.5:
             os.write(2, b"\nStopped at once. The same command goes on where it was.\n")
@@ -445,6 +583,63 @@ def _print_summary(
     typer.echo(f"      tuner dashboard{again}               every trial and its curves")
     if now.state != "reported":
         typer.echo(f"      tuner report {now.study}{again}      opens the test split, once")
+
+
+# --- worker ---
+
+
+@app.command(epilog="Example: tuner worker --cluster tcp://10.0.0.5:8786 --lifetime 14000")
+def worker(
+    cluster: Annotated[str, ClusterPlace],
+    workers: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Training processes; auto: one for each GPU, else one for each --threads cores.",
+        ),
+    ] = "1",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each training.")] = 1,
+    memory_limit: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE|auto",
+            help="Of each process, such as 4GB; one that needs more is ended and started again.",
+        ),
+    ] = "auto",
+    lifetime: Annotated[
+        float | None,
+        typer.Option(
+            min=1, metavar="SECONDS", help="Leave after so long: before a batch queue kills."
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The address or network interface to listen on."),
+    ] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> None:
+    """Trains for the studies of a Dask scheduler; any number of these may come and go."""
+    from tuner.scheduler import SchedulerFileMissingError, tls_files
+    from tuner.worker import WorkerSettings, serve
+
+    if workers != "auto" and not (workers.isdigit() and int(workers) >= 1):
+        raise typer.BadParameter("is a number from 1, or auto", param_hint="--workers")
+    try:
+        tls = _tls(tls_ca, tls_cert, tls_key, cluster)
+    except SchedulerFileMissingError:  # the worker may be up before its scheduler
+        tls = tls_files(tls_ca, tls_cert, tls_key)
+    settings = WorkerSettings(
+        cluster=cluster,
+        tls=tls,
+        workers="auto" if workers == "auto" else int(workers),
+        threads=threads,
+        memory_limit=memory_limit,
+        lifetime=lifetime,
+        host=host,
+    )
+    serve(settings, say=_note)
 
 
 # --- status, stop, delete ---
@@ -489,16 +684,21 @@ def stop(
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
-    """Stops a running study: its trials save a checkpoint; `launch` goes on from there."""
+    """Stops a running or queued study: its trials save a checkpoint; `launch` goes on."""
     from tuner.study import load
 
     with _open(storage) as opened:
         tuned = load(opened, name, artifacts_root=artifacts)
+        # In this order: a service that hears the second must not find it queued again.
+        dequeued = opened.dequeue(tuned.id)
         asked = opened.request_stop(tuned.id)
     if as_json:
-        _print_json({"study": name, "asked": asked})
+        _print_json({"study": name, "asked": asked, "dequeued": dequeued})
     elif asked:
-        typer.echo(f"Asked {name} to stop: it ends after the epochs that are being trained.")
+        left = ", and took it out of the queue" if dequeued else ""
+        typer.echo(f"Asked {name} to stop{left}: it ends after the epochs that are being trained.")
+    elif dequeued:
+        typer.echo(f"Took {name} out of the queue; it was not running. `tuner launch` goes on.")
     else:
         typer.echo(f"{name} is not running: nothing to stop.")
 
@@ -615,12 +815,137 @@ def dashboard(
         serve(opened, host=host, port=port)
 
 
+# --- serve ---
+
+
+@app.command(epilog="Example: tuner serve --workers 2 --port 8080")
+def serve(
+    workers: Workers = None,
+    threads: Threads = None,
+    cluster: Annotated[str | None, ClusterPlace] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    host: Annotated[str, typer.Option(help="The dashboard's address.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The dashboard's port; 0 takes a free one.")
+    ] = 8080,
+    trust_network: Annotated[
+        bool,
+        typer.Option(
+            "--trust-network",
+            help="Allow another --host than loopback: something else keeps strangers out.",
+        ),
+    ] = False,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
+) -> None:
+    """Drives every study that was launched with --detach, and shows the dashboard."""
+    _refuse_two_places(cluster, workers)
+    tls = _tls(tls_ca, tls_cert, tls_key, cluster)
+    # Until the service listens, SIGTERM ends it as Ctrl-C does: what was opened is closed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _open(storage, patience_seconds=None, say=_log).close()  # waits for one that is not up yet
+    with (
+        # It gives up on a database that is away, so that a signal is heard meanwhile.
+        _open(storage, patience_seconds=2.0, say=lambda _: None) as shown,
+        _dashboard(shown, host, port, trust_network=trust_network) as url,
+    ):
+        from tuner.cluster import Cluster
+        from tuner.service import Service
+
+        _log(f"Serving {shown.masked_url}; the dashboard is on {url}")
+        with (
+            _connect(cluster, tls, workers, threads or 1, _log) as connection,
+            _open(storage, patience_seconds=2.0, say=lambda _: None) as queue,
+        ):
+
+            def open_workers(tuned: TunedStudy, file: Path) -> Cluster:
+                return Cluster(connection, tuned, development_file=file, threads=threads or 1)
+
+            service = Service(
+                open_storage=lambda: _open(storage, patience_seconds=None, say=_log),
+                open_workers=open_workers,
+                slots=connection.slots,
+                artifacts_root=artifacts,
+                say=_log,
+            )
+            _stop_on_signals(service.stop)
+            service.run(queue)
+
+
+@contextmanager
+def _dashboard(storage: Storage, host: str, port: int, *, trust_network: bool) -> Iterator[str]:
+    """The dashboard on a thread of its own; gives its address."""
+    import threading
+
+    from tuner.dashboard import LOOPBACK_HOSTS, make_server
+
+    if host not in LOOPBACK_HOSTS:
+        if not trust_network:
+            raise TunerError(
+                f"--host {host}: the dashboard has no logins yet, so whoever reaches that address "
+                "sees every study. Leave --host out and take an SSH tunnel; or, where something "
+                "else keeps strangers out (a container whose port is published on 127.0.0.1 of "
+                "its machine), say so with --trust-network."
+            )
+        _warn(
+            f"THE DASHBOARD LISTENS ON {host} WITHOUT A LOGIN: whoever reaches its port sees every "
+            "study.\nSee to it that only this machine does. It answers to the names 127.0.0.1 and "
+            "localhost alone."
+        )
+    with make_server(storage, host=host, port=port, trust_network=trust_network) as server:
+        thread = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="dashboard"
+        )
+        thread.start()
+        try:
+            yield server.url
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @data_app.command("fetch", epilog="Example: tuner data fetch")
 def data_fetch() -> None:
     """Downloads the solubility data into the user's cache, checked by its hash."""
     from tuner.data import fetch
 
     typer.echo(str(fetch()))
+
+
+@storage_app.command("init", epilog="Example: tuner storage init --storage postgresql://lab@db/lab")
+def storage_init(storage: StorageUrl = DEFAULT_STORAGE_URL) -> None:
+    """Creates the schema, or brings an older one up to date; where it is right, does nothing."""
+    from tuner.storage import Storage
+
+    with Storage(storage, patience_seconds=60.0, say=_note, upgrade=True) as opened:
+        typer.echo(f"{opened.masked_url} is ready.")
+
+
+@storage_app.command("check", epilog="Example: tuner storage check --json")
+def storage_check(storage: StorageUrl = DEFAULT_STORAGE_URL, as_json: AsJson = False) -> None:
+    """Says whether the storage is reachable, right in version, and how fast; changes nothing."""
+    import dataclasses
+
+    from tuner.storage import check_storage
+
+    check = check_storage(storage)
+    if as_json:
+        _print_json(dataclasses.asdict(check))
+    else:
+        typer.echo(f"{check.url}: {'reachable' if check.reachable else 'NOT reachable'}")
+        if check.schema is not None:
+            typer.echo(f"schema: {check.schema}")
+        if check.milliseconds is not None:
+            typer.echo(
+                f"a question takes {check.milliseconds:.1f} ms, "
+                f"a write {check.commit_milliseconds:.1f} ms (medians of 20)"
+            )
+        if check.detail:
+            typer.echo(check.detail)
+    if not check.is_right:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -1,107 +1,347 @@
-"""Dask: the same `train`, with the epochs computed on a worker.
+"""Dask: the same `train`, with the epochs computed on a worker; see `tuner.attempt` for its side.
 
-Two topics join a coordinator to its workers. On the *events* topic workers say what they
-did: epochs and checkpoints, each with the attempt that they belong to. On the *orders* topic
-the coordinator says how far each attempt may train, again and again, so that a lost message
-costs seconds. The task's result repeats the whole curve, because events may be lost.
+A `Connection` is a scheduler and its workers, wherever they are; a `Cluster` the trainings of one
+study on it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
-import multiprocessing.resource_tracker
 import queue
-import signal
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, Self
 
 import dask
 from dask.system import CPU_COUNT
-from distributed import Client, Future, KilledWorker, LocalCluster, get_client, get_worker
+from distributed import Client, Future, KilledWorker, LocalCluster
 
 from tuner.artifacts import publish
+from tuner.attempt import (
+    OpenRun,
+    TrainingOutcome,
+    TrainingTask,
+    metadata_keys,
+    open_training_run,
+    train_on_worker,
+)
 from tuner.curves import EpochResult
 from tuner.errors import (
     ClusterError,
-    EndReason,
     TrainingPausedError,
     TrialEndedError,
+    WorkerDiedEarlyError,
+    WorkerLeftError,
     WorkerLostError,
 )
+from tuner.processes import SLOT, children_deaf_to_interrupts, silence_dask, training_environment
+from tuner.scheduler import TlsFiles, is_answering, scheduler_address, worker_command
 from tuner.space import ModelConfig
-from tuner.spec import TrainingSettings
 from tuner.study import TunedStudy
 
+__all__ = [
+    "Cluster",
+    "Connection",
+    "TlsFiles",
+    "default_workers",
+    "local_connection",
+    "remote_connection",
+]
+
+Say = Callable[[str], None]
+
 _PULSE_SECONDS = 2.0  #: between two full sets of orders
-_SILENCE_SECONDS = 60.0  #: a worker that heard no orders for this long saves and ends
-_CHECKPOINT_SECONDS = 60.0  #: at most this long between two checkpoints
-_RUNG_CHECKPOINT_SECONDS = 10.0  #: a rung passed sooner after the last one needs none
-_NO_WORKERS_SECONDS = 10.0  #: without any worker for this long, a launch gives up
-_SLOT = "slot"  #: the Dask resource: one training at a time for each
+_LOOK_SECONDS = 1.0  #: between two looks at the scheduler
+_CONNECT_SECONDS = 5.0  #: for one attempt to reach a scheduler, and for the first one in all
+_LONGEST_PAUSE_SECONDS = 3.0  #: between two attempts to reach a scheduler that went away
+_SILENCE_SECONDS = 30.0  #: a scheduler that answers nothing for this long went away
+_NO_WORKERS_SECONDS = 10.0  #: without any worker for this long, a launch does not begin
+_WORKERS_GONE_SECONDS = 5.0  #: without any worker for this long, the user is told
+_LOCAL_RESTART_SECONDS = 20.0  #: the same, where Dask starts them again by itself
+_LOCAL_WORKERS_GONE_SECONDS = 60.0  #: workers of this machine come back within seconds, or never
+_DISK_PAUSE_SECONDS = 5.0  #: between two attempts to write to a disk that was full
+#: The disk is full, over its quota, over the limit for one file, or broken.
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingTask:
-    """One attempt at training one trial: all that a worker gets, beside the development file."""
+class Connection:
+    """A Dask client that is replaced when its scheduler went away.
 
-    attempt: str  #: unique; messages of any other attempt are not believed
-    events: str  #: topic on which the worker speaks
-    orders: str  #: topic on which it listens
-    config: ModelConfig
-    seed: int
-    trial: int
-    rungs: tuple[int, ...]
-    training: TrainingSettings
-    precision: Literal["float32", "bfloat16"]
-    threads: int
-    development_file: str
-    development_sha256: str
-    checkpoint: bytes | None
-    train_until: int  #: the epoch after which the first verdict is awaited
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingOutcome:
-    """How an attempt ended."""
-
-    ending: Literal["finished", "stopped", "paused"] | EndReason
-    curve: tuple[EpochResult, ...]
-    detail: str = ""
-    best_weights: bytes | None = None  #: of a finished training
-    checkpoint: bytes | None = None  #: of a paused one
-
-
-class Run(Protocol):
-    """One trial's training on a worker: `tuner.training.TrainingRun`, or a cheap one in a test."""
-
-    history: list[EpochResult]  #: of the checkpoint
-
-    def epochs(self) -> Iterator[EpochResult]: ...
-
-    def checkpoint(self) -> bytes: ...
-
-    def best_weights(self) -> bytes: ...
-
-
-OpenRun = Callable[[TrainingTask], Run]
-
-
-# --- on the coordinator ---
-
-
-class Cluster:
-    """A Dask scheduler with its workers, and the trainings of one study on them."""
+    A client that lost its scheduler comes back by itself to the same address only, and without its
+    subscriptions. So it is closed, and a new one made: at whatever address the scheduler file
+    names by then, with every topic subscribed again.
+    """
 
     def __init__(
         self,
-        client: Client,
+        open_client: Callable[[], Client],
+        *,
+        say: Say,
+        join: str,
+        are_local: bool = False,
+    ) -> None:
+        """Connects.
+
+        Args:
+            open_client: Makes a client; OSError or ClusterError where no scheduler answers.
+            say: Tells the user, a line at a time.
+            join: What the user can do to get a worker.
+            are_local: The workers live and die with this process.
+        """
+        self._open_client = open_client
+        self.say = say
+        self._join = join
+        self._are_local = are_local
+        self._lock = threading.RLock()
+        self._topics: dict[str, Callable[[Any], None]] = {}
+        self._kept_short: set[str] = set()
+        self._offers: dict[str, Path] = {}
+        self._on_loss: list[Callable[[], None]] = []
+        self._slots = 0
+        self._slots_seen_at = time.monotonic()
+        self._are_workers_missed = False
+        self._closed = threading.Event()
+        self._look_now = threading.Event()
+        self._up = threading.Event()
+        self._client = open_client()
+        self._comm = self._client.scheduler_comm
+        self._look()
+        self._up.set()
+        self._thread = threading.Thread(target=self._keep_looking, name="connection", daemon=True)
+        self._thread.start()
+
+    @property
+    def client(self) -> Client:
+        """The client of this moment; it may be cut off."""
+        return self._client
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the scheduler is there, as far as is known."""
+        return self._up.is_set()
+
+    def wait_until_up(self, timeout: float) -> bool:
+        return self._up.wait(timeout)
+
+    def doubt(self) -> None:
+        """The scheduler dropped a training: not up, until a look at it proves otherwise."""
+        self._up.clear()
+        self._look_now.set()
+
+    def slots(self) -> int:
+        """How many trainings the workers of this moment run at once, as of a second ago."""
+        return self._slots if self.is_up else 0
+
+    def require_workers(self) -> None:
+        """Waits until a worker offers a slot.
+
+        Raises:
+            ClusterError: None has for 10 s.
+        """
+        deadline = time.monotonic() + _NO_WORKERS_SECONDS
+        while not self.slots():
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"No worker has offered a slot for {_NO_WORKERS_SECONDS:.0f} s. {self._join}"
+                )
+            time.sleep(0.1)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """No worker is left, and none will come by itself."""
+        silence = time.monotonic() - self._slots_seen_at
+        return self._are_local and not self._slots and silence > _LOCAL_WORKERS_GONE_SECONDS
+
+    def subscribe(self, topic: str, handler: Callable[[Any], None]) -> None:
+        """Hears a topic, on this client and all that follow it."""
+        with self._lock:
+            self._topics[topic] = handler
+            with contextlib.suppress(Exception):  # the client that comes next subscribes, too
+                self._client.subscribe_topic(topic, handler)
+
+    def unsubscribe(self, topic: str) -> None:
+        with self._lock:
+            self._topics.pop(topic, None)
+            with contextlib.suppress(Exception):  # the scheduler may be gone already
+                self._client.unsubscribe_topic(topic)
+
+    def keep_short(self, topics: Sequence[str]) -> None:
+        """The scheduler keeps what is said on a topic, checkpoints too; from now on, not for long.
+
+        Nobody will ask for it again.
+        """
+        with self._lock:
+            self._kept_short |= set(topics)
+
+    def drop(self, topics: Sequence[str]) -> None:
+        """The end of `keep_short`."""
+        with self._lock:
+            self._kept_short -= set(topics)
+        with contextlib.suppress(Exception):  # the scheduler may be gone already
+            if self.is_up:
+                self._client.run_on_scheduler(_glance(), tuple(topics))
+
+    def offer(self, sha256: str, path: Path) -> None:
+        """Leaves a file with the scheduler, for workers that do not see it by its path."""
+        if self._are_local:
+            return
+        with self._lock:
+            self._offers[sha256] = path
+            with contextlib.suppress(Exception):  # the client that comes next delivers it
+                self._deliver(sha256, path)
+
+    def on_loss(self, tell: Callable[[], None]) -> None:
+        """`tell` is called, on a thread of ours, when the scheduler went away."""
+        with self._lock:
+            self._on_loss.append(tell)
+
+    def off_loss(self, tell: Callable[[], None]) -> None:
+        with self._lock:
+            self._on_loss.remove(tell)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._look_now.set()
+        self._thread.join(timeout=_CONNECT_SECONDS)
+        self._close_client()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _deliver(self, sha256: str, path: Path) -> None:
+        keys = metadata_keys(sha256)
+        # Asked for by its length, so that the rows travel once.
+        length = [*keys[:-1], f"{sha256} bytes"]
+        if path.is_file() and self._client.get_metadata(length, default=None) is None:
+            content = path.read_bytes()
+            self._client.set_metadata(keys, content)
+            self._client.set_metadata(length, len(content))
+
+    def _keep_looking(self) -> None:
+        while not self._closed.is_set():
+            self._look_now.wait(_LOOK_SECONDS)
+            self._look_now.clear()
+            if self._closed.is_set():
+                return
+            try:
+                if self._is_cut_off():
+                    raise OSError("the client lost its scheduler")
+                self._look()
+                self._up.set()
+            except Exception as error:  # noqa: BLE001 - whatever it is, a new client is the answer
+                if not self._closed.is_set():
+                    self._replace_client(is_silent=isinstance(error, TimeoutError))
+            self._tell_of_missing_workers()
+
+    def _is_cut_off(self) -> bool:
+        # A client that came back by itself has another comm, and no subscription.
+        comm = self._client.scheduler_comm
+        is_same = comm is self._comm and comm is not None and not comm.closed()
+        return self._client.status != "running" or not is_same
+
+    def _look(self) -> None:
+        with self._lock:
+            topics = tuple(self._kept_short)
+        # A network may swallow what is sent: ask first in a way that has a limit.
+        identity = self._client.scheduler.identity  # type: ignore[union-attr] # it is connected
+        self._client.sync(identity, n_workers=0, callback_timeout=_SILENCE_SECONDS)
+        self._slots = int(self._client.run_on_scheduler(_glance(), topics))
+        if self._slots:
+            self._slots_seen_at = time.monotonic()
+
+    def _tell_of_missing_workers(self) -> None:
+        if self._slots and self._are_workers_missed:
+            self._are_workers_missed = False
+            self.say(f"Workers are back: {self._slots} slot(s).")
+        missed_for = time.monotonic() - self._slots_seen_at
+        patience = _LOCAL_RESTART_SECONDS if self._are_local else _WORKERS_GONE_SECONDS
+        if self._are_workers_missed or missed_for < patience or not self._on_loss:
+            return
+        self._are_workers_missed = True
+        remedy = "It is being started again." if self._are_local else self._join
+        self.say(f"No worker is left; the study waits for one. {remedy}")
+
+    def _replace_client(self, *, is_silent: bool) -> None:
+        self._up.clear()
+        self._slots = 0
+        for tell in list(self._on_loss):
+            tell()
+        if is_silent:  # and it may take long until a new client finds that, too
+            self.say(
+                "The scheduler is away; the study waits for it. (It has answered nothing for "
+                f"{_SILENCE_SECONDS:.0f} s.)"
+            )
+        self._close_client()
+        said = is_silent
+        pause = 0.2
+        while not self._closed.is_set():
+            try:
+                self._take(self._open_client())
+            except Exception as error:  # noqa: BLE001 - it may go away again in the middle
+                if not said:
+                    said = True
+                    self.say(f"The scheduler is away; the study waits for it. ({error})")
+                self._closed.wait(pause)
+                pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.6)
+                continue
+            self.say("The scheduler is back; trials go on from their last checkpoints.")
+            return
+
+    def _take(self, client: Client) -> None:
+        with self._lock:
+            self._client = client
+            self._comm = client.scheduler_comm
+            try:
+                for topic, handler in self._topics.items():
+                    client.subscribe_topic(topic, handler)
+                for sha256, path in self._offers.items():
+                    self._deliver(sha256, path)
+                self._look()
+            except BaseException:
+                self._close_client()
+                raise
+        # Workers look for their scheduler themselves: no word about them yet.
+        self._slots_seen_at = time.monotonic()
+        self._up.set()
+
+    def _close_client(self) -> None:
+        with contextlib.suppress(Exception):  # whatever is left of it ends with this process
+            self._client.close(timeout=2)
+
+
+def _glance() -> Callable[..., int]:
+    """What a look at the scheduler runs there.
+
+    A function in a function travels by value: a scheduler need not have the tuner installed.
+    """
+    resource = SLOT
+
+    def glance(topics: Sequence[str], dask_scheduler: Any) -> int:
+        for topic in topics:
+            dask_scheduler._broker.truncate(topic)  # noqa: SLF001 - it has no public name
+        workers = dask_scheduler.workers.values()
+        running = [worker for worker in workers if worker.status.name == "running"]
+        return int(sum(worker.resources.get(resource, 0) for worker in running))
+
+    return glance
+
+
+class Cluster:
+    """The trainings of one study on a connection; several studies may share one."""
+
+    def __init__(
+        self,
+        connection: Connection,
         tuned: TunedStudy,
         *,
         development_file: Path,
@@ -111,43 +351,50 @@ class Cluster:
         """Opens the trainings of one study.
 
         Args:
-            client: Of the scheduler whose workers train.
+            connection: To the scheduler whose workers train.
             tuned: The study.
             development_file: Its training and validation rows.
             threads: Threads of each training.
             open_run: What a worker trains with; the network where left out. Pickled.
         """
-        self._client = client
+        self._connection = connection
         self._tuned = tuned
         self._development_file = development_file
         self._threads = threads
         self._open_run = open_run or open_training_run
         topic = f"tuner-{uuid.uuid4().hex}"
         self._events, self._orders_topic = f"{topic}-events", f"{topic}-orders"
+        self._topics = (self._events, self._orders_topic)
         self._attempts: dict[str, _Attempt] = {}
+        self._news: dict[str, int] = {}  # orders that were not sent yet
         self._lock = threading.Lock()
         self._pausing = False
+        self._was_disk_full = False
+        self._wake = threading.Event()
         self._closed = threading.Event()
-        client.subscribe_topic(self._events, self._hear)
+        connection.subscribe(self._events, self._hear)
+        connection.keep_short(self._topics)
+        connection.on_loss(self._lose_everything)
+        connection.offer(tuned.record.development_sha256, development_file)
         self._pulse = threading.Thread(target=self._keep_pulsing, name="orders", daemon=True)
         self._pulse.start()
 
     def slots(self) -> int:
         """How many trainings the workers of this moment run at once."""
-        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
-        return int(sum(worker["resources"].get(_SLOT, 0) for worker in workers))
+        return self._connection.slots()
 
     def pause(self) -> None:
         """Makes every running training save a checkpoint and end at its next epoch."""
         self._pausing = True
-        with contextlib.suppress(Exception):  # the pulse says it again
-            self._order({})
+        self._wake.set()
 
     def close(self) -> None:
         self._closed.set()
-        self._pulse.join()
-        with contextlib.suppress(Exception):  # the scheduler may be gone already
-            self._client.unsubscribe_topic(self._events)
+        self._wake.set()
+        self._pulse.join(timeout=_CONNECT_SECONDS)
+        self._connection.off_loss(self._lose_everything)
+        self._connection.unsubscribe(self._events)
+        self._connection.drop(self._topics)
 
     def __enter__(self) -> Self:
         return self
@@ -167,18 +414,20 @@ class Cluster:
             TrialEndedError: The trial cannot go on.
             TrainingPausedError: `pause` was called; the checkpoint is written.
             WorkerLostError: The worker is gone; calling again goes on from the last checkpoint.
-            ClusterError: No worker offers a slot.
+            WorkerLeftError: The same, but no fault of the trial's.
+            ClusterError: No worker is left, and none will come.
         """
         max_epochs = self._tuned.record.spec.training.max_epochs
         # Epochs at which a worker waits to be told more; nobody waits after the last one.
         stations = (*sorted(rungs), max_epochs + 1)
         attempt = _Attempt(train_until=stations[0])
-        future = self._submit(attempt, config, seed, trial, tuple(rungs))
+        future: Future[Any] | None = None
         seen = 0
         try:
+            future = self._submit(attempt, config, seed, trial, tuple(rungs))
             for message in self._messages(attempt, future):
                 if isinstance(message, bytes):
-                    publish(self._tuned.artifacts.checkpoint(trial), message)
+                    self._keep_checkpoint(trial, message)
                     continue
                 fresh = [message] if isinstance(message, EpochResult) else message.curve
                 for result in fresh:
@@ -193,9 +442,11 @@ class Cluster:
         finally:
             with self._lock:
                 self._attempts.pop(attempt.name, None)
-            future.release()
-            with contextlib.suppress(Exception):
-                self._order({attempt.name: -1})
+                self._news[attempt.name] = -1
+            self._wake.set()
+            if future is not None:
+                with contextlib.suppress(Exception):  # its client may be closed
+                    future.release()
 
     def _submit(
         self,
@@ -223,16 +474,26 @@ class Cluster:
             checkpoint=checkpoint.read_bytes() if checkpoint.exists() else None,
             train_until=attempt.train_until,
         )
+        while not self._connection.wait_until_up(0.5):
+            if self._pausing:
+                raise TrainingPausedError
+        # Before its client is looked up: so a scheduler that goes away now is noticed.
         with self._lock:
             self._attempts[attempt.name] = attempt
-        future = self._client.submit(
-            train_on_worker,
-            task,
-            self._open_run,
-            key=attempt.name,
-            pure=False,
-            resources={_SLOT: 1},
-        )
+        client = self._connection.client
+        try:
+            future = client.submit(
+                train_on_worker,
+                task,
+                self._open_run,
+                key=attempt.name,
+                pure=False,
+                resources={SLOT: 1},
+            )
+        except Exception as error:
+            if client is self._connection.client and self._connection.is_up:
+                raise
+            raise WorkerLeftError(_SCHEDULER_WENT) from error
         future.add_done_callback(attempt.inbox.put)
         return future
 
@@ -240,68 +501,128 @@ class Cluster:
         self, attempt: _Attempt, future: Future[Any]
     ) -> Iterator[EpochResult | bytes | TrainingOutcome]:
         """What the attempt says, its outcome last."""
-        waiting_since = time.monotonic()
         while True:
             try:
                 message = attempt.inbox.get(timeout=1.0)
             except queue.Empty:
-                if self.slots():
-                    waiting_since = time.monotonic()
-                elif time.monotonic() - waiting_since > _NO_WORKERS_SECONDS:
+                if self._pausing and attempt.started is None:  # it waits for a worker
+                    raise TrainingPausedError from None
+                if self._connection.is_hopeless:
                     raise ClusterError(
-                        f"No worker has offered a slot for {_NO_WORKERS_SECONDS:.0f} s. "
-                        "Launch again with --workers 1 or more."
+                        f"No worker has offered a slot for {_LOCAL_WORKERS_GONE_SECONDS:.0f} s: "
+                        "they die as soon as they start. `tuner launch --debug` shows why."
                     ) from None
                 if not future.done():
                     continue
                 message = future
+            if isinstance(message, BaseException):
+                raise message
             if not isinstance(message, Future):
                 yield message
             elif message.status == "finished":
                 yield message.result()
                 return
             elif message.status in ("cancelled", "lost"):
-                raise WorkerLostError("the cluster dropped its training")
+                self._connection.doubt()
+                raise WorkerLeftError(_SCHEDULER_WENT)
             else:
                 error = message.exception()
                 if isinstance(error, KilledWorker):
-                    raise WorkerLostError("its worker died")
+                    raise _death(attempt)
                 raise error
 
     def _conclude(self, outcome: TrainingOutcome, trial: int) -> None:
-        artifacts = self._tuned.artifacts
         if outcome.ending == "paused":
             if outcome.checkpoint is not None:
-                publish(artifacts.checkpoint(trial), outcome.checkpoint)
-            raise TrainingPausedError
+                self._keep_checkpoint(trial, outcome.checkpoint)
+            if self._pausing:
+                raise TrainingPausedError
+            raise WorkerLeftError("its worker heard nothing for a while")
         if outcome.ending == "stopped":
-            return
+            # A verdict closes the generator, and nobody would be here: its worker gave it up.
+            raise WorkerLeftError(_SCHEDULER_WENT)
         if outcome.ending != "finished":
             raise TrialEndedError(outcome.ending, outcome.detail)
         if outcome.best_weights is not None:
-            publish(artifacts.weights(trial), outcome.best_weights)
+            self._keep_weights(trial, outcome.best_weights)
+
+    def _keep_checkpoint(self, trial: int, content: bytes) -> None:
+        """Writes a checkpoint; one that the disk has no room for is missed by nobody but time."""
+        try:
+            publish(self._tuned.artifacts.checkpoint(trial), content)
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            self._say_disk_is_full(error)
+        else:
+            self._was_disk_full = False
+
+    def _keep_weights(self, trial: int, content: bytes) -> None:
+        """Writes the best weights, however long the disk takes to have room.
+
+        Raises:
+            TrainingPausedError: The study is stopped meanwhile; the trial stays open.
+        """
+        while True:
+            try:
+                publish(self._tuned.artifacts.weights(trial), content)
+            except OSError as error:
+                if error.errno not in _DISK_ERRORS:
+                    raise
+                self._say_disk_is_full(error)
+            else:
+                self._was_disk_full = False
+                return
+            waited = 0.0
+            while waited < _DISK_PAUSE_SECONDS:
+                if self._pausing or self._closed.wait(0.2):
+                    raise TrainingPausedError
+                waited += 0.2
+
+    def _say_disk_is_full(self, error: OSError) -> None:
+        if not self._was_disk_full:
+            self._was_disk_full = True
+            self._connection.say(
+                f"{self._tuned.artifacts.folder} cannot be written ({error.strerror}): checkpoints "
+                "are skipped, and finished trials wait for room. Free some; nothing is lost."
+            )
 
     def _allow(self, attempt: _Attempt, until: int) -> None:
         if until > attempt.train_until:
             attempt.train_until = until
-            self._order({attempt.name: until})
+            with self._lock:
+                self._news[attempt.name] = until
+            self._wake.set()
 
-    def _order(self, attempts: Mapping[str, int], *, complete: bool = False) -> None:
+    def _keep_pulsing(self) -> None:
         """Tells workers how far each attempt may train; -1 stops it.
 
         Complete orders name every attempt that lives: one that is not named is to stop.
         """
-        orders = {"pause": self._pausing, "attempts": dict(attempts), "complete": complete}
-        self._client.log_event(self._orders_topic, orders)
-
-    def _keep_pulsing(self) -> None:
-        while not self._closed.wait(_PULSE_SECONDS):
+        complete_at = 0.0
+        while True:
+            self._wake.wait(_PULSE_SECONDS)
+            self._wake.clear()
+            closed = self._closed.is_set()
+            complete = closed or self._pausing or time.monotonic() >= complete_at
             with self._lock:
-                everything = {name: one.train_until for name, one in self._attempts.items()}
-            # The scheduler keeps what was said on a topic; nobody will ask for it again.
-            with contextlib.suppress(Exception):  # a scheduler that is away hears the next pulse
-                self._order(everything, complete=True)
-                self._client.run_on_scheduler(_forget, [self._events, self._orders_topic])
+                orders, self._news = self._news, {}
+                if complete:
+                    orders = {name: one.train_until for name, one in self._attempts.items()}
+            if complete:
+                complete_at = time.monotonic() + _PULSE_SECONDS
+            if self._connection.is_up:
+                message = {"pause": self._pausing, "attempts": orders, "complete": complete}
+                with contextlib.suppress(Exception):  # a scheduler that is away hears the next one
+                    self._connection.client.log_event(self._orders_topic, message)
+            if closed:
+                return
+
+    def _lose_everything(self) -> None:
+        with self._lock:
+            attempts = list(self._attempts.values())
+        for attempt in attempts:
+            attempt.inbox.put(WorkerLeftError(_SCHEDULER_WENT))
 
     def _hear(self, event: tuple[float, Mapping[str, Any]]) -> None:
         _, message = event
@@ -309,10 +630,23 @@ class Cluster:
             attempt = self._attempts.get(message["attempt"])
         if attempt is None:  # a worker that was given up, and goes on: not believed
             return
+        if "started" in message:
+            if attempt.started is not None:  # Dask started it again on its own
+                attempt.inbox.put(_death(attempt))
+            attempt.started = message["started"]
+        if "opened" in message:
+            attempt.opened = True
         if "epoch" in message:
             attempt.inbox.put(EpochResult(**message["epoch"]))
-        else:
+        if message.get("checkpoint") is not None:
             attempt.inbox.put(message["checkpoint"])
+        if message.get("left") == "asked":
+            attempt.inbox.put(WorkerLeftError("its worker left and gave it back"))
+        elif message.get("left") == "too large":
+            attempt.inbox.put(WorkerLostError("its worker ran out of memory"))
+
+
+_SCHEDULER_WENT = "its scheduler dropped it"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -321,12 +655,15 @@ class _Attempt:
 
     train_until: int
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started: str | None = None  #: by which run of its task
+    opened: bool = False  #: the network was built, and began to train
     inbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
 
 
-def _forget(topics: Sequence[str], dask_scheduler: Any) -> None:
-    for topic in topics:
-        dask_scheduler._broker.truncate(topic)  # noqa: SLF001 - it has no public name
+def _death(attempt: _Attempt) -> WorkerLostError:
+    if attempt.opened:
+        return WorkerLostError("its worker died")
+    return WorkerDiedEarlyError("its worker died before it trained")
 
 
 def default_workers() -> int:
@@ -335,192 +672,93 @@ def default_workers() -> int:
 
 
 @contextlib.contextmanager
-def local_client(workers: int, *, threads: int = 1) -> Iterator[Client]:
-    """A client of a cluster of worker processes on this machine, gone when the block ends.
+def local_connection(workers: int, *, threads: int = 1, say: Say) -> Iterator[Connection]:
+    """Worker processes on this machine, gone when the block ends.
 
     Args:
         workers: Processes, one training each.
         threads: Threads of each training.
+        say: Tells the user, a line at a time.
     """
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters we say ourselves
-    environment = {
-        "OMP_NUM_THREADS": str(threads),
-        "TF_NUM_INTRAOP_THREADS": str(threads),
-        "TF_NUM_INTEROP_THREADS": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
+    silence_dask()
+    environment = training_environment(threads)
     settings: dict[str, Any] = {
         # A task whose worker died comes back to us at once: the coordinator decides.
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": True,
-        "distributed.admin.log-length": 100,
+        # Messages, checkpoints among them, that the scheduler remembers for each connection.
+        "distributed.admin.low-level-log-length": 100,
+        # Dask takes a worker away for good that is not back so soon (15 s), as on a busy machine.
+        "distributed.deploy.lost-worker-timeout": "1 day",
     }
     with (
         tempfile.TemporaryDirectory(prefix="tuner-workers-") as folder,
         dask.config.set(settings | {"temporary-directory": folder}),
     ):
-        with _children_deaf_to_interrupts():
+        with children_deaf_to_interrupts():
             cluster = LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,
                 memory_limit=0,
                 host="127.0.0.1",
                 dashboard_address=None,
-                resources={_SLOT: 1},
+                # It serves HTTP all the same, at a port that another launch may have by default.
+                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+                resources={SLOT: 1},
                 local_directory=folder,
                 env=environment,
                 silence_logs=logging.CRITICAL,
             )
-            client = Client(cluster)
-        with cluster, client:
-            yield client
+            connection = Connection(
+                lambda: Client(cluster),
+                say=say,
+                join="Launch again with --workers 1 or more.",
+                are_local=True,
+            )
+        with cluster, connection:
+            yield connection
 
 
 @contextlib.contextmanager
-def _children_deaf_to_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches the whole process group; only the coordinator may act on it.
+def remote_connection(
+    cluster: str, *, tls: TlsFiles | None = None, say: Say
+) -> Iterator[Connection]:
+    """Workers of a scheduler that runs already; it and they go on when the block ends.
 
-    The signal mask is inherited: by the threads that start the worker processes, and by those.
+    Args:
+        cluster: Its address (tcp://..., tls://...) or the scheduler file that it wrote.
+        tls: What it asks of who connects.
+        say: Tells the user, a line at a time.
+
+    Raises:
+        ClusterError: No scheduler answers there, or it cannot be spoken to.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    # It would unblock the signal in whichever thread happens to start it.
-    multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    silence_dask()
 
+    def open_client() -> Client:
+        address = scheduler_address(cluster, tls)
+        place = address if address == cluster else f"{address} (of {cluster})"
+        if not is_answering(address, patience_seconds=_CONNECT_SECONDS):
+            raise ClusterError(f"No Dask scheduler answers at {place}.")
+        try:
+            return Client(
+                address,
+                security=None if tls is None else tls.security(),
+                timeout=_CONNECT_SECONDS,
+                set_as_default=False,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ClusterError(
+                f"Something answers at {place}, but no Dask scheduler that can be spoken to"
+                f"{'' if tls else ' without TLS'}: {reason}"
+            ) from error
 
-# --- on a worker ---
-
-
-def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
-    """Trains one attempt on a Dask worker; see `Cluster.train`."""
-    orders = _Orders.of(task.orders)
-    orders.begin(task.attempt, task.train_until)
-    worker = get_worker()
-
-    def say(**message: Any) -> None:
-        worker.log_event(task.events, {"attempt": task.attempt, **message})
-
-    curve: list[EpochResult] = []
-
-    def note(result: EpochResult) -> None:
-        curve.append(result)
-        say(epoch=asdict(result))
-
-    try:
-        run = open_run(task)
-        for result in run.history:
-            note(result)
-        saved_at = time.monotonic()
-        epochs = run.epochs()
-        while True:
-            order = orders.wait(task.attempt, len(curve))
-            if order == "stop":
-                return TrainingOutcome(ending="stopped", curve=tuple(curve))
-            if order == "pause":
-                return TrainingOutcome(
-                    ending="paused", curve=tuple(curve), checkpoint=run.checkpoint()
-                )
-            at_rung = len(curve) in task.rungs
-            due = _RUNG_CHECKPOINT_SECONDS if at_rung else _CHECKPOINT_SECONDS
-            if time.monotonic() - saved_at > due:
-                say(checkpoint=run.checkpoint())
-                saved_at = time.monotonic()
-            following = next(epochs, None)
-            if following is None:
-                break
-            note(following)
-    except TrialEndedError as end:
-        return TrainingOutcome(ending=end.reason, detail=end.detail, curve=tuple(curve))
-    finally:
-        orders.end(task.attempt)
-    return TrainingOutcome(ending="finished", curve=tuple(curve), best_weights=run.best_weights())
-
-
-class _Orders:
-    """What this worker process heard from a coordinator."""
-
-    _heard: ClassVar[dict[str, _Orders]] = {}
-
-    @classmethod
-    def of(cls, topic: str) -> _Orders:
-        if topic not in cls._heard:
-            cls._heard[topic] = cls(topic)
-        return cls._heard[topic]
-
-    def __init__(self, topic: str) -> None:
-        self._changed = threading.Condition()
-        self._until: dict[str, int] = {}
-        self._pause = False
-        self._heard_at = time.monotonic()
-        get_client().subscribe_topic(topic, self._hear)
-
-    def begin(self, attempt: str, until: int) -> None:
-        with self._changed:
-            self._until.setdefault(attempt, until)
-            self._heard_at = time.monotonic()
-
-    def end(self, attempt: str) -> None:
-        with self._changed:
-            self._until.pop(attempt, None)
-
-    def _hear(self, event: tuple[float, Mapping[str, Any]]) -> None:
-        _, orders = event
-        with self._changed:
-            self._heard_at = time.monotonic()
-            self._pause = orders["pause"]
-            for attempt in self._until:
-                if orders["complete"] or attempt in orders["attempts"]:
-                    self._until[attempt] = orders["attempts"].get(attempt, -1)
-            self._changed.notify_all()
-
-    def wait(self, attempt: str, epoch: int) -> Literal["go", "stop", "pause"]:
-        """Waits at the end of an epoch until the attempt may go on, or may not."""
-        with self._changed:
-            while True:
-                silent = time.monotonic() - self._heard_at
-                if self._pause or silent > _SILENCE_SECONDS:
-                    return "pause"
-                if self._until[attempt] < 0:
-                    return "stop"
-                if epoch < self._until[attempt]:
-                    return "go"
-                self._changed.wait(timeout=_SILENCE_SECONDS - silent + 0.1)
-
-
-def open_training_run(task: TrainingTask) -> Run:
-    """The real thing: TensorFlow is imported here, on a worker, and never by a coordinator."""
-    from tuner.training import TrainingRun
-
-    settings = task.training
-    return TrainingRun(
-        _development_data(task.development_file, task.development_sha256, task.threads),
-        task.config,
-        seed=task.seed,
-        trial=task.trial,
-        max_epochs=settings.max_epochs,
-        patience=settings.patience,
-        precision=task.precision,
-        max_trial_seconds=settings.max_trial_seconds,
-        checkpoint=task.checkpoint,
-    )
-
-
-_DATA: dict[str, Any] = {}
-
-
-def _development_data(path: str, sha256: str, threads: int) -> Any:
-    """The development rows as tensors, made once for each worker process."""
-    from tuner.data import load_development
-    from tuner.training import TensorData, configure_tensorflow
-
-    if sha256 not in _DATA:
-        configure_tensorflow(threads)
-        _DATA.clear()
-        _DATA[sha256] = TensorData(load_development(Path(path), sha256))
-    return _DATA[sha256]
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while time.monotonic() < deadline:  # it may be starting
+        if is_answering(scheduler_address(cluster, tls), patience_seconds=_CONNECT_SECONDS):
+            break
+        time.sleep(0.2)
+    join = f"Start one: {worker_command(cluster, tls)}"
+    with Connection(open_client, say=say, join=join) as connection:
+        yield connection

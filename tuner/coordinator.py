@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Literal, Protocol
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.curves import EpochResult, Train
-from tuner.errors import StudyError, TrainingPausedError, TunerError, WorkerLostError
+from tuner.errors import (
+    StorageError,
+    StudyError,
+    TrainingPausedError,
+    TunerError,
+    WorkerDiedEarlyError,
+    WorkerLeftError,
+    WorkerLostError,
+)
 from tuner.objective import DETAIL_KEY, ENDED_KEY, Objective, reported_epochs
 from tuner.space import ModelConfig
 from tuner.storage import COORDINATOR_KEY, Decision
-from tuner.study import FINISHED, RESUMED_KEY, RecordedPruner, TunedStudy
+from tuner.study import (
+    FINISHED,
+    RESUMED_KEY,
+    WORKERS_KEY,
+    RecordedPruner,
+    TunedStudy,
+    refuse_a_reported_study,
+)
 
 KEPT_WEIGHTS = 10  #: the best trials whose weights are kept
 POISON_LOSSES = 5  #: workers a trial may lose without a new epoch
+POISON_EARLY_LOSSES = 25  #: the same, of workers that died before they began to train
 FAILURES_IN_A_ROW = 10  #: failed trials after which the study stops: something is broken
 _HEARTBEAT_SECONDS = 1.0
+_WORKERS_SECONDS = 5.0  #: at most this often the number of workers is written down
+_PATIENCE_AFTER_STOP_SECONDS = 5.0  #: with a database that is away, once the study is to stop
 
 #: Why a run ended. All but "finished" are taken up again by the same command.
 Ending = Literal["finished", "stopped", "timeout", "interrupted"]
 
-#: The trial attribute that counts workers lost since the trial's last new epoch.
+#: Trial attributes that count workers lost since the trial's last new epoch.
 _LOSSES_KEY = "workers_lost"
+_EARLY_LOSSES_KEY = "workers_lost_early"
 
 
 class Workers(Protocol):
@@ -72,20 +93,40 @@ class Coordinator:
         self._workers = workers
         self._watcher = watcher
         self._objective = Objective(tuned.record.spec, self._watched_train)
-        self._deciding = threading.RLock()
+        self._deciding = threading.RLock()  # its holder may wait for the database
+        self._counting = threading.Lock()  # of the two below; `run` takes this one alone
         self._changed = threading.Event()  # a trial ended, or somebody asked to stop
+        self._claiming = 0  # threads that are about to have a trial
         self._running: dict[int, int] = {}  # trial number -> completed epochs
         self._ending: Ending = "finished"
         self._stopping = False
         self._fatal: BaseException | None = None
         self._failures_in_a_row = 0
-        study = tuned.study
-        study.pruner = RecordedPruner(study.pruner, self._record_verdict, self._deciding)
+        self._slots = 0  # as the workers last said
+        self._told_workers: int | None = None
+        self._told_workers_at = 0.0
+        self._heartbeat: Future[bool] | None = None
+        self._silent_since = 0.0  # when the heartbeat began that is still awaited
+        self._stopping_since = 0.0
+
+    @property
+    def running(self) -> int:
+        """Trials in flight, or about to be."""
+        return len(self._running) + self._claiming
+
+    def unfinished(self) -> int:
+        """Trials that the budget still asks for, those in flight included."""
+        return max(0, self._tuned.budget - len(self._tuned.trials(*FINISHED)))
+
+    def wake(self) -> None:
+        """Makes the run look for free slots now, and not at its next heartbeat."""
+        self._changed.set()
 
     def stop(self, why: Ending) -> None:
         """Ends the run soon: running trials save a checkpoint and stay open."""
         if not self._stopping:
             self._ending = why
+            self._stopping_since = time.monotonic()
             self._stopping = True
             self._changed.set()
 
@@ -103,7 +144,12 @@ class Coordinator:
             TunerError: The workers are unusable.
         """
         self._tuned.storage.take_lease(self._tuned.id)
-        self._refuse_a_reported_study()
+        try:
+            refuse_a_reported_study(self._tuned)
+        except StudyError:
+            self._tuned.storage.release_lease()
+            raise
+        self._decide_as_recorded()
         deadline = None if timeout is None else time.monotonic() + timeout
         told_to_pause = False
         try:
@@ -115,12 +161,13 @@ class Coordinator:
                     told_to_pause = True
                 if not self._stopping:
                     self._start_trials()
-                if not self._running:
+                    self._note_workers()
+                # Without a slot there is nothing in flight, but a budget to wait for.
+                if not self.running and (self._stopping or not self.unfinished()):
                     break
                 self._changed.wait(_HEARTBEAT_SECONDS)
                 self._changed.clear()
-                if self._tuned.storage.heartbeat():
-                    self.stop("stopped")
+                self._beat()
                 self._watcher.tick(len(self._running))
         except BaseException:
             self.stop("interrupted")
@@ -128,46 +175,135 @@ class Coordinator:
             raise
         finally:
             # While a trial's thread lives, the fence must stand: it may still try to write.
-            if not self._running:
-                self._tuned.storage.release_lease()
+            if not self.running:
+                self._release_lease()
         if self._fatal is not None:
             raise self._fatal
         return self._ending
 
-    def _refuse_a_reported_study(self) -> None:
-        if self._tuned.storage.ledger(study_key=self._tuned.key):
-            self._tuned.storage.release_lease()
-            raise StudyError(
-                f"The test split of study {self._tuned.name!r} was opened by its report, so it "
-                "trains no more trials. Start a new study (--name) with another split seed."
-            )
+    def _beat(self) -> None:
+        """Renews the lease about once a second, and never waits for a database that is away."""
+        now = time.monotonic()
+        if self._heartbeat is None:
+            if now - self._silent_since > _HEARTBEAT_SECONDS:
+                self._heartbeat = self._tuned.storage.begin_heartbeat()
+                self._silent_since = now
+        elif self._heartbeat.done():
+            heartbeat, self._heartbeat = self._heartbeat, None
+            if heartbeat.result():
+                self.stop("stopped")
+        elif self._stopping:
+            waited = now - max(self._silent_since, self._stopping_since)
+            if waited > _PATIENCE_AFTER_STOP_SECONDS:
+                self._tuned.storage.give_up()
+                raise StorageError(self._stopped_without_it())
+
+    def _stopped_without_it(self) -> str:
+        return (
+            f"{self._tuned.storage.masked_url} does not answer, so the study stopped without it. "
+            "Nothing that it holds is lost, and running trials keep their checkpoints: the same "
+            "command goes on once the database is back."
+        )
+
+    def _release_lease(self) -> None:
+        """Gives the lease back; where the database is away, the lease lapses by itself."""
+        storage, failing = self._tuned.storage, sys.exc_info()[0] is not None
+        patience = threading.Timer(_PATIENCE_AFTER_STOP_SECONDS, storage.give_up)
+        patience.daemon = True
+        if self._stopping:
+            patience.start()
+        try:
+            storage.release_lease()
+        except StorageError as error:
+            if self._fatal is None and not failing:
+                raise StorageError(self._stopped_without_it()) from error
+        except TunerError:
+            if self._fatal is None and not failing:
+                raise
+        finally:
+            patience.cancel()
+
+    def _decide_as_recorded(self) -> None:
+        """Lets rungs that were decided before, by a coordinator that died, stay as decided."""
+        recorded = {
+            (decision.trial, decision.epoch): decision.verdict == "prune"
+            for decision in self._tuned.storage.decisions(self._tuned.id)
+            if decision.kind == "rung"
+        }
+        study = self._tuned.study
+        pruner = study.pruner.inner if isinstance(study.pruner, RecordedPruner) else study.pruner
+        study.pruner = RecordedPruner(pruner, recorded, self._record_verdict, self._together)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """One decision at a time; what it writes is committed whole, or not at all."""
+        with self._deciding, self._tuned.storage.together():
+            yield
 
     def _start_trials(self) -> None:
-        while len(self._running) < self._workers.slots():
-            trial = self._claim()
-            if trial is None:
+        """Starts a thread for each free slot; only those may wait for the database."""
+        until = time.monotonic() + _HEARTBEAT_SECONDS
+        while not self._stopping:
+            if time.monotonic() > until:  # trials end as fast as they start
+                self._changed.set()
                 return
-            name = f"trial-{trial.number}"
-            threading.Thread(target=self._drive, args=(trial,), name=name, daemon=True).start()
+            with self._counting:
+                if self.running >= self.unfinished():
+                    return
+                self._slots = self._workers.slots()
+                if self.running >= self._slots:
+                    return
+                self._claiming += 1
+            threading.Thread(target=self._work, name="trial", daemon=True).start()
+
+    def _work(self) -> None:
+        """One trial from its claim to its end, on a thread of its own."""
+        trial = None
+        try:
+            try:
+                trial = self._claim()
+            finally:
+                with self._counting:
+                    self._claiming -= 1
+            if trial is not None:
+                self._drive(trial)
+        except TrainingPausedError:
+            pass  # stays RUNNING, with a checkpoint, for whoever resumes the study
+        except BaseException as error:  # noqa: BLE001 - a thread's error must reach `run`
+            self._fatal = self._fatal or error
+            self.stop("stopped")
+        finally:
+            if trial is not None:
+                with self._counting:
+                    self._running.pop(trial.number, None)
+            self._changed.set()
+
+    def _note_workers(self) -> None:
+        """Tells the storage on how many workers the study runs; they come and go."""
+        workers, now = max(self._slots, self.running), time.monotonic()
+        fresh = self._told_workers is None or now - self._told_workers_at > _WORKERS_SECONDS
+        if fresh and workers != self._told_workers:
+            self._tuned.storage.begin_note(self._tuned.id, WORKERS_KEY, workers)
+            self._told_workers, self._told_workers_at = workers, now
 
     def _claim(self) -> optuna.Trial | None:
         """The next trial to run; None where finished and running ones make up the budget."""
         with self._deciding:
             trials = self._tuned.trials()
             finished = sum(trial.state in FINISHED for trial in trials)
-            if finished + len(self._running) >= self._tuned.budget:
+            if self._stopping or finished + len(self._running) >= self._tuned.budget:
                 return None
             # Trials of a coordinator that died go first; trials of others are left alone.
             for trial in trials:
-                ours = COORDINATOR_KEY in trial.user_attrs
-                if trial.state == TrialState.RUNNING and ours and trial.number not in self._running:
+                if trial.state != TrialState.RUNNING or trial.number in self._running:
+                    continue
+                if COORDINATOR_KEY in trial.user_attrs:
                     return self._adopt(trial)
             asked = self._tuned.study.ask()
             self._tuned.record.spec.space.suggest(asked)
             if COORDINATOR_KEY not in asked.user_attrs:  # enqueued by the user
                 asked.set_user_attr(COORDINATOR_KEY, "enqueued")
-            self._record(Decision(trial=asked.number, kind="ask", epoch=None, verdict=None,
-                                  seen=dict(self._running)))  # fmt: skip
+            self._record(Decision(trial=asked.number, kind="ask", epoch=None, verdict=None))
             self._running[asked.number] = 0
             return asked
 
@@ -179,18 +315,9 @@ class Coordinator:
         return resumed
 
     def _drive(self, trial: optuna.Trial) -> None:
-        """One trial from its claim to its end, on a thread of its own."""
-        try:
-            self._tell(trial, *self._outcome(trial))
-        except TrainingPausedError:
-            pass  # stays RUNNING, with a checkpoint, for whoever resumes the study
-        except BaseException as error:  # noqa: BLE001 - a thread's error must reach `run`
-            self._fatal = self._fatal or error
-            self.stop("stopped")
-        finally:
-            with self._deciding:
-                self._running.pop(trial.number, None)
-            self._changed.set()
+        # What will be trained must stand in the database before a checkpoint of it can.
+        self._tuned.storage.flush()
+        self._tell(trial, *self._outcome(trial))
 
     def _outcome(self, trial: optuna.Trial) -> tuple[TrialState, float | None]:
         while True:
@@ -202,7 +329,8 @@ class Coordinator:
             except WorkerLostError as lost:
                 if self._stopping:  # we took the workers away ourselves: no fault of the trial
                     raise TrainingPausedError from lost
-                if self._is_poison(trial, progressed=reported_epochs(trial) > before):
+                progressed = reported_epochs(trial) > before
+                if self._is_poison(trial, lost, progressed=progressed):
                     return TrialState.PRUNED, None
                 self._count_resumption(trial)
                 self._watcher.say(f"Trial {trial.number}: {lost}; it goes on under its number.")
@@ -217,8 +345,13 @@ class Coordinator:
     def _tell(self, trial: optuna.Trial, state: TrialState, value: float | None) -> None:
         with self._deciding:
             told = self._tuned.study.tell(trial, value, state)
-            self._record(Decision(trial=trial.number, kind="tell", epoch=told.last_step,
-                                  verdict=told.state.name, seen=None))  # fmt: skip
+            self._record(
+                Decision(
+                    trial=trial.number, kind="tell", epoch=told.last_step, verdict=told.state.name
+                )
+            )
+        # Nothing that cannot be undone before the end of the trial is committed.
+        self._tuned.storage.flush()
         artifacts = self._tuned.artifacts
         artifacts.checkpoint(trial.number).unlink(missing_ok=True)
         if state == TrialState.COMPLETE:
@@ -239,11 +372,17 @@ class Coordinator:
                     "Mend that and launch again: nothing that finished is lost."
                 )
 
-    def _is_poison(self, trial: optuna.Trial, *, progressed: bool) -> bool:
+    def _is_poison(self, trial: optuna.Trial, lost: WorkerLostError, *, progressed: bool) -> bool:
         """Counts a lost worker; True once this trial has cost too many."""
-        losses = 1 if progressed else int(trial.user_attrs.get(_LOSSES_KEY, 0)) + 1
-        trial.set_user_attr(_LOSSES_KEY, losses)
-        if losses < POISON_LOSSES:
+        if isinstance(lost, WorkerLeftError):
+            return False
+        early = isinstance(lost, WorkerDiedEarlyError)
+        key, most = (
+            (_EARLY_LOSSES_KEY, POISON_EARLY_LOSSES) if early else (_LOSSES_KEY, POISON_LOSSES)
+        )
+        losses = 1 if progressed else int(trial.user_attrs.get(key, 0)) + 1
+        trial.set_user_attr(key, losses)
+        if losses < most:
             return False
         trial.set_user_attr(ENDED_KEY, "worker_lost")
         trial.set_user_attr(DETAIL_KEY, f"{losses} workers died of it without a new epoch")
@@ -270,7 +409,6 @@ class Coordinator:
                 kind="rung",
                 epoch=trial.last_step,
                 verdict="prune" if prunes else "go",
-                seen=dict(self._running),
             )
         )
 

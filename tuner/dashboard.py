@@ -63,13 +63,21 @@ def serve(
             say("The dashboard ended; studies go on.")
 
 
-def make_server(storage: Storage, *, host: str, port: int) -> DashboardServer:
+def make_server(
+    storage: Storage, *, host: str, port: int, trust_network: bool = False
+) -> DashboardServer:
     """A server that listens already; `serve_forever` answers.
+
+    Args:
+        storage: What to show.
+        host: A loopback address, unless `trust_network`.
+        port: 0 takes a free one.
+        trust_network: Somebody else sees to it that only this machine reaches the port.
 
     Raises:
         TunerError: See `serve`.
     """
-    if host not in LOOPBACK_HOSTS:
+    if host not in LOOPBACK_HOSTS and not trust_network:
         raise TunerError(
             f"--host {host}: the dashboard has no logins yet, so it listens on 127.0.0.1 alone. "
             "From another machine, take an SSH tunnel (ssh -L 8080:127.0.0.1:8080 USER@MACHINE) "

@@ -51,6 +51,10 @@ class StorageError(TunerError):
     """The database cannot be reached or is not what it should be."""
 
 
+class StudyInUseError(StorageError):
+    """A live coordinator holds the study's lease."""
+
+
 class StudyError(TunerError):
     """A study that does not exist, is in use, or does not fit what was asked."""
 
@@ -78,6 +82,14 @@ class TrialEndedError(Exception):
 
 class WorkerLostError(Exception):
     """The worker that trained a trial is gone; the same trial can go on elsewhere."""
+
+
+class WorkerDiedEarlyError(WorkerLostError):
+    """A worker died before it began to train: hardly the trial's fault, and yet it may be."""
+
+
+class WorkerLeftError(WorkerLostError):
+    """A worker gave its trial back, or the scheduler went away: no fault of the trial's."""
 
 
 class TrainingPausedError(Exception):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from optuna.trial import FrozenTrial
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -61,7 +62,7 @@ class ProgressWatcher:
         if time.monotonic() - self._shown_at < pause:
             return
         self._shown_at = time.monotonic()
-        now = status(self._tuned)
+        now = status(self._tuned, driven=True)
         if self._live is None:
             self.say(self._line(now))
         else:
@@ -156,6 +157,8 @@ def status_details(one: StudyStatus) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("study", one.study + (" [yellow](synthetic data)[/]" if one.synthetic else ""))
     table.add_row("state", one.state)
+    if one.error:
+        table.add_row("error", f"[red]{escape(one.error)}[/]")
     table.add_row("trials", f"{one.finished_trials} of {one.budget} finished")
     table.add_row("", counts_in_words(one))
     if one.resumed_trials:

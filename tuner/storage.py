@@ -1,89 +1,62 @@
-"""The database: Optuna's tables, made to survive outages, and three tables of our own.
+"""One open database: studies and trials behind Optuna's interface, and our own tables.
 
-Every call runs on one thread (SQLite sees a single writer, and a thousand slot threads
-share one connection), is tried again while the database is away, and, once a coordinator
-has taken its lease, commits only while that lease is still held.
+Leases, decisions, the ledger of opened test splits, the queue of the service. `database` has
+what lies below, `driven` the study that a coordinator holds in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
-import sys
-import threading
+import statistics
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-import optuna
 import psutil
 import sqlalchemy as sa
-import stamina
-from optuna.storages import BaseStorage, RDBStorage
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event, orm
-from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError, SQLAlchemyError
+from optuna.storages._rdb import models
 
-from tuner.artifacts import DEFAULT_STORAGE_URL
-from tuner.errors import LeaseLostError, StorageError
+from tuner.database import (
+    COORDINATOR_KEY,
+    OPENING_SECONDS,
+    Calls,
+    FencedStorage,
+    SchemaState,
+    closed_engine,
+    decisions,
+    development,
+    explained,
+    lease,
+    ledger,
+    lock_for_writing,
+    mask,
+    now,
+    open_database,
+    parse_url,
+    queue,
+    renew_lease,
+    say_on_stderr,
+    schema,
+    schema_state,
+    shown,
+)
+from tuner.driven import DrivenStorage
+from tuner.errors import StorageError, StudyInUseError
 
-SCHEMA_VERSION = 1
+__all__ = ["COORDINATOR_KEY", "Decision", "Lease", "LeaseHolder", "LedgerEntry", "Storage"]
+
 LEASE_SECONDS = 30.0  #: a lease not renewed for this long may be taken over
-_SQLITE_BUSY_SECONDS = 30.0  #: how long a statement waits for another process's write lock
-_SAY_SO_AFTER_SECONDS = 2.0  #: an outage shorter than this is nobody's business
+_LAST_LOOK_SECONDS = 5.0  #: who renews it within this time is alive, whatever the clock says
 
-#: The trial attribute that marks a trial as a coordinator's; its value is the asking token.
-COORDINATOR_KEY = "coordinator"
-
-_metadata = sa.MetaData()
-_schema = sa.Table("tuner_schema", _metadata, sa.Column("version", sa.Integer, primary_key=True))
-_lease = sa.Table(
-    "tuner_lease",
-    _metadata,
-    sa.Column("study_id", sa.Integer, primary_key=True),
-    sa.Column("token", sa.String(64), nullable=False),
-    sa.Column("holder", sa.Text, nullable=False),  # JSON: host, pid, started
-    sa.Column("renewed_at", sa.Float, nullable=False),  # seconds since the epoch
-    sa.Column("stop_requested", sa.Boolean, nullable=False),
-)
-# Rows outlive their study: deleting a study does not undo the opening of a test split.
-_ledger = sa.Table(
-    "tuner_ledger",
-    _metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("opened_at", sa.String(40), nullable=False),  # ISO 8601, UTC
-    sa.Column("opened_by", sa.String(255), nullable=False),  # user@host
-    sa.Column("study", sa.String(512), nullable=False),
-    # Not its id: SQLite gives that of a deleted study to the next one.
-    sa.Column("study_key", sa.String(128), nullable=False, index=True),
-    sa.Column("trial", sa.Integer, nullable=False),
-    sa.Column("config_hash", sa.String(64), nullable=False),
-    sa.Column("spec_hash", sa.String(64), nullable=False),
-    sa.Column("split_id", sa.String(64), nullable=False, index=True),
-    sa.Column("report", sa.Text, nullable=True),  # JSON, once the evaluation is done
-)
-# What the search decided, in order: enough to replay it (every tell before a row had
-# been seen by it, and `seen` holds how far each running trial was).
-_decisions = sa.Table(
-    "tuner_decisions",
-    _metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("study_id", sa.Integer, nullable=False, index=True),
-    sa.Column("trial", sa.Integer, nullable=False),
-    sa.Column("kind", sa.String(8), nullable=False),  # ask, rung, tell
-    sa.Column("epoch", sa.Integer, nullable=True),
-    sa.Column("verdict", sa.String(16), nullable=True),  # go, prune; a trial state
-    sa.Column("seen", sa.Text, nullable=True),  # JSON: {running trial: completed epochs}
-)
-
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -91,26 +64,50 @@ R = TypeVar("R")
 class LeaseHolder:
     """Who drives a study."""
 
-    host: str
+    host: str  #: for messages
     pid: int
-    started: float  #: when that process began, seconds since the epoch: pids are used again
+    machine: str = ""  #: unlike the host's name, unique to where a pid means one process
+    started: float = 0.0  #: when that process began, by a clock that never jumps: pids come again
 
     @classmethod
     def this_process(cls) -> LeaseHolder:
         return cls(
-            host=socket.gethostname(), pid=os.getpid(), started=psutil.Process().create_time()
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            machine=_this_machine(),
+            started=_started(os.getpid()),
         )
 
     def is_known_dead(self) -> bool:
         """True where the process ran on this machine and is gone; False where nobody can tell."""
-        if self.host != socket.gethostname():
+        if self.machine != _this_machine():
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1.0
-        except psutil.NoSuchProcess:
+            return abs(_started(self.pid) - self.started) > 1.0
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             return True
-        except psutil.AccessDenied:
+        except (psutil.AccessDenied, PermissionError):
             return False
+
+
+def _this_machine() -> str:
+    """This boot of this machine, and in it this container: there a pid means one process."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def _started(pid: int) -> float:
+    try:
+        # Seconds since boot. psutil adds the boot's time, which moves when the clock is set.
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return int(ticks) / os.sysconf("SC_CLK_TCK")
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            raise
+        return float(psutil.Process(pid).create_time())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,12 +116,14 @@ class Lease:
 
     token: str
     holder: LeaseHolder
-    renewed_at: float  #: seconds since the epoch
+    renewed_at: float  #: seconds since the epoch, by the database's clock
+    age_seconds: float  #: since then; below 0 where that clock was set back
     stop_requested: bool
 
     @property
     def is_live(self) -> bool:
-        return time.time() - self.renewed_at < LEASE_SECONDS and not self.holder.is_known_dead()
+        """Whether its holder may still drive the study, as far as one look can tell."""
+        return abs(self.age_seconds) < LEASE_SECONDS and not self.holder.is_known_dead()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,105 +150,22 @@ class Decision:
     kind: str
     epoch: int | None
     verdict: str | None
-    seen: dict[int, int] | None  #: completed epochs of each running trial
 
 
-class _FencedStorage(RDBStorage):
-    """Optuna's storage on the one storage thread, with back-off and the lease's fence."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageCheck:
+    """What `tuner storage check` found."""
 
-    def __init__(self, url: str, calls: _Calls, *, create: bool) -> None:
-        self._calls = calls
-        self.token: str | None = None
-        self.fenced_study: int | None = None
-        super().__init__(
-            url,
-            engine_kwargs={"connect_args": {"timeout": _SQLITE_BUSY_SECONDS}},
-            skip_table_creation=not create,
-        )
-        event.listen(self.engine, "connect", _configure_sqlite)
-        event.listen(self.scoped_session, "after_flush", _note_flush)
-        event.listen(self.scoped_session, "do_orm_execute", _note_bulk_write)
-        event.listen(self.scoped_session, "before_commit", self._refuse_a_stale_writer)
+    url: str  #: without its password
+    reachable: bool
+    schema: SchemaState | None
+    milliseconds: float | None  #: median of a round trip
+    commit_milliseconds: float | None  #: median of a transaction that writes
+    detail: str  #: what is wrong and what to do, or ""
 
-    def _refuse_a_stale_writer(self, session: orm.Session) -> None:
-        session.flush()
-        if session.info.pop("wrote", False) and self.token is not None:
-            renew_lease(session.connection(), self.fenced_study, self.token)
-
-    def _create_new_trial(
-        self, study_id: int, template_trial: FrozenTrial | None = None
-    ) -> FrozenTrial:
-        # A coordinator's trial carries its mark from its first transaction on, so that one
-        # whose coordinator died right after it is adopted, and nobody else's ever is.
-        if template_trial is None and self.token is not None:
-            template_trial = optuna.create_trial(
-                state=TrialState.RUNNING, user_attrs={COORDINATOR_KEY: self.token}
-            )
-        return super()._create_new_trial(study_id, template_trial)
-
-
-class _Calls:
-    """Runs functions on the one storage thread, again and again while the database is away."""
-
-    def __init__(self, patience_seconds: float | None, say: Callable[[str], None]) -> None:
-        self.patience_seconds = patience_seconds
-        self._say = say
-        self._thread_id: int | None = None
-        self._executor = ThreadPoolExecutor(1, "storage", initializer=self._remember_thread)
-
-    def _remember_thread(self) -> None:
-        self._thread_id = threading.get_ident()
-
-    def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        if threading.get_ident() == self._thread_id:  # a storage method that calls another
-            return function(*args, **kwargs)
-        return self._executor.submit(self._persist, lambda: function(*args, **kwargs)).result()
-
-    def _persist(self, call: Callable[[], R]) -> R:
-        began, said = time.monotonic(), False
-        for attempt in stamina.retry_context(
-            on=_is_outage,
-            attempts=None,
-            timeout=self.patience_seconds,
-            wait_initial=0.1,
-            wait_max=5.0,
-        ):
-            with attempt:
-                if not said and time.monotonic() - began > _SAY_SO_AFTER_SECONDS:
-                    said = True
-                    self._say("The database does not answer; waiting for it, nothing is lost.")
-                result = call()
-        if said:
-            self._say(f"The database is back after {time.monotonic() - began:.0f} s.")
-        return result
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=True)
-
-
-def _on_the_storage_thread(method: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(method)
-    def call(self: _FencedStorage, *args: Any, **kwargs: Any) -> Any:
-        return self._calls.run(method, self, *args, **kwargs)
-
-    return call
-
-
-# Optuna's cache (`get_storage`) calls these six beside the public interface.
-for _name in (
-    *BaseStorage.__abstractmethods__,
-    "_create_new_trial",
-    "_get_trials",
-    "_get_best_trial_id",
-    "_set_trial_param",
-    "_get_stale_trial_ids",
-    "get_trial_id_from_study_id_trial_number",
-):
-    setattr(_FencedStorage, _name, _on_the_storage_thread(getattr(_FencedStorage, _name)))
-
-
-def _say_on_stderr(message: str) -> None:
-    sys.stderr.write(f"{message}\n")
+    @property
+    def is_right(self) -> bool:
+        return self.reachable and self.schema == "current"
 
 
 class Storage:
@@ -265,59 +181,65 @@ class Storage:
         url: str,
         *,
         patience_seconds: float | None = 5.0,
-        say: Callable[[str], None] = _say_on_stderr,
+        say: Callable[[str], None] = say_on_stderr,
+        upgrade: bool = False,
     ) -> None:
         """Opens the database and creates its schema where it is empty.
 
         Args:
-            url: `sqlite:///PATH`.
-            patience_seconds: How long a call is tried again during an outage; None for ever.
+            url: `sqlite:///PATH` or `postgresql://USER@HOST/DATABASE`.
+            patience_seconds: How long a call is tried again during an outage; None for ever
+                (a database that never answered is given up after ten seconds all the same).
             say: Takes the lines about outages.
+            upgrade: Brings a schema of an older Optuna up to date.
 
         Raises:
             StorageError: The URL is no usable one, or what stands there is no database of ours.
         """
         self.url = url
-        path = sqlite_path(url)
-        self._calls = _Calls(patience_seconds, say)
+        self._parsed = parse_url(url)
+        opening = OPENING_SECONDS if patience_seconds is None else patience_seconds
+        self._calls = Calls(opening, say)
         try:
-            with _explained(url):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if not path.exists():
-                    _publish_empty_database(path)
-                self._rdb = self._calls.run(_FencedStorage, url, self._calls, create=True)
-                self._calls.run(self._create_our_tables)
+            with explained(self._parsed):
+                self._rdb: FencedStorage = self._calls.run(
+                    open_database, self._parsed, self._calls, upgrade=upgrade
+                )
         except BaseException:
             self._calls.close()
             raise
-        self.optuna: BaseStorage = optuna.storages.get_storage(self._rdb)
+        self._calls.patience_seconds = patience_seconds
+        self.optuna = DrivenStorage(self._rdb, self._calls)
 
     @property
     def masked_url(self) -> str:
         """The URL without its password."""
-        return sa.make_url(self.url).render_as_string(hide_password=True)
-
-    def _create_our_tables(self) -> None:
-        with self._rdb.engine.begin() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            _metadata.create_all(connection)
-            version = connection.scalar(sa.select(_schema.c.version))
-            if version is None:
-                connection.execute(_schema.insert().values(version=SCHEMA_VERSION))
-            elif version != SCHEMA_VERSION:
-                raise StorageError(
-                    f"{self.masked_url}: its schema has version {version}, this tuner knows "
-                    f"{SCHEMA_VERSION}; use the tuner that wrote it, or another --storage."
-                )
+        return mask(self.url)
 
     def close(self) -> None:
         """Ends the storage thread and its connections; the database stays as it is."""
-        self._calls.run(self._dispose)
-        self._calls.close()
+        self._calls.close(self._rdb.dispose)
 
-    def _dispose(self) -> None:
-        self._rdb.remove_session()
-        self._rdb.engine.dispose()
+    def give_up(self) -> None:
+        """Waits for a database that is away no longer: what waits for it fails with its error."""
+        self._calls.give_up()
+
+    def flush(self) -> None:
+        """Waits until everything that was written so far is committed.
+
+        Raises:
+            LeaseLostError: Another coordinator took over.
+            StorageError: The database is away, and `give_up` was called.
+        """
+        driven = self.optuna.driven
+        if driven is not None:
+            with explained(self._parsed):
+                driven.flush()
+
+    def together(self) -> AbstractContextManager[Any]:
+        """A block whose writes to the driven study are committed together, or none of them."""
+        driven = self.optuna.driven
+        return contextlib.nullcontext() if driven is None else driven.together()
 
     def __enter__(self) -> Self:
         return self
@@ -326,15 +248,15 @@ class Storage:
         self.close()
 
     def _transaction(self, work: Callable[[sa.Connection], R], *, fenced: bool = False) -> R:
-        def once() -> R:
-            with self._rdb.engine.begin() as connection:
-                result = work(connection)
-                if fenced and self._rdb.token is not None:
-                    renew_lease(connection, self._rdb.fenced_study, self._rdb.token)
-                return result
+        with explained(self._parsed):
+            return self._calls.run(lambda: self._once(work, fenced=fenced))
 
-        with _explained(self.url):
-            return self._calls.run(once)
+    def _once(self, work: Callable[[sa.Connection], R], *, fenced: bool) -> R:
+        with self._rdb.engine.begin() as connection:
+            result = work(connection)
+            if fenced and self._rdb.token is not None:
+                renew_lease(connection, self._rdb.fenced_study, self._rdb.token)
+            return result
 
     # --- lease ---
 
@@ -342,55 +264,84 @@ class Storage:
         """Makes this process the study's coordinator; every later write is fenced by the token.
 
         Raises:
-            StorageError: A live coordinator holds the lease; the message names it.
+            StudyInUseError: A live coordinator holds the lease; the message names it.
         """
+        seen = self.lease(study_id)
+        if seen is not None and not seen.holder.is_known_dead():
+            self._watch_whether_it_lapsed(study_id, seen)
         token, holder = uuid.uuid4().hex, LeaseHolder.this_process()
         values = {
             "token": token,
-            "holder": json.dumps(
-                {"host": holder.host, "pid": holder.pid, "started": holder.started}
-            ),
-            "renewed_at": time.time(),
+            "holder": json.dumps(dataclasses.asdict(holder)),
             "stop_requested": False,
+            "batches": 0,
         }
 
         def take(connection: sa.Connection) -> Lease | None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            current = _read_lease(connection, study_id)
-            if current is not None and current.is_live:
+            lock_for_writing(connection)
+            current = _read_lease(connection, study_id, for_update=True)
+            if current is not None and current.token == token:
+                return None  # an earlier try went through, and only its answer was lost
+            if current is not None and (
+                seen is None or (current.token, current.renewed_at) != (seen.token, seen.renewed_at)
+            ):
                 return current
+            whole = {"study_id": study_id, "renewed_at": now(connection), **values}
             if current is None:
-                connection.execute(_lease.insert().values(study_id=study_id, **values))
+                connection.execute(lease.insert().values(whole))
             else:
-                connection.execute(
-                    _lease.update().where(_lease.c.study_id == study_id).values(**values)
-                )
+                connection.execute(lease.update().where(lease.c.study_id == study_id).values(whole))
             return None
 
-        current = self._transaction(take)
+        try:
+            current = self._transaction(take)
+        except StorageError as error:
+            if not isinstance(error.__cause__, sa.exc.IntegrityError):
+                raise
+            current = self.lease(study_id)  # two began at once, and the other was faster
         if current is not None:
-            raise StorageError(_in_use(current))
+            raise StudyInUseError(_in_use(current))
         self._rdb.token, self._rdb.fenced_study = token, study_id
+        with explained(self._parsed):
+            self.optuna.drive(study_id, token)
         return token
+
+    def _watch_whether_it_lapsed(self, study_id: int, seen: Lease) -> None:
+        """Clocks jump: whoever renews its lease while we look is alive, whatever its age says."""
+        if 0.0 <= seen.age_seconds < LEASE_SECONDS:
+            raise StudyInUseError(_in_use(seen))
+        looking = _LAST_LOOK_SECONDS if seen.age_seconds > 0 else LEASE_SECONDS
+        until = time.monotonic() + looking
+        while time.monotonic() < until:
+            time.sleep(0.5)
+            current = self.lease(study_id)
+            if current is None:
+                return
+            if (current.token, current.renewed_at) != (seen.token, seen.renewed_at):
+                raise StudyInUseError(_in_use(current))
 
     def refuse_if_run_elsewhere(self, study_id: int) -> None:
         """Says early what `take_lease` would say.
 
         Raises:
-            StorageError: A live coordinator holds the lease.
+            StudyInUseError: A live coordinator holds the lease.
         """
         current = self.lease(study_id)
         if current is not None and current.is_live:
-            raise StorageError(_in_use(current))
+            raise StudyInUseError(_in_use(current))
 
     def release_lease(self) -> None:
         """Gives the lease back, so that the next coordinator need not wait."""
         token = self._rdb.token
         if token is None:
             return
-        self._rdb.token = self._rdb.fenced_study = None
+        try:
+            with explained(self._parsed):
+                self.optuna.release()
+        finally:
+            self._rdb.token = self._rdb.fenced_study = None
         self._transaction(
-            lambda connection: connection.execute(_lease.delete().where(_lease.c.token == token))
+            lambda connection: connection.execute(lease.delete().where(lease.c.token == token))
         )
 
     def heartbeat(self) -> bool:
@@ -399,12 +350,24 @@ class Storage:
         Raises:
             LeaseLostError: Another coordinator took over.
         """
+        with explained(self._parsed):
+            return self.begin_heartbeat().result()
+
+    def begin_heartbeat(self) -> Future[bool]:
+        """The same without waiting for a database that is away."""
 
         def beat(connection: sa.Connection) -> bool:
-            lease = _read_lease(connection, self._rdb.fenced_study)
-            return lease is not None and lease.stop_requested
+            lock_for_writing(connection)
+            if self.optuna.driven is not None:
+                self.optuna.driven.look_at_others(connection)
+            current = _read_lease(connection, self._rdb.fenced_study)
+            return current is not None and current.stop_requested
 
-        return self._transaction(beat, fenced=True)
+        return self._calls.begin(lambda: self._once(beat, fenced=True))
+
+    def begin_note(self, study_id: int, key: str, value: Any) -> None:
+        """Sets an attribute of a study, without waiting for a database that is away."""
+        self._calls.begin(lambda: self.optuna.set_study_user_attr(study_id, key, value))
 
     def lease(self, study_id: int) -> Lease | None:
         return self._transaction(lambda connection: _read_lease(connection, study_id))
@@ -413,64 +376,102 @@ class Storage:
         """Asks the study's coordinator to stop; False where none is alive to hear it."""
 
         def request(connection: sa.Connection) -> bool:
-            lease = _read_lease(connection, study_id)
-            if lease is None or not lease.is_live:
+            current = _read_lease(connection, study_id)
+            if current is None or not current.is_live:
                 return False
             connection.execute(
-                _lease.update().where(_lease.c.token == lease.token).values(stop_requested=True)
+                lease.update().where(lease.c.token == current.token).values(stop_requested=True)
             )
             return True
 
         return self._transaction(request)
 
+    def name_study(self, study_id: int, name: str) -> bool:
+        """Gives a study its name; False where another study has it."""
+        table = models.StudyModel.__table__
+        rename = table.update().where(table.c.study_id == study_id).values(study_name=name)
+        try:
+            self._transaction(lambda connection: connection.execute(rename))
+        except StorageError as error:
+            if isinstance(error.__cause__, sa.exc.IntegrityError):
+                return False
+            raise
+        self.optuna.forget_names()
+        return True
+
     def forget(self, study_id: int) -> None:
         """Removes what our tables hold about a study, its ledger rows excepted."""
 
         def remove(connection: sa.Connection) -> None:
-            connection.execute(_lease.delete().where(_lease.c.study_id == study_id))
-            connection.execute(_decisions.delete().where(_decisions.c.study_id == study_id))
+            connection.execute(lease.delete().where(lease.c.study_id == study_id))
+            connection.execute(decisions.delete().where(decisions.c.study_id == study_id))
+            connection.execute(queue.delete().where(queue.c.study_id == study_id))
 
         self._transaction(remove)
+
+    # --- queue ---
+
+    def enqueue(self, study_id: int) -> bool:
+        """Asks the service to drive a study; False where it stands in the queue already."""
+
+        def insert(connection: sa.Connection) -> bool:
+            lock_for_writing(connection)
+            row = queue.select().where(queue.c.study_id == study_id)
+            if connection.execute(row).first() is not None:
+                return False
+            connection.execute(queue.insert().values(study_id=study_id, queued_at=now(connection)))
+            return True
+
+        return self._transaction(insert)
+
+    def dequeue(self, study_id: int) -> bool:
+        """Takes a study out of the queue; False where it was not in it."""
+        remove = queue.delete().where(queue.c.study_id == study_id)
+        return self._transaction(lambda connection: connection.execute(remove).rowcount == 1)
+
+    def queued(self) -> tuple[int, ...]:
+        """Ids of the studies in the queue, longest waiting first."""
+        query = sa.select(queue.c.study_id).order_by(queue.c.queued_at, queue.c.study_id)
+        return self._transaction(lambda connection: tuple(connection.scalars(query)))
+
+    # --- development rows ---
+
+    def keep_development(self, sha256: str, content: bytes) -> None:
+        """Stores a development file for a service that may not see this machine's files."""
+
+        def insert(connection: sa.Connection) -> None:
+            lock_for_writing(connection)
+            known = sa.select(development.c.sha256).where(development.c.sha256 == sha256)
+            if connection.execute(known).first() is None:
+                connection.execute(development.insert().values(sha256=sha256, content=content))
+
+        self._transaction(insert)
+
+    def development(self, sha256: str) -> bytes | None:
+        """A development file that `keep_development` stored; None where it did not."""
+        query = sa.select(development.c.content).where(development.c.sha256 == sha256)
+        return self._transaction(lambda connection: connection.scalar(query))
 
     # --- decisions ---
 
     def record_decision(self, study_id: int, decision: Decision) -> None:
-        seen = None if decision.seen is None else json.dumps(decision.seen, sort_keys=True)
-        self._transaction(
-            lambda connection: connection.execute(
-                _decisions.insert().values(
-                    study_id=study_id,
-                    trial=decision.trial,
-                    kind=decision.kind,
-                    epoch=decision.epoch,
-                    verdict=decision.verdict,
-                    seen=seen,
-                )
-            ),
-            fenced=True,
-        )
+        row = {"study_id": study_id, **dataclasses.asdict(decision)}
+        driven = self.optuna.driven
+        if driven is not None and driven.study_id == study_id:
+            driven.record_decision(row)
+            return
+        insert = decisions.insert().values(row)
+        self._transaction(lambda connection: connection.execute(insert), fenced=True)
 
     def decisions(self, study_id: int) -> tuple[Decision, ...]:
         """All decisions of a study, in the order in which they were taken."""
-        rows = self._transaction(
-            lambda connection: connection.execute(
-                sa.select(_decisions)
-                .where(_decisions.c.study_id == study_id)
-                .order_by(_decisions.c.id)
-            ).all()
+        query = (
+            sa.select(*(decisions.c[field.name] for field in dataclasses.fields(Decision)))
+            .where(decisions.c.study_id == study_id)
+            .order_by(decisions.c.id)
         )
-        return tuple(
-            Decision(
-                trial=row.trial,
-                kind=row.kind,
-                epoch=row.epoch,
-                verdict=row.verdict,
-                seen=None
-                if row.seen is None
-                else {int(trial): epochs for trial, epochs in json.loads(row.seen).items()},
-            )
-            for row in rows
-        )
+        rows = self._transaction(lambda connection: connection.execute(query).mappings().all())
+        return tuple(Decision(**row) for row in rows)
 
     # --- ledger ---
 
@@ -488,13 +489,13 @@ class Storage:
     ) -> int:
         """Writes the row that must stand before a test row is read; returns its id."""
         values = {key: value for key, value in locals().items() if key != "self"}
-        insert = _ledger.insert().values(**values).returning(_ledger.c.id)
+        insert = ledger.insert().values(**values).returning(ledger.c.id)
         return self._transaction(lambda connection: int(connection.execute(insert).scalar_one()))
 
     def record_report(self, entry: int, report: dict[str, Any]) -> None:
         self._transaction(
             lambda connection: connection.execute(
-                _ledger.update().where(_ledger.c.id == entry).values(report=json.dumps(report))
+                ledger.update().where(ledger.c.id == entry).values(report=json.dumps(report))
             )
         )
 
@@ -502,83 +503,16 @@ class Storage:
         self, *, study_key: str | None = None, split_id: str | None = None
     ) -> tuple[LedgerEntry, ...]:
         """The openings of one study, of one split, or all, oldest first."""
-        query = sa.select(_ledger).order_by(_ledger.c.id)
+        query = sa.select(ledger).order_by(ledger.c.id)
         if study_key is not None:
-            query = query.where(_ledger.c.study_key == study_key)
+            query = query.where(ledger.c.study_key == study_key)
         if split_id is not None:
-            query = query.where(_ledger.c.split_id == split_id)
+            query = query.where(ledger.c.split_id == split_id)
         rows = self._transaction(lambda connection: connection.execute(query).mappings().all())
         return tuple(
             LedgerEntry(**{**row, "report": json.loads(row["report"]) if row["report"] else None})
             for row in rows
         )
-
-
-def renew_lease(connection: sa.Connection, study_id: int | None, token: str) -> None:
-    """The fence: the transaction around it may commit only while the token is the study's.
-
-    Raises:
-        LeaseLostError: It is not; the transaction must roll back.
-    """
-    renewed = connection.execute(
-        _lease.update()
-        .where(_lease.c.study_id == study_id, _lease.c.token == token)
-        .values(renewed_at=time.time())
-    )
-    if renewed.rowcount != 1:
-        raise LeaseLostError(
-            "Another coordinator took this study over, so this one stops; nothing it found since "
-            "was written. `tuner status` shows who runs it."
-        )
-
-
-def sqlite_path(url: str) -> Path:
-    """The file behind a `sqlite:///PATH` URL.
-
-    Raises:
-        StorageError: It is no such URL.
-    """
-    try:
-        parsed = sa.make_url(url)
-    except SQLAlchemyError:
-        raise StorageError(
-            f"--storage {url!r} is no database URL; write sqlite:///PATH, "
-            f"like {DEFAULT_STORAGE_URL}."
-        ) from None
-    masked = parsed.render_as_string(hide_password=True)
-    if parsed.get_backend_name() != "sqlite":
-        raise StorageError(
-            f"--storage {masked}: only SQLite is known so far; write sqlite:///PATH, "
-            f"for instance {DEFAULT_STORAGE_URL}."
-        )
-    if not parsed.database or parsed.database == ":memory:":
-        raise StorageError(
-            f"--storage {masked}: a study must outlive its process; name a file, "
-            f"for instance {DEFAULT_STORAGE_URL}."
-        )
-    return Path(parsed.database)
-
-
-def _publish_empty_database(path: Path) -> None:
-    """Creates the schema beside and links it into place whole.
-
-    Many processes may open an empty database at once; `create_all` races there.
-    """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
-    try:
-        storage = RDBStorage(f"sqlite:///{beside}")
-        with storage.engine.begin() as connection:
-            _metadata.create_all(connection)
-            connection.execute(_schema.insert().values(version=SCHEMA_VERSION))
-        with storage.engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-        storage.remove_session()
-        storage.engine.dispose()
-        with contextlib.suppress(FileExistsError):  # another process was first: use its file
-            os.link(beside, path)
-    finally:
-        for leftover in path.parent.glob(f"{beside.name}*"):
-            leftover.unlink(missing_ok=True)
 
 
 def _in_use(lease: Lease) -> str:
@@ -588,70 +522,74 @@ def _in_use(lease: Lease) -> str:
     )
 
 
-def _read_lease(connection: sa.Connection, study_id: int | None) -> Lease | None:
-    row = connection.execute(sa.select(_lease).where(_lease.c.study_id == study_id)).first()
+def _read_lease(
+    connection: sa.Connection, study_id: int | None, *, for_update: bool = False
+) -> Lease | None:
+    query = sa.select(lease, now(connection).label("now")).where(lease.c.study_id == study_id)
+    row = connection.execute(query.with_for_update() if for_update else query).first()
     if row is None:
         return None
     return Lease(
         token=row.token,
         holder=LeaseHolder(**json.loads(row.holder)),
         renewed_at=row.renewed_at,
+        age_seconds=row.now - row.renewed_at,
         stop_requested=row.stop_requested,
     )
 
 
-def _configure_sqlite(connection: Any, _record: object) -> None:
-    # WAL: the dashboard reads while the coordinator writes. NORMAL keeps the file sound
-    # through a crash of the process; only a power cut may lose the last commits.
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+# --- storage check ---
 
 
-def _note_flush(session: orm.Session, _context: object) -> None:
-    session.info["wrote"] = True
+def check_storage(url: str) -> StorageCheck:
+    """Looks at a database without changing it: reachable, right in version, how fast.
+
+    Raises:
+        StorageError: The URL is no usable one.
+    """
+    parsed = parse_url(url)
+    try:
+        with explained(parsed):
+            return _look_at(parsed)
+    except StorageError as error:
+        return StorageCheck(
+            url=mask(url),
+            reachable=False,
+            schema=None,
+            milliseconds=None,
+            commit_milliseconds=None,
+            detail=str(error),
+        )
 
 
-def _note_bulk_write(state: orm.ORMExecuteState) -> None:
-    if state.is_insert or state.is_update or state.is_delete:
-        state.session.info["wrote"] = True
+def _look_at(parsed: sa.URL) -> StorageCheck:
+    found: dict[str, Any] = {"milliseconds": None, "commit_milliseconds": None}
+    state, detail = schema_state(parsed)
+    if state == "current":
+        with closed_engine(parsed, pooled=True) as engine, engine.connect() as connection:
+            found["milliseconds"] = _median_milliseconds(
+                lambda: connection.scalar(sa.select(schema.c.version))
+            )
+            connection.rollback()
 
+            def commit() -> None:
+                connection.execute(schema.update().values(version=schema.c.version))
+                connection.commit()
 
-_PERMANENT = (
-    "no such table",
-    "no such column",
-    "readonly database",
-    "not a database",
-    "malformed",
-    "unable to open",
-)
-
-
-def _is_outage(error: Exception) -> bool:
-    """Whether waiting may help: locks, a full disk, a server that is away."""
-    cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
-    return isinstance(cause, OperationalError | InterfaceError) and not any(
-        words in str(cause) for words in _PERMANENT
+            found["commit_milliseconds"] = _median_milliseconds(commit)
+    return StorageCheck(
+        url=shown(parsed),
+        reachable=True,
+        schema=state,
+        detail=detail,
+        **found,
     )
 
 
-@contextlib.contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """Turns the database's errors into ours."""
-    masked = sa.make_url(url).render_as_string(hide_password=True)
-    try:
-        yield
-    except (DatabaseError, InterfaceError, optuna.exceptions.StorageInternalError) as error:
-        cause = error.__cause__ if not isinstance(error, SQLAlchemyError) else error
-        reason = getattr(cause, "orig", None) or cause or error
-        raise StorageError(
-            f"{masked}: {reason}. Check that the path is right, readable and writable, "
-            "and is a database of the tuner."
-        ) from error
-    except OSError as error:
-        raise StorageError(
-            f"{masked}: {error.strerror or error}. Name a --storage in a folder that you may write."
-        ) from error
-    except RuntimeError as error:  # Optuna: the schema is of another version
-        if "schema" not in str(error).lower() and "version" not in str(error).lower():
-            raise
-        raise StorageError(f"{masked}: {error}") from error
+def _median_milliseconds(call: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(20):
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken) * 1000

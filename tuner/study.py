@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import platform
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,8 +33,13 @@ RECORD_KEY = "tuner"
 #: Study attributes that change while it lives.
 BUDGET_KEY = "trials"
 WORKERS_KEY = "workers"
+ERROR_KEY = "error"  # why the service gave the study up; None once it is launched again
 #: The trial attribute that counts how often a trial was taken up again.
 RESUMED_KEY = "resumed"
+
+#: Begins the name of a study that is being made; no study file may give such a name.
+_MAKING = ".making."
+_MAKING_SECONDS = 3600.0  #: nobody takes that long to make one
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 #: Versions that are stored with a study and go into every export.
@@ -138,7 +146,31 @@ def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
     """Hyperband over completed epochs (arXiv:1603.06560), or none."""
     if spec.hyperband is None:
         return optuna.pruners.NopPruner()
-    return optuna.pruners.HyperbandPruner(**_hyperband_settings(spec))
+    return _HyperbandPruner(**_hyperband_settings(spec))
+
+
+class _HyperbandPruner(optuna.pruners.HyperbandPruner):
+    """Optuna's, but each trial's bracket is computed once and not at every rung of every trial."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._brackets: dict[tuple[str, int], int] = {}
+
+    def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:
+        key = (study.study_name, trial.number)
+        if key not in self._brackets:
+            self._brackets[key] = super()._get_bracket_id(study, trial)
+        return self._brackets[key]
+
+    def bracket_of(self, study: optuna.Study, number: int) -> int:
+        key = (study.study_name, number)
+        if key in self._brackets:
+            return self._brackets[key]
+        if not self._pruners:
+            self._try_initialization(study)
+        frozen = optuna.trial.create_trial(state=TrialState.WAITING)
+        frozen.number = number
+        return self._get_bracket_id(study, frozen)
 
 
 def _hyperband_settings(spec: StudySpec) -> dict[str, Any]:
@@ -160,36 +192,43 @@ def _hyperband_settings(spec: StudySpec) -> dict[str, Any]:
 def bracket_of(tuned: TunedStudy, trial: int) -> int | None:
     """The Hyperband bracket of a trial, 0 the one that stops soonest; None without Hyperband."""
     pruner = tuned.study.pruner
-    frozen = optuna.trial.create_trial(state=TrialState.WAITING)
-    frozen.number = trial
     if isinstance(pruner, RecordedPruner):
         pruner = pruner.inner
-    if not isinstance(pruner, optuna.pruners.HyperbandPruner):
-        return None
     # Optuna tells nobody the bracket of a trial, and a second copy of its rule could differ.
-    if not pruner._pruners:  # noqa: SLF001
-        pruner._try_initialization(tuned.study)  # noqa: SLF001
-    return pruner._get_bracket_id(tuned.study, frozen)  # noqa: SLF001
+    return pruner.bracket_of(tuned.study, trial) if isinstance(pruner, _HyperbandPruner) else None
 
 
 class RecordedPruner(optuna.pruners.BasePruner):
-    """A pruner whose verdicts are taken one at a time and told before they take effect."""
+    """A pruner whose verdicts are taken one at a time, told, and never taken twice."""
 
     def __init__(
         self,
         inner: optuna.pruners.BasePruner,
+        recorded: Mapping[tuple[int, int | None], bool],
         on_verdict: Callable[[FrozenTrial, bool], None],
-        deciding: AbstractContextManager[Any],
+        deciding: Callable[[], AbstractContextManager[Any]],
     ) -> None:
+        """Wraps a pruner.
+
+        Args:
+            inner: Who decides.
+            recorded: Verdicts of earlier runs, by trial number and epoch.
+            on_verdict: Hears each new one before it takes effect.
+            deciding: Gives the block in which one verdict is taken.
+        """
         self.inner = inner
+        self._recorded = dict(recorded)
         self._on_verdict = on_verdict
         self._deciding = deciding
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        with self._deciding:
-            prunes = self.inner.prune(study, trial)
-            self._on_verdict(trial, prunes)
-        return prunes
+        # Successive halving marks a rung as done when it decides: asked again, it would say go.
+        rung = (trial.number, trial.last_step)
+        if rung not in self._recorded:
+            with self._deciding():
+                self._recorded[rung] = self.inner.prune(study, trial)
+                self._on_verdict(trial, self._recorded[rung])
+        return self._recorded[rung]
 
 
 def create_or_resume(
@@ -207,41 +246,57 @@ def create_or_resume(
             no study of the tuner.
     """
     name = study_name(spec, data)
-    _forget_what_was_cut_off(storage, name)
-    try:
-        study = optuna.create_study(
-            storage=storage.optuna,
-            study_name=name,
-            direction="minimize",
-            sampler=make_sampler(spec),
-            pruner=make_pruner(spec),
-        )
-    except optuna.exceptions.DuplicatedStudyError:
-        tuned = load(storage, name, artifacts_root=artifacts_root)
-        _refuse_another_study(tuned, spec, data)
-    else:
-        record = StudyRecord(
-            spec=spec,
-            data=data,
-            development_sha256=development_sha256,
-            precision=spec.training.decided_precision(),
-            sampler=_sampler_document(spec),
-            pruner={"class": type(make_pruner(spec)).__name__, **_hyperband_settings(spec)},
-            versions=versions(),
-            folder=study_folder_name(name),
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        study.set_user_attr(BUDGET_KEY, spec.trials)
-        for known in spec.known:
-            # Marked as ours from its first transaction on: see storage.COORDINATOR_KEY.
-            study.enqueue_trial(dict(known), user_attrs={COORDINATOR_KEY: "known"})
-        # Last: a study that has its record is whole.
-        study.set_user_attr(RECORD_KEY, _record_document(record))
-        tuned = load(storage, name, artifacts_root=artifacts_root)
+    if name not in optuna.get_all_study_names(storage.optuna):
+        _create(storage, name, spec, data, development_sha256)
+    tuned = load(storage, name, artifacts_root=artifacts_root)
+    _refuse_another_study(tuned, spec, data)
     if tuned.budget != spec.trials:
         _refuse_more_trials_after_the_report(tuned, spec.trials)
         tuned.study.set_user_attr(BUDGET_KEY, spec.trials)
     return tuned
+
+
+def _create(
+    storage: Storage, name: str, spec: StudySpec, data: DataIdentity, development_sha256: str
+) -> None:
+    """Makes a study under a name of its own, and gives it the real one when it is whole.
+
+    Several launches may do so at once: the first to finish is the study.
+    """
+    _remove_what_was_cut_off(storage)
+    study = optuna.create_study(
+        storage=storage.optuna,
+        study_name=f"{_MAKING}{int(time.time())}.{uuid.uuid4().hex[:8]}",
+        direction="minimize",
+    )
+    record = StudyRecord(
+        spec=spec,
+        data=data,
+        development_sha256=development_sha256,
+        precision=spec.training.decided_precision(),
+        sampler=_sampler_document(spec),
+        pruner=_pruner_document(spec),
+        versions=versions(),
+        folder=study_folder_name(name),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    study.set_user_attr(BUDGET_KEY, spec.trials)
+    for known in spec.known:
+        # Marked as ours from its first transaction on: see database.COORDINATOR_KEY.
+        study.enqueue_trial(dict(known), user_attrs={COORDINATOR_KEY: "known"})
+    study.set_user_attr(RECORD_KEY, _record_document(record))
+    if not storage.name_study(study._study_id, name):
+        optuna.delete_study(study_name=study.study_name, storage=storage.optuna)
+
+
+def _remove_what_was_cut_off(storage: Storage) -> None:
+    """Removes studies whose making began long ago and never ended."""
+    for name in optuna.get_all_study_names(storage.optuna):
+        if name.startswith(_MAKING):
+            began = int(name.removeprefix(_MAKING).partition(".")[0])
+            if abs(time.time() - began) > _MAKING_SECONDS:
+                with contextlib.suppress(KeyError):  # another launch removed it a moment ago
+                    optuna.delete_study(study_name=name, storage=storage.optuna)
 
 
 def study_name(spec: StudySpec, data: DataIdentity) -> str:
@@ -301,10 +356,33 @@ def delete(tuned: TunedStudy) -> None:
     optuna.delete_study(study_name=tuned.name, storage=tuned.storage.optuna)
 
 
+def refuse_a_reported_study(tuned: TunedStudy) -> None:
+    """A study whose test split was opened trains nothing more.
+
+    Raises:
+        StudyError: It is such a study.
+    """
+    if tuned.storage.ledger(study_key=tuned.key):
+        raise StudyError(
+            f"The test split of study {tuned.name!r} was opened by its report, so it "
+            "trains no more trials. Start a new study (--name) with another split seed."
+        )
+
+
+def clear_error(tuned: TunedStudy) -> None:
+    """Forgets why the service gave the study up: it was launched again."""
+    if tuned.study.user_attrs.get(ERROR_KEY) is not None:
+        tuned.study.set_user_attr(ERROR_KEY, None)
+
+
 def list_names(storage: Storage) -> list[str]:
     """The studies of the tuner in this storage, by name."""
     summaries = optuna.get_all_study_summaries(storage.optuna, include_best_trial=False)
-    return sorted(known.study_name for known in summaries if RECORD_KEY in known.user_attrs)
+    return sorted(
+        known.study_name
+        for known in summaries
+        if RECORD_KEY in known.user_attrs and not known.study_name.startswith(_MAKING)
+    )
 
 
 def versions() -> dict[str, str]:
@@ -334,6 +412,7 @@ class StudyStatus:
     brackets: tuple[int, ...]  #: trials per bracket
     synthetic: bool
     bytes_on_disk: int
+    error: str | None  #: why the service gave it up
 
     @property
     def finished_trials(self) -> int:
@@ -359,24 +438,34 @@ class StudyStatus:
             "brackets": list(self.brackets),
             "synthetic": self.synthetic,
             "bytes_on_disk": self.bytes_on_disk,
+            "error": self.error,
         }
 
 
-def status(tuned: TunedStudy) -> StudyStatus:
-    """Reads where a study stands."""
+def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
+    """Reads where a study stands.
+
+    Args:
+        tuned: The study.
+        driven: This process drives it: everything is in memory, and no database is asked.
+    """
     trials = tuned.trials()
-    lease = tuned.storage.lease(tuned.id)
     counts = {state.name: 0 for state in TrialState}
     for trial in trials:
         counts[trial.state.name] += 1
     finished = sum(counts[state.name] for state in FINISHED)
     state: State
-    if tuned.storage.ledger(study_key=tuned.key):
-        state = "reported"
-    elif lease is not None and lease.is_live:
+    if driven:
         state = "running"
+    elif tuned.storage.ledger(study_key=tuned.key):
+        state = "reported"
+    elif (lease := tuned.storage.lease(tuned.id)) is not None and lease.is_live:
+        state = "running"
+    elif finished >= tuned.budget:
+        state = "finished"
     else:
-        state = "finished" if finished >= tuned.budget else "stopped"
+        state = "queued" if tuned.id in tuned.storage.queued() else "stopped"
+    attributes = tuned.study.user_attrs
     max_epochs = tuned.record.spec.training.max_epochs
     brackets = [0] * len(tuned.record.spec.brackets)
     for trial in trials:
@@ -395,25 +484,18 @@ def status(tuned: TunedStudy) -> StudyStatus:
             for trial in trials
             if trial.state == TrialState.PRUNED and not _could_not_go_on(trial)
         ),
-        workers=int(tuned.study.user_attrs.get(WORKERS_KEY, 0)) if state == "running" else 0,
+        workers=int(attributes.get(WORKERS_KEY, 0)) if state == "running" else 0,
         resumed_trials=sum(1 for trial in trials if trial.user_attrs.get(RESUMED_KEY)),
         brackets=tuple(brackets),
         synthetic=tuned.record.data.synthetic,
         bytes_on_disk=tuned.artifacts.bytes_on_disk(),
+        error=attributes.get(ERROR_KEY),
     )
 
 
 def _could_not_go_on(trial: FrozenTrial) -> bool:
     """Whether a pruned trial diverged or the like: Hyperband then saved nothing."""
     return any(violation > 0 for violation in trial.constraints.values())
-
-
-def _forget_what_was_cut_off(storage: Storage, name: str) -> None:
-    """Removes a study of ours whose making was cut off before its first trial could run."""
-    for known in optuna.get_all_study_summaries(storage.optuna, include_best_trial=False):
-        ours = BUDGET_KEY in known.user_attrs and RECORD_KEY not in known.user_attrs
-        if known.study_name == name and ours:
-            optuna.delete_study(study_name=name, storage=storage.optuna)
 
 
 def _refuse_another_study(tuned: TunedStudy, spec: StudySpec, data: DataIdentity) -> None:
@@ -462,6 +544,11 @@ def _sampler_document(spec: StudySpec) -> dict[str, Any]:
     if spec.sampler.kind == "random":
         return {"class": "RandomSampler"}
     return {"class": "TPESampler", **_TPE_SETTINGS}
+
+
+def _pruner_document(spec: StudySpec) -> dict[str, Any]:
+    name = "NopPruner" if spec.hyperband is None else "HyperbandPruner"
+    return {"class": name, **_hyperband_settings(spec)}
 
 
 def _record_document(record: StudyRecord) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""Development rows on a worker's machine: found, cached, or fetched once for all its workers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import platformdirs
+
+from tuner.artifacts import development_path, publish
+
+CACHE_VARIABLE = "TUNER_CACHE"  #: the folder of this machine's copies, instead of the user's cache
+
+
+def development_file(path: str, sha256: str, fetch: Callable[[], bytes | None]) -> Path:
+    """A file with the development rows.
+
+    A file with another hash than the one asked for is never used: a damaged copy in the cache is
+    fetched again.
+
+    Args:
+        path: Where the coordinator has it; other machines may not see that.
+        sha256: Of the file's bytes.
+        fetch: Brings the bytes; None where nobody has them.
+
+    Raises:
+        OSError: Nobody has the rows, or no folder can be written.
+    """
+    if _is_it(Path(path), sha256):
+        return Path(path)
+    copy = development_path(cache_folder(), sha256)
+    if _is_it(copy, sha256):
+        return copy
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with one_process_at_a_time(copy.with_suffix(".lock")):
+        if not _is_it(copy, sha256):  # another worker fetched it while this one waited
+            content = fetch()
+            if content is None or hashlib.sha256(content).hexdigest() != sha256:
+                raise FileNotFoundError(
+                    f"development rows {sha256[:12]} are neither at {path} nor in {copy.parent}, "
+                    f"and the scheduler has {'none' if content is None else 'others'}"
+                )
+            publish(copy, content)
+    return copy
+
+
+def cache_folder() -> Path:
+    """`$TUNER_CACHE`, else the user's cache folder."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else platformdirs.user_cache_path("tuner")
+
+
+@contextlib.contextmanager
+def one_process_at_a_time(lock: Path) -> Iterator[None]:
+    """Holds a lock that ends with its process, whatever becomes of that."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: several processes may do the same work, each of them whole
+        yield
+        return
+    with lock.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _is_it(path: Path, sha256: str) -> bool:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    except OSError:
+        return False

@@ -1,0 +1,58 @@
+"""How worker processes are started, by `launch` and by `worker` alike."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing.resource_tracker
+import signal
+from collections.abc import Iterator
+
+from tuner.steady import keep_steady
+
+keep_steady()  # coordinator, `tuner worker` and training processes alike import this module
+
+SLOT = "slot"  #: the Dask resource: one training at a time for each
+THREADS_VARIABLE = "TUNER_WORKER_THREADS"  #: set by `tuner worker --threads`; wins over the task's
+
+
+def training_environment(threads: int) -> dict[str, str]:
+    """The environment of a process that trains with so many threads."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TF_NUM_INTRAOP_THREADS": str(threads),
+        "TF_NUM_INTEROP_THREADS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+def is_dask_heard() -> bool:
+    """Whether the user asked for logs."""
+    return logging.getLogger().isEnabledFor(logging.DEBUG)
+
+
+def silence_dask() -> None:
+    """What matters we say ourselves; with --debug, Dask speaks, too."""
+    if not is_dask_heard():
+        # Dask gives some of its loggers a level of their own.
+        for name in ["distributed", *logging.root.manager.loggerDict]:
+            if name == "distributed" or name.startswith("distributed."):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def children_deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches the whole process group; only the process in charge may act on it.
+
+    The signal mask is inherited: by the threads that start the worker processes, and by those.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # It would unblock the signal in whichever thread happens to start it.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,516 @@
+"""The service: drives every queued study over one cluster, several at once by turns.
+
+The queue is a table of the storage, so it outlives the service: what a service that died was
+driving, the next one takes up. Leases decide who drives a study, so a second service on the
+same storage does no harm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.artifacts import development_path, publish
+from tuner.coordinator import Coordinator, Ending, Workers
+from tuner.curves import EpochResult, Train
+from tuner.errors import (
+    ClusterError,
+    LeaseLostError,
+    StorageError,
+    StudyError,
+    StudyInUseError,
+)
+from tuner.objective import ENDED_KEY
+from tuner.progress import counts_in_words, describe_end, duration
+from tuner.storage import Lease, Storage
+from tuner.study import ERROR_KEY, TunedStudy, load, status
+
+_LOOK_SECONDS = 1.0  #: between two looks at the queue
+_NAP_SECONDS = 0.1  #: a signal is noticed after this long
+_RETRY_SECONDS = (2.0, 60.0)  #: after a first failure, and at most; doubled in between
+_PATIENCE_AFTER_STOP_SECONDS = 8.0  #: with a database that is away, once the service is to stop
+_PAUSE_SECONDS = 70.0  #: for trainings of a study that failed to end; workers give up after 60
+
+#: Opens the workers for one study: the study, and the file with its development rows.
+OpenWorkers = Callable[[TunedStudy, Path], AbstractContextManager[Workers]]
+Say = Callable[[str], None]
+
+
+# --- turns ---
+
+
+def max_min_shares(slots: int, wishes: Sequence[int]) -> list[int]:
+    """Shares out slots so that nobody can have more without taking from one who has less.
+
+    Args:
+        slots: How many there are.
+        wishes: How many each could use. What cannot be divided goes to the first ones.
+
+    Returns:
+        A share for each wish; together all slots, or all wishes.
+    """
+    shares = [0] * len(wishes)
+    hungry = [index for index, wish in enumerate(wishes) if wish > 0]
+    while slots > 0 and hungry:
+        each = slots // len(hungry)
+        if each == 0:
+            for index in hungry[:slots]:
+                shares[index] += 1
+            break
+        for index in hungry:
+            more = min(each, wishes[index] - shares[index])
+            shares[index] += more
+            slots -= more
+        hungry = [index for index in hungry if shares[index] < wishes[index]]
+    return shares
+
+
+class Driven(Protocol):
+    """What a turn must know of its study: `Coordinator`."""
+
+    @property
+    def running(self) -> int: ...
+
+    def unfinished(self) -> int: ...
+
+    def wake(self) -> None: ...
+
+
+class Turns:
+    """The slots of one cluster, shared by the studies that are driven over it.
+
+    Each gets its max-min share; a remainder goes to whoever has had the least time on the
+    slots, so that it goes round, and long trials of one study do not keep short ones of another
+    waiting for more than one of them. Nothing running is taken away: a share that shrank is
+    reached as trials end, and no slot is given twice, so that no trial is asked for before a
+    worker can take it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock = threading.Lock()
+        self._turns: list[Turn] = []
+        self._starts = itertools.count(1)
+        self._clock = clock
+        self._counted_at = clock()
+
+    def join(self, workers: Workers) -> Turn:
+        """A study's place among the others, from its first `slots()` to `leave()`."""
+        turn = Turn(self, workers)
+        with self._lock:
+            self._count_time()
+            # Who comes later has no claim on the time before.
+            turn.had = min((one.had for one in self._turns), default=0.0)
+            self._turns.append(turn)
+        return turn
+
+    def leave(self, turn: Turn) -> None:
+        with self._lock:
+            self._count_time()
+            self._turns.remove(turn)
+        self._wake_others(turn)
+
+    def _grant(self, turn: Turn, study: Driven, total: int, wish: int) -> int:
+        with self._lock:
+            self._count_time()
+            turn.study, turn.wish = study, wish
+            queue = sorted(self._turns, key=lambda one: (one.had, one.last_start))
+            shares = max_min_shares(total, [one.wish for one in queue])
+            share = shares[queue.index(turn)]
+            taken = sum(one.held() for one in self._turns if one is not turn)
+            running = study.running
+            turn.granted = max(0, min(share, total - taken))
+            if turn.granted > running:
+                turn.last_start = next(self._starts)
+            before, turn.last_held = turn.last_held, turn.held()
+            granted = turn.granted
+        if turn.last_held < before:
+            self._wake_others(turn)
+        return granted
+
+    def _count_time(self) -> None:
+        now = self._clock()
+        for turn in self._turns:
+            turn.had += turn.last_held * (now - self._counted_at)
+        self._counted_at = now
+
+    def _give_back(self, turn: Turn) -> None:
+        with self._lock:
+            turn.wish = turn.granted = 0
+        self._wake_others(turn)
+
+    def _wake_others(self, turn: Turn) -> None:
+        with self._lock:
+            others = [one.study for one in self._turns if one is not turn]
+        for study in others:
+            if study is not None:
+                study.wake()
+
+
+class Turn:
+    """One study's workers: the cluster's, as far as it is this study's turn."""
+
+    def __init__(self, turns: Turns, workers: Workers) -> None:
+        self._turns = turns
+        self._workers = workers
+        self._drives: Driven | None = None
+        self.study: Driven | None = None  # once it has asked for slots
+        self.wish = 0  # trials that it could run
+        self.granted = 0  # as last answered
+        self.last_start = 0  # its place in the order of starts; 0 for none yet
+        self.last_held = 0  # slots, when last looked at
+        self.had = 0.0  # slots times seconds
+
+    def drives(self, study: Driven) -> None:
+        """Says which study's turn this is."""
+        self._drives = study
+
+    def held(self) -> int:
+        """Slots that nobody else may use."""
+        running = 0 if self.study is None else self.study.running
+        return max(self.granted, running)
+
+    @property
+    def train(self) -> Train:
+        return self._workers.train
+
+    def slots(self) -> int:
+        """The study's share, as far as it is free by now."""
+        study = self._drives
+        if study is None:
+            return 0
+        wish = study.unfinished()  # may wait for the database: not under the lock of all
+        return self._turns._grant(self, study, self._workers.slots(), wish)  # noqa: SLF001
+
+    def pause(self) -> None:
+        self._turns._give_back(self)  # noqa: SLF001
+        self._workers.pause()
+
+    def leave(self) -> None:
+        self._turns.leave(self)
+
+
+# --- the service ---
+
+
+class LogWatcher:
+    """Says what an engineer looks for in a log: no epochs, no ordinary trials."""
+
+    def __init__(self, study: str, say: Say) -> None:
+        self._study = study
+        self._say = say
+
+    def epoch(self, trial: int, result: EpochResult) -> None:
+        pass
+
+    def trial_ended(self, trial: FrozenTrial) -> None:
+        if trial.state == TrialState.FAIL or trial.user_attrs.get(ENDED_KEY):
+            self.say(describe_end(trial))
+
+    def say(self, message: str) -> None:
+        self._say(f"Study {self._study}: {message}")
+
+    def tick(self, running: int) -> None:
+        pass
+
+
+@dataclass(slots=True, kw_only=True)
+class _Drive:
+    """One study that this service drives, or tries to."""
+
+    study_id: int
+    name: str
+    thread: threading.Thread | None = None
+    storage: Storage | None = None  #: that may wait for the database for ever
+    coordinator: Coordinator | None = None
+    stopping: Ending | None = None  #: what the coordinator was told, or is to be told at once
+
+
+@dataclass(slots=True, kw_only=True)
+class _Setback:
+    """A study that could not be driven, and is tried again."""
+
+    pause: float  #: seconds between the last two tries
+    not_before: float  #: monotonic seconds
+
+
+class Service:
+    """Drives every study in the queue of a storage until it is stopped."""
+
+    def __init__(
+        self,
+        *,
+        open_storage: Callable[[], Storage],
+        open_workers: OpenWorkers,
+        slots: Callable[[], int],
+        artifacts_root: Path,
+        say: Say,
+    ) -> None:
+        """Makes a service that has not begun yet.
+
+        Args:
+            open_storage: Opens the database once more: each study has a connection of its own,
+                whose writes its own lease fences. It should wait for a database that is away.
+            open_workers: Opens the cluster's workers for one study.
+            slots: How many trainings the cluster runs at once, now.
+            artifacts_root: Where checkpoints, weights and development rows are kept.
+            say: Takes a line for the log.
+        """
+        self._open_storage = open_storage
+        self._open_workers = open_workers
+        self._slots = slots
+        self._artifacts_root = artifacts_root
+        self._say = say
+        self._turns = Turns()
+        self._stopping = False
+        self._lock = threading.Lock()  # of the drives' coordinators and stops
+        self._drives: dict[int, _Drive] = {}
+        self._setbacks: dict[int, _Setback] = {}
+        self._said: dict[int, set[str]] = {}  # of each study: a reason is not repeated
+
+    def stop(self) -> None:
+        """Ends `run` soon: studies save checkpoints and stay queued. Safe in a signal handler."""
+        self._stopping = True
+
+    def run(self, queue: Storage) -> None:
+        """Drives studies until `stop`.
+
+        Args:
+            queue: For looking at the queue. It should give up on a database that is away after
+                seconds, so that a signal is heard meanwhile; it is asked again and again.
+        """
+        away = False
+        told_slots: int | None = None
+        try:
+            while not self._stopping:
+                try:
+                    self._look(queue)
+                    if away:
+                        self._say("The queue can be read again.")
+                    away = False
+                except StorageError as error:
+                    if not away:
+                        self._say(f"The queue cannot be read, so nothing new is taken up: {error}")
+                    away = True
+                if (slots := self._slots()) != told_slots:
+                    told_slots = slots
+                    self._say(_slots_in_words(slots))
+                self._nap()
+        finally:
+            self._stop_all(queue)
+
+    def _nap(self) -> None:
+        # Short naps, and no event that a signal handler sets: it could interrupt this very
+        # thread while it holds the event's lock.
+        until = time.monotonic() + _LOOK_SECONDS
+        while not self._stopping and time.monotonic() < until:
+            time.sleep(_NAP_SECONDS)
+
+    def _look(self, queue: Storage) -> None:
+        queued = queue.queued()
+        for study_id, drive in list(self._drives.items()):
+            if drive.thread is not None and not drive.thread.is_alive():
+                del self._drives[study_id]
+            elif study_id not in queued:
+                self._stop(drive, "stopped")
+        for known in (self._setbacks, self._said):
+            for study_id in set(known) - set(queued) - set(self._drives):
+                known.pop(study_id)
+        for study_id in queued:
+            if study_id not in self._drives and self._may_try(queue, study_id):
+                self._begin(study_id)
+
+    def _may_try(self, queue: Storage, study_id: int) -> bool:
+        setback = self._setbacks.get(study_id)
+        if setback is not None and time.monotonic() < setback.not_before:
+            return False
+        lease = queue.lease(study_id)
+        if lease is not None and lease.is_live:
+            self._say_once(study_id, _waiting_for(queue, study_id, lease))
+            return False
+        return True
+
+    def _begin(self, study_id: int) -> None:
+        drive = _Drive(study_id=study_id, name=f"number {study_id}")
+        self._drives[study_id] = drive
+        drive.thread = threading.Thread(
+            target=self._drive, args=(drive,), name=f"study-{study_id}", daemon=True
+        )
+        drive.thread.start()
+
+    def _stop(self, drive: _Drive, why: Ending) -> None:
+        with self._lock:
+            if drive.stopping is None:
+                drive.stopping = why
+                if drive.coordinator is not None:
+                    drive.coordinator.stop(why)
+
+    def _stop_all(self, queue: Storage) -> None:
+        drives = [one for one in self._drives.values() if one.thread and one.thread.is_alive()]
+        if drives:
+            self._say(f"Stopping {_studies(len(drives))}: running trials save a checkpoint.")
+        for drive in drives:
+            self._stop(drive, "interrupted")
+        answered_at = time.monotonic()
+        while drives := [one for one in drives if one.thread and one.thread.is_alive()]:
+            for drive in drives:
+                if drive.thread is not None:
+                    drive.thread.join(_NAP_SECONDS)  # so that a second signal is heard
+            try:
+                queue.queued()
+                answered_at = time.monotonic()
+            except StorageError:
+                if time.monotonic() - answered_at > _PATIENCE_AFTER_STOP_SECONDS:
+                    self._give_up_the_database(drives)
+        self._say("The service ended; queued studies wait for the next one.")
+
+    def _give_up_the_database(self, drives: Sequence[_Drive]) -> None:
+        with self._lock:
+            waiting = [one.storage for one in drives if one.storage is not None]
+            for drive in drives:
+                drive.storage = None
+        if waiting:
+            self._say("The database is away, so studies stop without it; nothing it holds is lost.")
+        for storage in waiting:
+            storage.give_up()
+
+    # --- one study, on a thread of its own ---
+
+    def _drive(self, drive: _Drive) -> None:
+        study_id = drive.study_id
+        try:
+            with self._open_storage() as storage:
+                with self._lock:
+                    drive.storage = storage
+                try:
+                    drive.name = storage.optuna.get_study_name_from_id(study_id)
+                except KeyError:  # deleted a moment ago
+                    storage.dequeue(study_id)
+                    return
+                try:
+                    self._run(storage, drive)
+                except StudyError as error:
+                    self._give_up(storage, drive, str(error))
+                except (StorageError, ClusterError, LeaseLostError, OSError):
+                    raise
+                except Exception as error:  # noqa: BLE001 - one study must not end the others
+                    self._give_up(storage, drive, f"{type(error).__name__}: {error}")
+                else:
+                    self._setbacks.pop(study_id, None)
+        except StudyInUseError:
+            self._try_later(drive, None)  # the next look says by whom
+        except Exception as error:  # noqa: BLE001 - the database, the workers: worth another try
+            self._try_later(drive, error)
+
+    def _run(self, storage: Storage, drive: _Drive) -> None:
+        tuned = load(storage, drive.name, artifacts_root=self._artifacts_root)
+        file = self._development_file(tuned)
+        began = time.monotonic()
+        with self._open_workers(tuned, file) as workers:
+            turn = self._turns.join(workers)
+            coordinator = Coordinator(tuned, turn, LogWatcher(drive.name, self._say))
+            turn.drives(coordinator)
+            try:
+                with self._lock:
+                    drive.coordinator = coordinator
+                    if drive.stopping is not None:
+                        return
+                unfinished = coordinator.unfinished()
+                self._say_once(
+                    drive.study_id,
+                    f"Study {drive.name}: taken up, {unfinished} of {tuned.budget} trials to go.",
+                )
+                ending = coordinator.run()
+            finally:
+                _wait_for_trainings(coordinator)
+                turn.leave()
+                if not coordinator.running:
+                    storage.release_lease()  # where it failed and still holds it
+        self._said.pop(drive.study_id, None)
+        self._conclude(tuned, ending, time.monotonic() - began)
+
+    def _conclude(self, tuned: TunedStudy, ending: Ending, seconds: float) -> None:
+        if ending != "finished":
+            if ending == "stopped":
+                self._say(f"Study {tuned.name}: stopped; `tuner launch --detach` goes on with it.")
+            return
+        tuned.storage.dequeue(tuned.id)
+        now = status(tuned)
+        if now.finished_trials < now.budget:  # its budget was raised at this moment
+            tuned.storage.enqueue(tuned.id)
+            return
+        best = "none" if now.best is None else f"{now.best.value:.4f} (trial {now.best.number})"
+        self._say(
+            f"Study {tuned.name}: finished, {now.finished_trials} of {now.budget} trials "
+            f"({counts_in_words(now)}), best validation loss {best}, "
+            f"{duration(seconds)} in this service."
+        )
+
+    def _give_up(self, storage: Storage, drive: _Drive, reason: str) -> None:
+        """Takes a study out of the queue that would fail again, and writes down why."""
+        storage.optuna.set_study_user_attr(drive.study_id, ERROR_KEY, reason)
+        storage.dequeue(drive.study_id)
+        self._say(f"Study {drive.name}: given up, it left the queue. {reason}")
+
+    def _try_later(self, drive: _Drive, error: Exception | None) -> None:
+        before = self._setbacks.get(drive.study_id)
+        first, longest = _RETRY_SECONDS
+        pause = first if before is None else min(2 * before.pause, longest)
+        self._setbacks[drive.study_id] = _Setback(pause=pause, not_before=time.monotonic() + pause)
+        if error is not None:
+            self._say_once(
+                drive.study_id, f"Study {drive.name}: interrupted, it is tried again. {error}"
+            )
+
+    def _development_file(self, tuned: TunedStudy) -> Path:
+        """The training and validation rows, from the storage where they are not here."""
+        sha256 = tuned.record.development_sha256
+        path = development_path(self._artifacts_root, sha256)
+        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+            return path
+        content = tuned.storage.development(sha256)
+        if content is None:
+            raise StudyError(
+                f"The training and validation rows of study {tuned.name!r} are neither in {path} "
+                "nor in the storage; `tuner launch SPEC --detach` puts them there."
+            )
+        publish(path, content)
+        return path
+
+    def _say_once(self, study_id: int, message: str) -> None:
+        if message not in self._said.setdefault(study_id, set()):
+            self._said[study_id].add(message)
+            self._say(message)
+
+
+def _waiting_for(queue: Storage, study_id: int, lease: Lease) -> str:
+    name = queue.optuna.get_study_name_from_id(study_id)
+    return (
+        f"Study {name}: is driven by process {lease.holder.pid} on {lease.holder.host}; "
+        "this service takes it up should that one die."
+    )
+
+
+def _wait_for_trainings(coordinator: Coordinator) -> None:
+    """A coordinator that failed leaves trainings behind: their slots are not free yet."""
+    until = time.monotonic() + _PAUSE_SECONDS
+    while coordinator.running and time.monotonic() < until:
+        time.sleep(_NAP_SECONDS)
+
+
+def _slots_in_words(slots: int) -> str:
+    if slots == 0:
+        return "No worker offers a slot: studies wait for one."
+    return f"The cluster runs {slots} training{'' if slots == 1 else 's'} at once."
+
+
+def _studies(count: int) -> str:
+    return f"{count} {'study' if count == 1 else 'studies'}"

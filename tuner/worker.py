@@ -1,0 +1,404 @@
+"""What `tuner worker` runs: training processes for somebody else's scheduler.
+
+This process trains nothing. It starts a Dask worker process for each training, starts it again
+when it dies, pins it to a GPU, and waits for a scheduler that is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import dask
+import psutil
+from dask.system import CPU_COUNT
+from dask.utils import parse_bytes
+from distributed import Nanny
+from distributed.system import MEMORY_LIMIT
+
+from tuner.errors import ClusterError
+from tuner.processes import (
+    SLOT,
+    THREADS_VARIABLE,
+    children_deaf_to_interrupts,
+    is_dask_heard,
+    silence_dask,
+    training_environment,
+)
+from tuner.scheduler import (
+    SchedulerFileMissingError,
+    TlsFiles,
+    is_answering,
+    scheduler_address,
+)
+
+Say = Callable[[str], None]
+
+_LONGEST_PAUSE_SECONDS = 3.0  #: between two attempts to reach a scheduler that is away
+_LOOK_SECONDS = 0.25  #: between two looks at whether the worker processes still serve
+_JOIN_SECONDS = 30.0  #: for a worker process to start and register
+_LEAVE_SECONDS = 6.0  #: for a worker process to give its trial back and end
+#: A worker that Dask pauses, or that spills, accepts trials and never trains them.
+_DASK_SETTINGS = {
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": 0.95,
+    # The second look kills what the first one asked to leave: time enough to give a trial back.
+    "distributed.worker.memory.monitor-interval": "500ms",
+    "distributed.worker.daemon": True,
+    "distributed.worker.profile.enabled": False,
+    "distributed.comm.timeouts.connect": "10s",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """What a worker machine gives to a cluster."""
+
+    cluster: str  #: address or scheduler file
+    tls: TlsFiles | None = None
+    workers: int | Literal["auto"] = 1  #: processes; "auto": one for each GPU, else by the cores
+    threads: int = 1  #: of each training
+    memory_limit: str = "auto"  #: of each process, for instance "4GB"; "auto": its share
+    lifetime: float | None = None  #: seconds, after which it leaves
+    host: str | None = None  #: address or interface to listen on
+
+    def __post_init__(self) -> None:
+        self.memory_bytes(1)
+
+    def memory_bytes(self, workers: int) -> int:
+        """The limit of one process."""
+        if self.memory_limit == "auto":
+            return int(MEMORY_LIMIT / workers)
+        try:
+            return int(parse_bytes(self.memory_limit))
+        except ValueError:
+            raise ClusterError(
+                f"--memory-limit {self.memory_limit}: no size; write for instance 4GB, or auto."
+            ) from None
+
+    def listen_on(self) -> dict[str, str]:
+        """Dask's name for `host`."""
+        if self.host is None:
+            return {}
+        return {"interface" if self.host in psutil.net_if_addrs() else "host": self.host}
+
+
+def serve(settings: WorkerSettings, *, say: Say) -> None:
+    """Trains for a scheduler until a signal or the end of the lifetime.
+
+    Raises:
+        ClusterError: What was asked for cannot be: no scheduler address, no free GPU.
+    """
+    silence_dask()
+    with contextlib.suppress(SchedulerFileMissingError):  # it may come
+        scheduler_address(settings.cluster, settings.tls)
+    with (
+        tempfile.TemporaryDirectory(prefix="tuner-workers-", ignore_cleanup_errors=True) as folder,
+        dask.config.set(_DASK_SETTINGS | {"temporary-directory": folder}),
+        gpus_for(settings.workers, os.environ) as gpus,
+    ):
+        cores = max(1, int(CPU_COUNT) // settings.threads)
+        count = (len(gpus) or cores) if settings.workers == "auto" else settings.workers
+        environments = _environments(count, settings.threads, gpus)
+        with _children_deaf_to_interrupts_but_not_this_process():
+            asyncio.run(_Host(settings, environments, folder, say).run())
+
+
+@contextlib.contextmanager
+def _children_deaf_to_interrupts_but_not_this_process() -> Iterator[None]:
+    """Ctrl-C reaches the whole process group, and this process is to decide.
+
+    Children inherit the mask of the thread that starts them, the main one. A thread that was
+    started before, and does nothing else, hears the signal for it.
+    """
+    is_over = threading.Event()
+    listener = threading.Thread(target=is_over.wait, name="interrupts", daemon=True)
+    listener.start()
+    try:
+        with children_deaf_to_interrupts():
+            yield
+    finally:
+        is_over.set()
+        listener.join()
+
+
+def _environments(count: int, threads: int, gpus: Sequence[str]) -> tuple[dict[str, str], ...]:
+    common = training_environment(threads) | {
+        THREADS_VARIABLE: str(threads),
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    }
+    if not gpus:
+        return tuple(common for _ in range(count))
+    return tuple(common | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus)
+
+
+class _Host:
+    """The worker processes of this machine, and their scheduler."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        environments: Sequence[Mapping[str, str]],
+        folder: str,
+        say: Say,
+    ) -> None:
+        self._settings = settings
+        self._environments = environments
+        self._folder = folder
+        self._say = say
+        self._nannies: list[Nanny] = []
+        self._leave = asyncio.Event()
+        self._why = ""
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._asked_to_leave, number.name)
+        if self._settings.lifetime is not None:
+            loop.call_later(self._settings.lifetime, self._asked_to_leave, "its lifetime is over")
+        serving = asyncio.create_task(self._keep_serving())
+        leaving = asyncio.create_task(self._leave.wait())
+        try:
+            await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                await serving
+        finally:
+            for task in (serving, leaving):
+                task.cancel()
+            await asyncio.gather(serving, leaving, return_exceptions=True)
+            await self._dismiss()
+        self._say(f"Worker ended ({self._why}); its trials were given back and go on elsewhere.")
+
+    def _asked_to_leave(self, why: str) -> None:
+        self._why = why
+        self._leave.set()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _end_now, number, self._folder)  # a second one
+
+    async def _keep_serving(self) -> None:
+        """Joins the scheduler, and joins again whenever it went away."""
+        is_first = True
+        complaint = ""
+        while True:
+            address = await self._wait_for_scheduler()
+            try:
+                await self._join(address)
+            except (OSError, RuntimeError, TimeoutError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                if reason != complaint:
+                    complaint = reason
+                    self._say(f"{address} does not take this worker: {reason}. It tries again.")
+                await self._dismiss()
+                await asyncio.sleep(_LONGEST_PAUSE_SECONDS)
+                continue
+            complaint = ""
+            slots = len(self._nannies)
+            self._say(
+                f"{'Joined' if is_first else 'Joined again:'} {address} with {slots} worker(s)."
+            )
+            is_first = False
+            alive_at = time.monotonic()
+            while time.monotonic() - alive_at < _JOIN_SECONDS:
+                if any(nanny.status.name not in ("running", "init") for nanny in self._nannies):
+                    break  # their scheduler went away
+                if all(nanny.is_alive() for nanny in self._nannies):
+                    alive_at = time.monotonic()
+                await asyncio.sleep(_LOOK_SECONDS)
+            # What they train now, nobody waits for.
+            await self._dismiss()
+
+    async def _wait_for_scheduler(self) -> str:
+        said = False
+        pause = 0.2
+        while True:
+            try:
+                address = scheduler_address(self._settings.cluster, self._settings.tls)
+                if await asyncio.to_thread(is_answering, address, patience_seconds=3.0):
+                    return address
+                reason = f"No Dask scheduler answers at {address}"
+            except ClusterError as error:  # its file is not there yet, or not written whole
+                reason = str(error).removesuffix(".")
+            if not said:
+                said = True
+                self._say(f"{reason}; this worker waits for it.")
+            await asyncio.sleep(pause)
+            pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.6)
+
+    async def _join(self, address: str) -> None:
+        settings = self._settings
+        memory_bytes = settings.memory_bytes(len(self._environments))
+        self._nannies = [
+            Nanny(
+                address,
+                nthreads=1,
+                resources={SLOT: 1},
+                memory_limit=memory_bytes,
+                local_directory=self._folder,
+                security=None if settings.tls is None else settings.tls.security(),
+                death_timeout=_JOIN_SECONDS,
+                dashboard=False,
+                silence_logs=None if is_dask_heard() else logging.CRITICAL,
+                env=dict(environment),
+                **settings.listen_on(),
+            )
+            for environment in self._environments
+        ]
+        await asyncio.gather(*self._nannies)
+
+    async def _dismiss(self) -> None:
+        """Ends the worker processes; each gives its trial back."""
+        nannies, self._nannies = self._nannies, []
+        for nanny in nannies:
+            if nanny.status.name == "running":
+                nanny.close_gracefully(reason="leaving")  # it is not to be started again
+            if nanny.pid is not None:
+                # It gives back and ends without waiting for the end of an epoch, as `close`
+                # alone would.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(nanny.pid, signal.SIGTERM)
+        closing = [nanny.close(timeout=_LEAVE_SECONDS) for nanny in nannies]
+        await asyncio.gather(*closing, return_exceptions=True)
+
+
+def _end_now(number: signal.Signals, folder: str) -> None:
+    os.write(2, b"Ended at once; what was trained since the last checkpoint is trained again.\n")
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(128 + number)
+
+
+# --- GPUs ---
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU of this machine."""
+
+    device: str  #: as CUDA_VISIBLE_DEVICES names it
+    identity: str  #: the same whoever looks at it: its UUID where that is known
+
+
+def visible_gpus(
+    listing: str | None, devices: Sequence[str], visible: str | None
+) -> tuple[Gpu, ...]:
+    """The GPUs that this process may use.
+
+    Args:
+        listing: What `nvidia-smi --query-gpu=index,uuid --format=csv,noheader` printed.
+        devices: Names in /dev, where that program is not there.
+        visible: CUDA_VISIBLE_DEVICES; None where it is not set.
+    """
+    uuids: dict[str, str] = {}
+    if listing is not None:
+        for line in listing.splitlines():
+            index, _, identity = line.partition(",")
+            if index.strip().isdigit() and identity.strip():
+                uuids[index.strip()] = identity.strip()
+    else:
+        found = [match[1] for name in devices if (match := re.fullmatch(r"nvidia(\d+)", name))]
+        uuids = {index: f"index-{index}" for index in sorted(found, key=int)}
+    if visible is None:
+        return tuple(Gpu(index, identity) for index, identity in uuids.items())
+    gpus = []
+    for entry in (part.strip() for part in visible.split(",")):
+        if entry.isdigit() and uuids and entry not in uuids:
+            break  # as CUDA does: what follows an invalid entry is invisible
+        if entry.isdigit():
+            gpus.append(Gpu(entry, uuids.get(entry, f"index-{entry}")))
+        elif entry.startswith(("GPU-", "MIG-")):
+            # A UUID may be shortened.
+            full = [identity for identity in uuids.values() if identity.startswith(entry)]
+            gpus.append(Gpu(entry, full[0] if len(full) == 1 else entry))
+        else:
+            break
+    return tuple(gpus)
+
+
+@contextlib.contextmanager
+def gpus_for(
+    workers: int | Literal["auto"], environment: Mapping[str, str]
+) -> Iterator[tuple[str, ...]]:
+    """As many GPUs as there are workers, held against other `tuner worker` of this machine.
+
+    Empty where there is no GPU.
+
+    Raises:
+        ClusterError: There are some, but too few of them are free.
+    """
+    seen = visible_gpus(
+        _nvidia_smi(environment),
+        [path.name for path in Path("/dev").glob("nvidia*")],
+        environment.get("CUDA_VISIBLE_DEVICES"),
+    )
+    if not seen:
+        yield ()
+        return
+    wanted = len(seen) if workers == "auto" else workers
+    with contextlib.ExitStack() as held:
+        taken: list[str] = []
+        for gpu in seen:
+            if len(taken) < wanted and (lock := _lock(gpu)) is not None:
+                held.enter_context(lock)
+                taken.append(gpu.device)
+        if len(taken) < (1 if workers == "auto" else wanted):
+            raise ClusterError(
+                f"{wanted} worker(s) want a GPU each, but {len(taken)} of the {len(seen)} that "
+                "CUDA_VISIBLE_DEVICES and the driver show are free: another `tuner worker` of "
+                "this machine holds the rest. Ask for fewer (--workers), or train on the "
+                "processor: CUDA_VISIBLE_DEVICES= tuner worker ..."
+            )
+        yield tuple(taken)
+
+
+def _nvidia_smi(environment: Mapping[str, str]) -> str | None:
+    program = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    if program is None:
+        return None
+    try:
+        done = subprocess.run(  # noqa: S603 - the driver's own program, found on the PATH
+            [program, "--query-gpu=index,uuid", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def _lock(gpu: Gpu) -> IO[bytes] | None:
+    """The GPU's lock, held as long as the file is open; None where another process holds it."""
+    folder = Path(tempfile.gettempdir()) / f"tuner-gpus-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    name = hashlib.sha256(gpu.identity.encode()).hexdigest()[:16]
+    file = (folder / f"{name}.lock").open("ab")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: who starts several shares the GPUs out by hand
+        pass
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
