@@ -1,0 +1,117 @@
+"""Dask schedulers and workers as processes of their own, as on a cluster."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from ports import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEDULER = (
+    *("-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1"),
+    *("--no-dashboard", "--dashboard-address", "127.0.0.1:0"),
+)
+DASK_WORKER = ("-m", "distributed.cli.dask_worker", "--no-dashboard", "--resources", "slot=1")
+TUNER_WORKER = ("-m", "tuner.cli", "worker", "--cluster")
+
+
+class Program:
+    """A Python program with what it said, in a process group of its own as from a terminal."""
+
+    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        # Killed, it leaves its temporary files behind.
+        self._folder = tempfile.mkdtemp(prefix="tuner-test-")
+        paths = {"TMPDIR": self._folder, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env=os.environ | paths | dict(environment or {}),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip())
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def interrupt(self) -> None:
+        """Ctrl-C in its terminal."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def wait(self, timeout: float = 30) -> int:
+        code = self.process.wait(timeout)
+        self._reader.join(timeout)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+    def end(self) -> None:
+        """Kills it with all that it started."""
+        if self.process.poll() is None:
+            below = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.kill()
+            for child in below:
+                try:
+                    child.kill()
+                except psutil.NoSuchProcess:
+                    continue
+        if self.process.stderr is not None and not self.process.stderr.closed:
+            self.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def says(self, words: str, timeout: float = 30) -> str:
+        """The line with these words, once it is there."""
+        found: list[str] = []
+
+        def look() -> bool:
+            found.extend(line for line in self.lines if words in line)
+            return bool(found)
+
+        assert eventually(look, timeout), f"{words!r} is not in {self.lines}"
+        return found[0]
+
+
+@contextmanager
+def program(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Program]:
+    running = Program(*arguments, environment=environment)
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+@contextmanager
+def scheduler(port: int | None = None, more: Sequence[str] = ()) -> Iterator[str]:
+    """A scheduler; its address."""
+    port = port or free_port()
+    with program(*SCHEDULER, "--port", str(port), *more) as running:
+        running.says("Scheduler at")
+        yield f"{'tls' if more and '--tls-ca-file' in more else 'tcp'}://127.0.0.1:{port}"
+
+
+def eventually(is_true: Callable[[], bool], timeout: float = 30) -> bool:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if is_true():
+            return True
+        time.sleep(0.05)
+    return is_true()
