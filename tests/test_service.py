@@ -393,23 +393,21 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
 
 def test_two_studies_share_the_slots_and_a_later_one_is_not_starved(shop: Shop) -> None:
     shop.pace = 0.01
-    shop.queue("a", 14)
-    shop.queue("b", 14)
+    shop.queue("a", 1000)
+    shop.queue("b", 1000)
     with shop.serving():
         wait_until(lambda: len(shop.order) >= 8)
         shop.queue("c", 4)
-        for name in "abc":
-            shop.wait_for(name, "finished")
+        shop.wait_for("c", "finished")
     assert shop.most_at_once == 2
-    assert [shop.finished(name) for name in "abc"] == [14, 14, 4]
+    assert shop.finished("c") == 4
     begun = "".join(shop.order)
-    assert len(begun) == 32
     # Neither of the first two was served before the other, ...
     assert abs(begun[:8].count("a") - begun[:8].count("b")) <= 3
-    # ... and the third was done long before they were.
-    assert begun.rindex("c") < 26
-    assert shop.queued() == ()
-    assert len(shop.said("finished, ")) == 3
+    # ... and the third had its turns from its first trial to its last: a third of the trials.
+    assert len(begun[begun.index("c") : begun.rindex("c")]) <= 20
+    assert len(shop.queued()) == 2
+    assert len(shop.said("finished, ")) == 1
 
 
 def test_a_study_that_is_launched_while_the_service_runs_is_taken_up(shop: Shop) -> None:

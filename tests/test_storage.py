@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import optuna
-import psycopg
 import pytest
 import sqlalchemy as sa
 from postgres import Postgres
@@ -399,14 +398,14 @@ def test_a_writer_frozen_in_the_middle_of_a_batch_does_not_keep_its_locks(
         with closed_engine(parse_url(url)) as engine:
             pooled = engine.raw_connection()
             frozen = pooled.driver_connection
-            with pytest.raises(psycopg.OperationalError), frozen.pipeline():
-                frozen.execute("UPDATE tuner_lease SET batches = batches + 1")
-                frozen.pgconn.send_flush_request()
-                while frozen.pgconn.flush():
-                    pass
-                # The server waits for the rest of the batch, and calls that active.
-                assert storage.heartbeat() is False
-                frozen.execute("SELECT 1").fetchone()
+            frozen.pgconn.enter_pipeline_mode()
+            for statement in (b"BEGIN", b"UPDATE tuner_lease SET batches = batches + 1"):
+                frozen.pgconn.send_query_params(statement, None)
+            frozen.pgconn.send_flush_request()
+            while frozen.pgconn.flush():
+                pass
+            # The server waits for the rest of the batch, and calls that active.
+            assert storage.heartbeat() is False
             pooled.invalidate()
 
 
