@@ -272,10 +272,10 @@ class FastWorkers(FakeWorkers):
 
     def slots(self) -> int:
         if self.coordinator is not None:
-            self.coordinator._deciding.release()  # it holds that while it asks
+            self.coordinator._counting.release()  # it holds that while it asks
             while self.coordinator.running:
                 time.sleep(0.001)
-            self.coordinator._deciding.acquire()
+            self.coordinator._counting.acquire()
         return 1
 
 
