@@ -58,8 +58,8 @@ learning_rate = {{ low = 1e-3, high = 1e-2, log = true }}
 optimizer = {{ choices = ["adam", "sgd", "rmsprop"] }}
 batch_size = {{ choices = [16, 32] }}
 """
-LONGEST_DELAY_SECONDS = 5.0  # between a kill's place in the study and the kill
-LEAST_PAUSE_SECONDS = 3.0  # between two kills: a worker needs more than that to start
+LONGEST_DELAY_SECONDS = 4.0  # between a kill's place in the study and the kill
+LEAST_PAUSE_SECONDS = 1.0  # between two kills: some hit a worker that is just starting
 
 
 def main() -> None:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from fakes import ready_sqlite
 from postgres import Postgres, postgres_server
+
+from tuner.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,12 +63,29 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database: the tests that take it are the contract of every storage."""
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database without a table."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/tuner.db"
     postgres: Postgres = request.getfixturevalue("postgres")
     return postgres.database()
+
+
+@pytest.fixture(scope="session")
+def ready_postgres(postgres: Postgres) -> str:
+    """The name of a database with every table, to be copied: making them takes longer."""
+    url = postgres.database()
+    Storage(url).close()
+    return url.rpartition("/")[2]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database with every table: the tests that take it are the contract of every storage."""
+    if request.param == "sqlite":
+        return ready_sqlite(tmp_path)
+    postgres: Postgres = request.getfixturevalue("postgres")
+    return postgres.database(template=request.getfixturevalue("ready_postgres"))
 
 
 def our_processes() -> list[psutil.Process]:

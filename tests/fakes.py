@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -53,6 +55,21 @@ def small_spec(**changes: object) -> StudySpec:
     return spec_from_document({key: value for key, value in document.items() if value is not None})
 
 
+@functools.cache
+def _tables_of_sqlite() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        Storage(f"sqlite:///{folder}/tuner.db").close()
+        return Path(folder, "tuner.db").read_bytes()
+
+
+def ready_sqlite(folder: Path) -> str:
+    """The URL of a SQLite database in a folder, with every table where it is new."""
+    file = folder / "tuner.db"
+    if not file.exists():
+        file.write_bytes(_tables_of_sqlite())
+    return f"sqlite:///{file}"
+
+
 def make_study(
     folder: Path,
     spec: StudySpec | None = None,
@@ -62,7 +79,7 @@ def make_study(
 ) -> TunedStudy:
     folder.mkdir(parents=True, exist_ok=True)
     return create_or_resume(
-        Storage(url or f"sqlite:///{folder}/tuner.db"),
+        Storage(url or ready_sqlite(folder)),
         spec or small_spec(),
         IDENTITY,
         development_sha256=development_sha256,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import optuna
+from fakes import ready_sqlite
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
@@ -36,7 +37,7 @@ def predict(
 
 
 def storage_in(folder: Path) -> Storage:
-    return Storage(f"sqlite:///{folder}/tuner.db")
+    return Storage(ready_sqlite(folder))
 
 
 def write_rows(folder: Path, *, rows: int = 400) -> None:

@@ -67,15 +67,16 @@ class Postgres:
 
     # --- what a test uses ---
 
-    def database(self, *, port: int | None = None) -> str:
-        """The URL of a new, empty database.
+    def database(self, *, port: int | None = None, template: str = "template1") -> str:
+        """The URL of a new database, empty where it is not told otherwise.
 
         Args:
             port: Of a proxy in between; the server's own where left out.
+            template: The database to copy.
         """
         name = f"test_{next(self._names)}"
         with psycopg.connect(self._url("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self._url(name, port)
 
     def stop(self) -> None:

@@ -18,6 +18,7 @@ from wsgiref.util import setup_testing_defaults
 import optuna
 import pytest
 import sqlalchemy as sa
+from fakes import ready_sqlite
 from optuna.distributions import FloatDistribution
 
 from tuner import dashboard
@@ -34,7 +35,7 @@ class Answer(NamedTuple):
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[Storage]:
-    with Storage(f"sqlite:///{tmp_path}/tuner.db") as opened:
+    with Storage(ready_sqlite(tmp_path)) as opened:
         optuna.create_study(storage=opened.optuna, study_name="demo")
         yield opened
 

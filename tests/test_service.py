@@ -19,7 +19,7 @@ from pathlib import Path
 import optuna
 import pytest
 import sqlalchemy as sa
-from fakes import IDENTITY, FakeWorkers, Notes, fake_train, small_spec
+from fakes import IDENTITY, FakeWorkers, Notes, fake_train, ready_sqlite, small_spec
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
@@ -263,7 +263,7 @@ class Shop:
 
     def __init__(self, folder: Path, slots: int = 2) -> None:
         self.folder = folder
-        self.url = f"sqlite:///{folder}/tuner.db"
+        self.url = ready_sqlite(folder)
         self.slots = slots
         self.lines: list[str] = []
         self.order: list[str] = []  # the study of every trial, as they began

@@ -38,16 +38,20 @@ def open_and_close(url: str) -> None:
 # --- schema ---
 
 
-def test_ten_processes_open_an_empty_database_at_once(database_url: str, tmp_path: Path) -> None:
+def test_ten_processes_open_an_empty_database_at_once(
+    empty_database_url: str, tmp_path: Path
+) -> None:
     context = multiprocessing.get_context("spawn")
-    openers = [context.Process(target=open_and_close, args=(database_url,)) for _ in range(10)]
+    openers = [
+        context.Process(target=open_and_close, args=(empty_database_url,)) for _ in range(10)
+    ]
     for opener in openers:
         opener.start()
     for opener in openers:
         opener.join()
     assert [opener.exitcode for opener in openers] == [0] * 10
     assert [path.name for path in tmp_path.iterdir() if path.name != "tuner.db"] == []
-    assert check_storage(database_url).is_right
+    assert check_storage(empty_database_url).is_right
 
 
 @pytest.mark.parametrize(
@@ -79,73 +83,78 @@ def test_a_file_that_is_no_database_is_left_as_it_is(tmp_path: Path) -> None:
     assert path.read_text() == "my thesis " * 200
 
 
-def test_a_schema_of_a_later_tuner_is_refused(database_url: str) -> None:
-    open_and_close(database_url)
-    execute(database_url, "UPDATE tuner_schema SET version = 99")
-    assert check_storage(database_url).schema == "newer"
+def test_a_schema_of_a_later_tuner_is_refused(empty_database_url: str) -> None:
+    open_and_close(empty_database_url)
+    execute(empty_database_url, "UPDATE tuner_schema SET version = 99")
+    assert check_storage(empty_database_url).schema == "newer"
     with pytest.raises(StorageError, match="version 99"):
-        Storage(database_url)
+        Storage(empty_database_url)
 
 
-def test_a_database_of_an_earlier_schema_is_upgraded(database_url: str) -> None:
-    open_and_close(database_url)
+def test_a_database_of_an_earlier_schema_is_upgraded(empty_database_url: str) -> None:
+    open_and_close(empty_database_url)
     execute(
-        database_url,
+        empty_database_url,
         "UPDATE tuner_schema SET version = 1",
         "ALTER TABLE tuner_lease DROP COLUMN batches",
         "DROP TABLE tuner_queue",
         "DROP TABLE tuner_development",
     )
-    assert check_storage(database_url).schema == "outdated"
-    with Storage(database_url) as storage:
+    assert check_storage(empty_database_url).schema == "outdated"
+    with Storage(empty_database_url) as storage:
         assert storage.queued() == ()
         storage.take_lease(new_study(storage)._study_id)
         storage.release_lease()
-    assert check_storage(database_url).schema == "current"
+    assert check_storage(empty_database_url).schema == "current"
 
 
-def test_tables_of_a_newer_optuna_are_refused(database_url: str) -> None:
-    open_and_close(database_url)
-    execute(database_url, "UPDATE alembic_version SET version_num = 'v9.0.0'")
-    assert check_storage(database_url).schema == "newer"
+def test_tables_of_a_newer_optuna_are_refused(empty_database_url: str) -> None:
+    open_and_close(empty_database_url)
+    execute(empty_database_url, "UPDATE alembic_version SET version_num = 'v9.0.0'")
+    assert check_storage(empty_database_url).schema == "newer"
     for upgrade in (False, True):
         with pytest.raises(StorageError, match="a newer Optuna"):
-            Storage(database_url, upgrade=upgrade)
+            Storage(empty_database_url, upgrade=upgrade)
 
 
-def test_tables_of_an_older_optuna_are_refused_until_they_are_upgraded(database_url: str) -> None:
-    open_and_close(database_url)
-    execute(database_url, "UPDATE alembic_version SET version_num = 'v3.0.0.d'")
-    assert check_storage(database_url).schema == "outdated"
+def test_tables_of_an_older_optuna_are_refused_until_they_are_upgraded(
+    empty_database_url: str,
+) -> None:
+    open_and_close(empty_database_url)
+    execute(empty_database_url, "UPDATE alembic_version SET version_num = 'v3.0.0.d'")
+    assert check_storage(empty_database_url).schema == "outdated"
     with pytest.raises(StorageError, match="tuner storage init"):
-        Storage(database_url)
-    Storage(database_url, upgrade=True).close()
-    assert check_storage(database_url).is_right
+        Storage(empty_database_url)
+    Storage(empty_database_url, upgrade=True).close()
+    assert check_storage(empty_database_url).is_right
 
 
-def test_a_plain_optuna_database_gets_our_tables_beside_its_own(database_url: str) -> None:
+def test_a_plain_optuna_database_gets_our_tables_beside_its_own(empty_database_url: str) -> None:
     plain = optuna.storages.RDBStorage(
-        parse_url(database_url).render_as_string(hide_password=False)
+        parse_url(empty_database_url).render_as_string(hide_password=False)
     )
     optuna.create_study(storage=plain, study_name="theirs")
     plain.remove_session()
     plain.engine.dispose()
-    assert check_storage(database_url).schema == "missing"
-    with Storage(database_url) as storage:
+    assert check_storage(empty_database_url).schema == "missing"
+    with Storage(empty_database_url) as storage:
         assert [one.study_name for one in optuna.get_all_study_summaries(storage.optuna)] == [
             "theirs"
         ]
         assert storage.ledger() == ()
 
 
-def test_a_check_says_what_it_found_and_changes_nothing(database_url: str, tmp_path: Path) -> None:
-    before = check_storage(database_url)
+def test_a_check_says_what_it_found_and_changes_nothing(
+    empty_database_url: str, tmp_path: Path
+) -> None:
+    before = check_storage(empty_database_url)
     assert (before.reachable, before.schema, before.is_right) == (True, "missing", False)
     assert list(tmp_path.iterdir()) == []
-    open_and_close(database_url)
-    after = check_storage(database_url)
+    open_and_close(empty_database_url)
+    after = check_storage(empty_database_url)
     assert after.is_right
-    assert 0 < after.milliseconds < after.commit_milliseconds
+    assert after.milliseconds > 0
+    assert after.commit_milliseconds > 0
     assert "tuner:" not in after.url or ":***@" in after.url
 
 
