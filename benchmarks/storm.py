@@ -76,7 +76,8 @@ def main() -> None:
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     write_study(folder, options)
-    log: dict[str, Any] = {"options": vars(options) | {"folder": str(folder)}, "kills": []}
+    drawn = {key: value for key, value in vars(options).items() if key != "folder"}
+    log: dict[str, Any] = {"options": drawn, "kills": []}
     with postgres_server() as server:
         url = server.database()
         began = time.monotonic()
