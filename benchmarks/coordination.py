@@ -47,7 +47,7 @@ from tuner.driven import _Batch  # noqa: E402
 from tuner.objective import Objective  # noqa: E402
 from tuner.spec import StudySpec, load_spec, spec_from_document  # noqa: E402
 from tuner.storage import Storage  # noqa: E402
-from tuner.study import create_or_resume, make_pruner  # noqa: E402
+from tuner.study import create_or_resume  # noqa: E402
 
 EPOCHS = 27
 
@@ -228,7 +228,7 @@ def plain_worker(url, name, sampler, count, seed, ready, go) -> None:
         study_name=name,
         storage=sqlalchemy_url(url),
         sampler=plain_sampler(sampler, seed),
-        pruner=make_pruner(spec),
+        pruner=plain_pruner(),
     )
     study.get_trials(deepcopy=False)  # a warm cache, as in the middle of a study
     ready.wait()
@@ -240,7 +240,7 @@ def in_memory(sampler: str, before: list[FrozenTrial], count: int) -> float:
     name = f"memory-{time.monotonic_ns()}"
     spec = spec_of(name, sampler, 1)
     study = optuna.create_study(
-        study_name=name, sampler=plain_sampler(sampler, 0), pruner=make_pruner(spec)
+        study_name=name, sampler=plain_sampler(sampler, 0), pruner=plain_pruner()
     )
     study.add_trials(before)
     began = time.monotonic()
@@ -252,6 +252,10 @@ def plain_sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.TPESampler(multivariate=False, constant_liar=True, seed=seed)
+
+
+def plain_pruner() -> optuna.pruners.BasePruner:
+    return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=EPOCHS, reduction_factor=3)
 
 
 def sqlalchemy_url(url: str) -> str:

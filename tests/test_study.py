@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 from fakes import IDENTITY, fake_train, make_study, small_spec
@@ -165,6 +166,34 @@ def test_optuna_makes_as_many_brackets_as_the_paper(
     trial.report(0.5, 1)
     trial.should_prune()
     assert pruner._n_brackets == brackets
+
+
+def test_hyperband_prunes_the_trials_that_optunas_own_prunes() -> None:
+    spec = small_spec(training={"max_epochs": 9}, hyperband={"min_epochs": 1, "eta": 3})
+
+    def lengths(pruner: optuna.pruners.BasePruner) -> list[int]:
+        """How many epochs each of 60 trials lasts, eight of them at a time."""
+        losses = np.random.default_rng(0).random((60, 9))
+        # A bracket follows from the study's name and the trial's number.
+        study = optuna.create_study(study_name="same", pruner=pruner)
+        running = [study.ask() for _ in range(8)]
+        while running:
+            trial = running.pop(0)
+            for epoch in range(1, 10):
+                trial.report(losses[trial.number, epoch - 1], epoch)
+                if epoch in (1, 3) and trial.should_prune():
+                    study.tell(trial, state=TrialState.PRUNED)
+                    break
+            else:
+                study.tell(trial, losses[trial.number].min())
+            if len(study.trials) < 60:
+                running.append(study.ask())
+        return [len(trial.intermediate_values) for trial in study.trials]
+
+    plain = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=9, reduction_factor=3)
+    ours = lengths(make_pruner(spec))
+    assert ours == lengths(plain)
+    assert {1, 3, 9} == set(ours)
 
 
 def test_status_counts_what_was_spent_and_what_pruning_saved(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ class Coordinator:
         self._stopping = False
         self._fatal: BaseException | None = None
         self._failures_in_a_row = 0
+        self._progress = _Progress()
         self._slots = 0  # as the workers last said
         self._told_workers: int | None = None
         self._told_workers_at = 0.0
@@ -116,7 +117,8 @@ class Coordinator:
 
     def unfinished(self) -> int:
         """Trials that the budget still asks for, those in flight included."""
-        return max(0, self._tuned.budget - len(self._tuned.trials(*FINISHED)))
+        finished, _ = self._progress.look(self._tuned.trials())
+        return max(0, self._tuned.budget - finished)
 
     def wake(self) -> None:
         """Makes the run look for free slots now, and not at its next heartbeat."""
@@ -289,12 +291,11 @@ class Coordinator:
     def _claim(self) -> optuna.Trial | None:
         """The next trial to run; None where finished and running ones make up the budget."""
         with self._deciding:
-            trials = self._tuned.trials()
-            finished = sum(trial.state in FINISHED for trial in trials)
+            finished, open_trials = self._progress.look(self._tuned.trials())
             if self._stopping or finished + len(self._running) >= self._tuned.budget:
                 return None
             # Trials of a coordinator that died go first; trials of others are left alone.
-            for trial in trials:
+            for trial in open_trials:
                 if trial.state != TrialState.RUNNING or trial.number in self._running:
                     continue
                 if COORDINATOR_KEY in trial.user_attrs:
@@ -414,3 +415,21 @@ class Coordinator:
 
     def _record(self, decision: Decision) -> None:
         self._tuned.storage.record_decision(self._tuned.id, decision)
+
+
+class _Progress:
+    """How far a study is; trials that are known to be finished are not looked at again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ended = 0  # so many trials from number 0 on have ended
+        self._finished = 0  # of those, COMPLETE or PRUNED
+
+    def look(self, trials: Sequence[FrozenTrial]) -> tuple[int, list[FrozenTrial]]:
+        """The number of finished trials, and those among which the open ones are."""
+        with self._lock:
+            while self._ended < len(trials) and trials[self._ended].state.is_finished():
+                self._finished += trials[self._ended].state in FINISHED
+                self._ended += 1
+            rest = list(trials[self._ended :])
+            return self._finished + sum(trial.state in FINISHED for trial in rest), rest

@@ -9,7 +9,7 @@ import math
 import platform
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -154,23 +154,45 @@ class _HyperbandPruner(optuna.pruners.HyperbandPruner):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._brackets: dict[tuple[str, int], int] = {}
+        self._brackets: dict[str, dict[int, int]] = {}
 
-    def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:
-        key = (study.study_name, trial.number)
-        if key not in self._brackets:
-            self._brackets[key] = super()._get_bracket_id(study, trial)
-        return self._brackets[key]
-
-    def bracket_of(self, study: optuna.Study, number: int) -> int:
-        key = (study.study_name, number)
-        if key in self._brackets:
-            return self._brackets[key]
+    def brackets(self, study: optuna.Study, count: int) -> Mapping[int, int]:
+        """The brackets of the first `count` trials, at least, by trial number."""
         if not self._pruners:
             self._try_initialization(study)
-        frozen = optuna.trial.create_trial(state=TrialState.WAITING)
-        frozen.number = number
-        return self._get_bracket_id(study, frozen)
+        known = self._brackets.setdefault(study.study_name, {})
+        for number in range(len(known), count):
+            trial = optuna.trial.create_trial(state=TrialState.WAITING)
+            trial.number = number
+            known[number] = super()._get_bracket_id(study, trial)
+        return known
+
+    def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:
+        return self.brackets(study, trial.number + 1)[trial.number]
+
+    def _create_bracket_study(self, study: optuna.Study, bracket_id: int) -> optuna.Study:
+        return _BracketStudy(study, self, bracket_id)
+
+
+class _BracketStudy(optuna.Study):
+    """A study that shows one bracket's trials alone, which is what successive halving compares."""
+
+    def __init__(self, study: optuna.Study, hyperband: _HyperbandPruner, bracket: int) -> None:
+        super().__init__(study.study_name, study._storage, study.sampler, hyperband)
+        self._hyperband = hyperband
+        self._bracket = bracket
+
+    def get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        trials = super().get_trials(deepcopy=deepcopy)
+        # A trial's place in the list is its number.
+        bracket_of = self._hyperband.brackets(self, len(trials))
+        return [
+            trial
+            for number, trial in enumerate(trials)
+            if bracket_of[number] == self._bracket and (states is None or trial.state in states)
+        ]
 
 
 def _hyperband_settings(spec: StudySpec) -> dict[str, Any]:
@@ -195,7 +217,9 @@ def bracket_of(tuned: TunedStudy, trial: int) -> int | None:
     if isinstance(pruner, RecordedPruner):
         pruner = pruner.inner
     # Optuna tells nobody the bracket of a trial, and a second copy of its rule could differ.
-    return pruner.bracket_of(tuned.study, trial) if isinstance(pruner, _HyperbandPruner) else None
+    if not isinstance(pruner, _HyperbandPruner):
+        return None
+    return pruner.brackets(tuned.study, trial + 1)[trial]
 
 
 class RecordedPruner(optuna.pruners.BasePruner):
