@@ -19,7 +19,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -60,6 +60,8 @@ with _quiet_import():
     import tensorflow as tf
     from keras import layers, ops
 
+    from tuner import fast_layers
+
 __all__ = [
     "Precision",
     "build_model",
@@ -74,6 +76,9 @@ __all__ = [
 #: epoch of 14,763 sequences has at batch size 128; Hyperband would prune for that.
 BATCH_NORMALIZATION_MOMENTUM = 0.9
 
+#: An embedding of fewer channels is faster convolved as it is (`benchmarks/layers.py`).
+LEAST_TOKEN_CONVOLUTION = 16
+
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 Tensor: TypeAlias = Any  # a KerasTensor; Keras has no types
 Weights: TypeAlias = npt.NDArray[Any]
@@ -85,10 +90,16 @@ class _Positions:
 
     values: Tensor  #: [n, length, channels]; 0 at padding where masked
     real: Tensor | None  #: bool [n, length, 1], False at padding; None: not masked
+    tokens: Tensor | None = None  #: uint8 [n, length], if `values` are their embedding as it is
 
 
 def build_model(
-    config: ModelConfig, max_length: int, *, seed: int = 0, precision: Precision = "float32"
+    config: ModelConfig,
+    max_length: int,
+    *,
+    seed: int = 0,
+    precision: Precision = "float32",
+    fast: bool = False,
 ) -> keras.Model:
     """The network of `config`, with initial weights that follow from `seed`.
 
@@ -97,12 +108,13 @@ def build_model(
         max_length: Length of a row of tokens, residues.
         seed: Each layer's initial weights derive from it and from the layer's name.
         precision: "bfloat16" computes in bfloat16 with float32 weights; the output is float32.
+        fast: Of `tuner.fast_layers`, to be trained; else of Keras' own, to be kept.
 
     Returns:
         uint8 tokens [n, max_length] -> float32 soluble probability [n, 1]; the layer "logit" is
         the probability's logit, and `model.losses` are the penalties.
     """
-    return _Builder(config, max_length, seed, precision).build()
+    return _Builder(config, max_length, seed, precision, fast=fast).build()
 
 
 def logit_model(model: keras.Model) -> keras.Model:
@@ -134,9 +146,10 @@ class _Builder:
     """Makes layers that share the configuration, the seed and the dtype policy."""
 
     def __init__(
-        self, config: ModelConfig, max_length: int, seed: int, precision: Precision
+        self, config: ModelConfig, max_length: int, seed: int, precision: Precision, *, fast: bool
     ) -> None:
         self._config = config
+        self._fast = fast
         self._max_length = max_length
         self._seed = seed
         # Per layer, never the global policy: several trials may share a process.
@@ -174,7 +187,7 @@ class _Builder:
         # remainders; a flattened network cannot have it, its weights count positions.
         if extra := padded_length(config, self._max_length) - self._max_length:
             tokens = ops.pad(tokens, [[0, 0], [0, extra]])
-        values = layers.Embedding(
+        self._embed = layers.Embedding(
             TOKENS,
             config.embedding_dim,
             embeddings_initializer=keras.initializers.RandomUniform(
@@ -182,38 +195,86 @@ class _Builder:
             ),
             dtype=self._policy,
             name="embedding",
-        )(tokens)
+        )
+        values = self._embed(tokens)
         real = ops.expand_dims(ops.not_equal(tokens, 0), -1) if config.masking else None
         values = self._dropout(_zeroed(values, real), config.embedding_dropout, "embedding_dropout")
-        return _Positions(values, real)
+        return _Positions(values, real, tokens if config.embedding_dropout == 0.0 else None)
 
     def _block(self, positions: _Positions, block: BlockConfig, name: str) -> _Positions:
-        x = layers.Conv1D(
-            block.filters,
-            block.kernel_size,
-            padding=block.padding,
-            kernel_initializer=self._glorot(f"{name}_conv"),
-            kernel_regularizer=_l1_l2(block.conv_l1, block.conv_l2),
-            bias_regularizer=_l1_l2(0.0, self._config.bias_l2),
-            dtype=self._policy,
-            name=f"{name}_conv",
-        )(positions.values)
+        x = self._convolution(positions, block, name)
         length = x.shape[1]
         real = None if positions.real is None else positions.real[:, :length]
         if block.normalization == "batch":
-            x = layers.BatchNormalization(
+            batch_normalization = fast_layers if self._fast else layers
+            x = batch_normalization.BatchNormalization(
                 momentum=BATCH_NORMALIZATION_MOMENTUM, dtype=self._policy, name=f"{name}_norm"
             )(x, mask=None if real is None else ops.squeeze(real, -1))
         elif block.normalization == "layer":
             x = layers.LayerNormalization(dtype=self._policy, name=f"{name}_norm")(x)
-        # All activations keep 0 at 0, and so do both residuals: zeroing once, here, undoes what
-        # bias and normalisation put on padding.
-        x = _zeroed(_activated(x, block.activation, name), real)
-        x = self._activity_penalty(x)
-        x = self._residual(x, positions.values[:, :length], block, name)
-        pooled = _pooled(_Positions(x, real), block, name)
+        if self._fast and self._may_pool_first(block):
+            pooled = self._pooled(_Positions(x, real), block, name)
+            pooled = replace(pooled, values=_activated(pooled.values, block.activation, name))
+        else:
+            # All activations keep 0 at 0, and so do both residuals: zeroing once, here, undoes
+            # what bias and normalisation put on padding.
+            x = _zeroed(_activated(x, block.activation, name), real)
+            x = self._activity_penalty(x)
+            x = self._residual(x, positions.values[:, :length], block, name)
+            pooled = self._pooled(_Positions(x, real), block, name)
         values = self._dropout(pooled.values, block.conv_dropout, f"{name}_dropout")
         return _Positions(values, pooled.real)
+
+    def _may_pool_first(self, block: BlockConfig) -> bool:
+        """Whether the maximum of activations is the activation of the maximum."""
+        return (
+            block.pooling == "max"
+            and block.pool_size > 1  # only then padding is left out
+            and block.activation in ("relu", "tanh")  # they never fall
+            and block.residual == "none"
+            and self._config.activity_l2 == 0.0
+        )
+
+    def _convolution(self, positions: _Positions, block: BlockConfig, name: str) -> Tensor:
+        settings: dict[str, Any] = {
+            "filters": block.filters,
+            "kernel_size": block.kernel_size,
+            "padding": block.padding,
+            "kernel_initializer": self._glorot(f"{name}_conv"),
+            "kernel_regularizer": _l1_l2(block.conv_l1, block.conv_l2),
+            "bias_regularizer": _l1_l2(0.0, self._config.bias_l2),
+            "dtype": self._policy,
+            "name": f"{name}_conv",
+        }
+        if not self._fast:
+            return layers.Conv1D(**settings)(positions.values)
+        if positions.tokens is None or self._config.embedding_dim < LEAST_TOKEN_CONVOLUTION:
+            return fast_layers.Convolution(**settings)(positions.values)
+        masking = positions.real is not None
+        convolution = fast_layers.TokenConvolution(self._embed, masking=masking, **settings)
+        return convolution(positions.tokens)
+
+    def _pooled(self, positions: _Positions, block: BlockConfig, name: str) -> _Positions:
+        """Positions [n, length, channels] -> [n, length // pool_size, channels]."""
+        size, values, real = block.pool_size, positions.values, positions.real
+        if size == 1:
+            return positions
+        maximum = block.pooling == "max"
+        maximum_pooling = fast_layers.MaximumPooling if self._fast else layers.MaxPooling1D
+        pooling = maximum_pooling if maximum else layers.AveragePooling1D
+        pool = pooling(size, dtype=values.dtype, name=f"{name}_pool")
+        if real is None:
+            return _Positions(pool(values), None)
+        # Padding is only at the end: a window holds a residue iff its first position does.
+        length = values.shape[1] // size
+        first_real = real[:, : length * size : size]
+        if maximum:
+            return _Positions(
+                ops.where(first_real, pool(_without_padding(positions)), 0), first_real
+            )
+        # The mean over the window, padding included as 0, times size / real positions.
+        share = pool(ops.cast(real, values.dtype))
+        return _Positions(ops.divide(pool(values), ops.maximum(share, 1 / size)), first_real)
 
     def _residual(self, x: Tensor, inputs: Tensor, block: BlockConfig, name: str) -> Tensor:
         """Adds the block's input [n, length, channels], as it is or through a 1x1 convolution."""
@@ -285,26 +346,6 @@ def _zeroed(values: Tensor, real: Tensor | None) -> Tensor:
 def _without_padding(positions: _Positions) -> Tensor:
     """The values with -inf at padding, which no maximum takes."""
     return ops.where(positions.real, positions.values, -np.inf)
-
-
-def _pooled(positions: _Positions, block: BlockConfig, name: str) -> _Positions:
-    """Positions [n, length, channels] -> [n, length // pool_size, channels]."""
-    size, values, real = block.pool_size, positions.values, positions.real
-    if size == 1:
-        return positions
-    maximum = block.pooling == "max"
-    pooling = layers.MaxPooling1D if maximum else layers.AveragePooling1D
-    pool = pooling(size, dtype=values.dtype, name=f"{name}_pool")
-    if real is None:
-        return _Positions(pool(values), None)
-    # Padding is only at the end: a window holds a residue iff its first position does.
-    length = values.shape[1] // size
-    first_real = real[:, : length * size : size]
-    if maximum:
-        return _Positions(ops.where(first_real, pool(_without_padding(positions)), 0), first_real)
-    # The mean over the window, padding included as 0, times size / real positions.
-    share = pool(ops.cast(real, values.dtype))
-    return _Positions(ops.divide(pool(values), ops.maximum(share, 1 / size)), first_real)
 
 
 def _head(positions: _Positions, head: Head) -> Tensor:

@@ -110,7 +110,11 @@ class TrainingRun:
         gc.collect()  # the graphs of the trial before are cycles: 10 MB a trial, if they are left
         with _out_of_memory_ends_the_trial("building the network"):
             self._model = build_model(
-                config, data.max_length, seed=_derived_seed(seed, trial), precision=precision
+                config,
+                data.max_length,
+                seed=_derived_seed(seed, trial),
+                precision=precision,
+                fast=True,
             )
             self._logits = logit_model(self._model)
             self._optimizer = _Optimizer(config, self._model.trainable_variables)
@@ -376,6 +380,7 @@ class _Optimizer:
     def apply(self, gradients: Sequence[Any]) -> None:
         """Takes one step; `gradients` in the order of the weights."""
         steps = tf.cast(self._steps.assign_add(1), tf.float32)
+        decay1, decay2 = tf.pow(0.9, steps), tf.pow(0.999, steps)
         for weight, slots, gradient in zip(self._weights, self._slots, gradients, strict=True):
             if self._name == "adamw":
                 weight.assign_sub(weight * (self._rate * ADAMW_WEIGHT_DECAY))
@@ -404,8 +409,8 @@ class _Optimizer:
                     var=weight.handle,
                     m=handles[0],
                     v=handles[1],
-                    beta1_power=tf.pow(0.9, steps),
-                    beta2_power=tf.pow(0.999, steps),
+                    beta1_power=decay1,
+                    beta2_power=decay2,
                     lr=self._rate,
                     beta1=0.9,
                     beta2=0.999,

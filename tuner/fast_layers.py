@@ -1,0 +1,187 @@
+"""Keras' layers with the same weights and results, computed faster while a network is trained.
+
+What takes the time of a training step on a CPU is moving memory and a few slow kernels, so:
+
+- the convolution over the embedding is computed from the tokens: looking a token up and
+  convolving is linear, so one small product makes a kernel over the 20 residues, and no gradient
+  is needed at every position for the embedding;
+- a convolution's gradient towards its input is a convolution again, and TensorFlow's forward
+  kernel computes it in half the time of its backward one;
+- the maximum over a window is one of its strided slices, again a fraction of TensorFlow's time;
+- batch normalisation under a mask has a gradient of three sums, written out here.
+
+`benchmarks/layers.py` measures each beside Keras' own. Exported networks have Keras' layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import tensorflow as tf
+from keras import layers, ops
+from tensorflow.python.eager import record
+
+from tuner.space import TOKENS
+
+Tensor: TypeAlias = Any
+
+
+class Convolution(layers.Conv1D):
+    """Keras' `Conv1D` with stride 1, bias and no activation."""
+
+    def call(self, inputs: Tensor) -> Tensor:
+        return tf.nn.bias_add(self._convolved(inputs, self.kernel), self.bias)
+
+    def _convolved(self, inputs: Tensor, kernel: Tensor) -> Tensor:
+        return _convolution(inputs, kernel, self.padding)
+
+
+class TokenConvolution(Convolution):
+    """A `Conv1D` over an embedding, computed from the tokens [n, length].
+
+    Token 0 counts as a vector of zeros if `masking`, else as its row of the embedding.
+    """
+
+    def __init__(self, embedding: layers.Embedding, *, masking: bool, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._embedding = embedding
+        self._first_token = 1 if masking else 0
+        self.input_spec = None  # tokens, where Keras expects vectors
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        super().build((*input_shape, self._embedding.output_dim))
+        self.input_spec = None
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> Any:
+        return super().compute_output_shape((*input_shape[:2], self._embedding.output_dim))
+
+    def _convolved(self, inputs: Tensor, kernel: Tensor) -> Tensor:
+        first = self._first_token
+        # A token below the first has no one in it: zeros.
+        one_hot = tf.one_hot(tf.cast(inputs, tf.int32) - first, TOKENS - first, dtype=kernel.dtype)
+        rows = ops.cast(self._embedding.embeddings, kernel.dtype)[first:]
+        # [width, tokens, filters]: what each token adds at each place of the window.
+        return _convolution(one_hot, tf.einsum("te,kef->ktf", rows, kernel), self.padding)
+
+
+class MaximumPooling(layers.MaxPooling1D):
+    """Keras' `MaxPooling1D` whose windows stand side by side."""
+
+    def call(self, inputs: Tensor) -> Tensor:
+        (size,) = self.pool_size
+        windows, rest = divmod(inputs.shape[1], size)
+        kept = inputs[:, : windows * size] if rest else inputs
+        within = tf.reshape(kept, [-1, windows, size, inputs.shape[-1]])
+        return functools.reduce(tf.maximum, tf.unstack(within, axis=2))
+
+
+class BatchNormalization(layers.BatchNormalization):
+    """Keras' own over the last axis; `mask` [n, length] leaves positions out of the moments."""
+
+    def call(
+        self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        if not training:
+            scale = self.gamma * tf.math.rsqrt(self.moving_variance + self.epsilon)
+            shift = self.beta - self.moving_mean * scale
+            return inputs * ops.cast(scale, inputs.dtype) + ops.cast(shift, inputs.dtype)
+        values = tf.cast(inputs, tf.float32)
+        weights = tf.ones(tf.shape(values)[:-1]) if mask is None else tf.cast(mask, tf.float32)
+        outputs, mean, variance = _normalized(values, weights, self.gamma, self.beta, self.epsilon)
+        for moving, moment in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(moving * self.momentum + moment * (1.0 - self.momentum))
+        return ops.cast(outputs, self.compute_dtype)
+
+
+def _convolution(inputs: Tensor, kernel: Tensor, padding: str) -> Tensor:
+    """Positions [n, length, channels] * [width, channels, filters] -> [n, length, filters]."""
+    width = kernel.shape[0]
+    left = (width - 1) // 2 if padding == "same" else 0
+    right = width - 1 - left if padding == "same" else 0
+
+    def convolved(x: Tensor, w: Tensor) -> _Recipe:
+        y = _correlated(x, w, left, right)
+
+        def gradient(dy: Tensor) -> tuple[Tensor, Tensor]:
+            turned = tf.transpose(tf.reverse(w, [0]), [0, 2, 1])
+            dx = _correlated(dy, turned, width - 1 - left, width - 1 - right)
+            return dx, _kernel_gradient(x, dy, w, left, right)
+
+        return [y], gradient
+
+    (outputs,) = _with_gradient(convolved, inputs, tf.convert_to_tensor(kernel))
+    return outputs
+
+
+def _correlated(x: Tensor, w: Tensor, left: int, right: int) -> Tensor:
+    """A convolution with so many zeros on either side, in TensorFlow's two dimensions."""
+    padding = [[0, 0], [0, 0], [left, right], [0, 0]]
+    y = tf.nn.conv2d(tf.expand_dims(x, 1), tf.expand_dims(w, 0), 1, padding)
+    return tf.squeeze(y, 1)
+
+
+def _kernel_gradient(x: Tensor, dy: Tensor, w: Tensor, left: int, right: int) -> Tensor:
+    dw = tf.raw_ops.Conv2DBackpropFilter(
+        input=tf.expand_dims(x, 1),
+        filter_sizes=[1, *w.shape],
+        out_backprop=tf.expand_dims(dy, 1),
+        strides=[1, 1, 1, 1],
+        padding="EXPLICIT",
+        explicit_paddings=[0, 0, 0, 0, left, right, 0, 0],
+    )
+    return tf.squeeze(dw, 0)
+
+
+def _normalized(
+    values: Tensor, weights: Tensor, gamma: Tensor, beta: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalises values [n, length, channels] or [n, channels]; positions weigh 0 or 1.
+
+    Returns:
+        The normalised values, and mean and variance [channels] that they were normalised with.
+    """
+    shape, channels = tf.shape(values), values.shape[-1]
+
+    def normalized(x: Tensor, scale: Tensor, shift: Tensor) -> _Recipe:
+        x = tf.reshape(x, [-1, channels])
+        row = tf.reshape(weights, [1, -1])
+        count = tf.maximum(tf.reduce_sum(row), 1.0)
+        mean = tf.matmul(row, x) / count  # a sum over rows is fastest as a product
+        centred = x - mean
+        variance = tf.matmul(row, centred * centred) / count
+        slope = scale * tf.math.rsqrt(variance + epsilon)
+        y = tf.reshape(centred * slope + shift, shape)
+
+        def gradient(dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dy = tf.reshape(dy, [-1, channels])
+            everywhere = tf.ones_like(row)
+            total = tf.matmul(everywhere, dy)
+            along = tf.matmul(everywhere, dy * centred)
+            pull = total / count + centred * (along / (count * (variance + epsilon)))
+            dx = slope * (dy - tf.transpose(row) * pull)
+            root = tf.math.rsqrt(variance + epsilon)
+            return tf.reshape(dx, shape), (along * root)[0], total[0]
+
+        return [y, mean[0], variance[0]], gradient
+
+    scale, shift = tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta)
+    outputs, mean, variance = _with_gradient(normalized, values, scale, shift)
+    return outputs, mean, variance
+
+
+#: Outputs, and from the gradients towards them those towards the inputs.
+_Recipe: TypeAlias = tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]
+
+
+def _with_gradient(recipe: Callable[..., _Recipe], *inputs: Tensor) -> list[Tensor]:
+    """The outputs of `recipe(*inputs)`, with its gradient for the tape.
+
+    `tf.custom_gradient` also registers the gradient with TensorFlow for good, and with it keeps
+    the graph of every trial in memory.
+    """
+    with record.stop_recording():
+        outputs, gradient = recipe(*inputs)
+    record.record_operation(recipe.__name__, outputs, list(inputs), gradient)
+    return outputs
