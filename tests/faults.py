@@ -21,9 +21,11 @@ from drive import Plan
 from fakes import loss_of
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_store
 from tuner.objective import curve_of
 from tuner.storage import Storage
-from tuner.study import FINISHED, RESUMED_KEY, load
+from tuner.study import FINISHED, RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, load
+from tuner.trial_page import NOTE_KEY
 
 #: The file that collects what users were told, for docs/faults.md; see benchmarks/faults.py.
 STORY = "PYTEST_TUNER_STORY"
@@ -226,6 +228,7 @@ def assert_whole(plan: Plan) -> list[FrozenTrial]:
             assert [epoch.validation_loss for epoch in curve_of(trial)] == undisturbed
             best_so_far = {epoch: min(undisturbed[:epoch]) for epoch in epochs}
             assert trial.intermediate_values == best_so_far
+            assert_page_is_whole(tuned, trial)
             if trial.state == TrialState.COMPLETE:
                 assert trial.value == min(undisturbed)
                 assert len(epochs) == tuned.record.spec.training.max_epochs
@@ -239,6 +242,33 @@ def assert_whole(plan: Plan) -> list[FrozenTrial]:
         for best in tuned.ranked()[:10]:
             assert tuned.artifacts.weights(best.number).read_bytes().startswith(b"weights")
         return trials
+
+
+def assert_page_is_whole(tuned: TunedStudy, trial: FrozenTrial) -> None:
+    """What hangs on a trial tells of all its epochs, those before a crash included."""
+    epochs = trial.last_step or 0
+    note = trial.user_attrs[NOTE_KEY]
+    assert f"It cost {epochs} epoch" in note
+    assert note.startswith("Fully" if trial.state == TrialState.COMPLETE else "Pruned")
+    if trial.user_attrs.get(RESUMED_KEY):
+        assert "It was taken up again" in note
+        if after := trial.user_attrs.get(RESUMED_FROM_KEY):
+            assert f"from its checkpoint after epoch {after}." in note
+    drawing = hung(tuned, trial, CURVES_FILE)
+    assert drawing.count("h0") == 4 * epochs  # a dot for each value of each epoch
+    assert hung(tuned, trial, NETWORK_FILE).startswith("layer,output shape,parameters\n")
+
+
+def hung(tuned: TunedStudy, trial: FrozenTrial, name: str) -> str:
+    """The file of this name that hangs on a trial, found as the dashboard finds it."""
+    described = [
+        json.loads(value)
+        for key, value in trial.system_attrs.items()
+        if key.startswith(HUNG_PREFIX)
+    ]
+    (identity,) = [one["artifact_id"] for one in described if one["filename"] == name]
+    with artifact_store(tuned.artifacts.folder.parent).open_reader(identity) as file:
+        return file.read().decode()
 
 
 def open_trials(plan: Plan) -> set[int]:
