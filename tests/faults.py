@@ -25,7 +25,7 @@ from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_sto
 from tuner.objective import curve_of
 from tuner.storage import Storage
 from tuner.study import FINISHED, RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, load
-from tuner.trial_page import NOTE_KEY
+from tuner.trial_page import COST_KEY, NOTE_KEY
 
 #: The file that collects what users were told, for docs/faults.md; see benchmarks/faults.py.
 STORY = "PYTEST_TUNER_STORY"
@@ -247,13 +247,13 @@ def assert_whole(plan: Plan) -> list[FrozenTrial]:
 def assert_page_is_whole(tuned: TunedStudy, trial: FrozenTrial) -> None:
     """What hangs on a trial tells of all its epochs, those before a crash included."""
     epochs = trial.last_step or 0
-    note = trial.user_attrs[NOTE_KEY]
-    assert f"It cost {epochs} epoch" in note
+    note, cost = trial.user_attrs[NOTE_KEY], trial.user_attrs[COST_KEY]
+    assert cost.startswith(f"{epochs} epoch")
     assert note.startswith("Fully" if trial.state == TrialState.COMPLETE else "Pruned")
     if trial.user_attrs.get(RESUMED_KEY):
-        assert "It was taken up again" in note
+        assert "resumed" in cost
         if after := trial.user_attrs.get(RESUMED_FROM_KEY):
-            assert f"from its checkpoint after epoch {after}." in note
+            assert cost.endswith(f"from its checkpoint after epoch {after}")
     drawing = hung(tuned, trial, CURVES_FILE)
     assert drawing.count("h0") == 4 * epochs  # a dot for each value of each epoch
     assert hung(tuned, trial, NETWORK_FILE).startswith("layer,output shape,parameters\n")

@@ -23,7 +23,15 @@ from tuner.export import config_of_trial, write_configs
 from tuner.space import parameter_count
 from tuner.spec import load_spec
 from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete
-from tuner.trial_page import AGAIN_KEY, NOTE_KEY, draw_curves, note, train_again
+from tuner.trial_page import (
+    AGAIN_KEY,
+    COST_KEY,
+    NOTE_KEY,
+    REACHED_KEY,
+    draw_curves,
+    notes,
+    train_again,
+)
 
 Make = Callable[..., TunedStudy]
 
@@ -45,8 +53,10 @@ def curve(*losses: float) -> list[EpochResult]:
     return [epoch_result(loss, epoch) for epoch, loss in enumerate(losses, start=1)]
 
 
-def words(state: TrialState, *losses: float, bracket: int | None = 0, **attributes: object) -> str:
-    return note(state, curve(*losses), max_epochs=9, eta=3, bracket=bracket, attributes=attributes)
+def words(
+    state: TrialState, *losses: float, bracket: int | None = 0, **attributes: object
+) -> dict[str, str]:
+    return notes(state, curve(*losses), max_epochs=9, eta=3, bracket=bracket, attributes=attributes)
 
 
 def test_every_trial_has_its_page(study: Make) -> None:
@@ -68,38 +78,40 @@ def test_every_trial_has_its_page(study: Make) -> None:
 
 
 def test_a_pruned_trial_says_where_why_and_what_it_cost() -> None:
-    said = words(TrialState.PRUNED, 0.9, 0.7, 0.8, bracket=1)
-    assert said == (
-        "Pruned at the rung after epoch 3 of 9: of the trials of bracket 1 that had come there, "
-        "it was not among the best 1/3. That saved 6 epochs. Its best validation loss is 0.7000 "
-        "nats, of epoch 2 (accuracy 60.0%). It cost 3 epochs, 0 s of training."
-    )
+    assert words(TrialState.PRUNED, 0.9, 0.7, 0.8, bracket=1) == {
+        NOTE_KEY: "Pruned after epoch 3 of 9, a rung of bracket 1: not among the best 1/3 that had "
+        "come there. That saved 6 epochs.",
+        REACHED_KEY: "validation loss 0.7000 nats, accuracy 60.0%, after epoch 2",
+        COST_KEY: "3 epochs, 0 s of training",
+    }
 
 
 def test_a_trial_that_could_not_go_on_says_why() -> None:
     said = words(TrialState.PRUNED, ended="out_of_memory", ended_detail="building the network")
-    assert said == (
-        "Ended early (out of memory): building the network. It cost 0 epochs, 0 s of training."
-    )
-    assert words(TrialState.FAIL, 0.5, ended_detail="ValueError: x").startswith(
-        "Failed: ValueError: x. Its best"
-    )
+    assert said == {
+        NOTE_KEY: "Ended early (out of memory): building the network.",
+        COST_KEY: "0 epochs, 0 s of training",
+    }
+    failed = words(TrialState.FAIL, 0.5, ended_detail="ValueError: x")
+    assert failed[NOTE_KEY] == "Failed: ValueError: x."
 
 
 def test_a_trained_trial_says_whether_patience_ended_it() -> None:
     whole = words(TrialState.COMPLETE, *[0.5] * 9)
-    assert whole.startswith("Fully trained: all 9 epochs.")
-    assert "ended after 2 of at most 9 epochs" in words(TrialState.COMPLETE, 0.5, 0.6)
+    assert whole[NOTE_KEY] == "Fully trained: all 9 epochs."
+    patience = words(TrialState.COMPLETE, 0.5, 0.6)
+    assert "ended after 2 of at most 9 epochs" in patience[NOTE_KEY]
 
 
 def test_a_resumed_trial_says_from_where() -> None:
     resumed = {RESUMED_KEY: 2, RESUMED_FROM_KEY: 3}
-    said = words(TrialState.COMPLETE, 0.5, 0.6, **resumed)
-    assert said.endswith(
-        "It was taken up again 2 times, the last time from its checkpoint after epoch 3."
+    assert words(TrialState.COMPLETE, 0.5, 0.6, **resumed)[COST_KEY] == (
+        "2 epochs, 0 s of training; resumed 2 times, the last time from its checkpoint after "
+        "epoch 3"
     )
-    assert "from the start" in words(TrialState.COMPLETE, 0.5, **{RESUMED_KEY: 1})
-    assert "taken up" not in words(TrialState.COMPLETE, 0.5)
+    once = words(TrialState.COMPLETE, 0.5, **{RESUMED_KEY: 1})[COST_KEY]
+    assert once.endswith("resumed once, the last time from the start, without a checkpoint")
+    assert "resumed" not in words(TrialState.COMPLETE, 0.5)[COST_KEY]
 
 
 def test_the_curve_of_a_trial_whose_worker_died_is_drawn_once_and_whole(study: Make) -> None:

@@ -113,9 +113,7 @@ def artifact_store(root: Path) -> FileSystemArtifactStore:
     # Workers import this module, and do without Optuna.
     from optuna.artifacts import FileSystemArtifactStore  # noqa: PLC0415
 
-    folder = dashboard_folder(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileSystemArtifactStore(folder)
+    return FileSystemArtifactStore(dashboard_folder(root))
 
 
 def development_path(root: Path, sha256: str) -> Path:

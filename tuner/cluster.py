@@ -650,7 +650,7 @@ class Cluster:
             attempt.started = message["started"]
         if "opened" in message:
             attempt.opened = True
-            attempt.inbox.put(_Opened(worker=message["worker"], after=message["opened"]))
+            attempt.inbox.put(_Opened(worker=message["trained_by"], after=message["opened"]))
         if "epoch" in message:
             attempt.inbox.put(EpochResult(**message["epoch"]))
         if message.get("checkpoint") is not None:

@@ -36,7 +36,7 @@ from tuner.study import (
     refuse_a_reported_study,
 )
 from tuner.study_note import begin_overview
-from tuner.trial_page import NOTE_KEY, TrialPage
+from tuner.trial_page import TrialPage
 
 KEPT_WEIGHTS = 10  #: the best trials whose weights are kept
 POISON_LOSSES = 5  #: workers a trial may lose without a new epoch
@@ -371,10 +371,10 @@ class Coordinator:
 
     def _tell(self, trial: optuna.Trial, state: TrialState, value: float | None) -> None:
         page = self._pages.get(trial.number)
-        note = None if page is None else page.end(state)
+        said = {} if page is None else page.end(state)
         with self._together():
-            if note is not None:
-                trial.set_user_attr(NOTE_KEY, note)
+            for key, words in said.items():
+                trial.set_user_attr(key, words)
             told = self._tuned.study.tell(trial, value, state)
             self._record(
                 Decision(

@@ -61,11 +61,11 @@ def overview(tuned: TunedStudy, now: StudyStatus, state: State) -> str:
     parts = [
         f"## {_escaped(now.study)}",
         _progress(now, state),
+        _next(tuned, now, state),
         _best(now),
         _epochs(tuned, now),
         _brackets(tuned),
         _data(tuned),
-        _next(tuned, now, state),
         "*`tuner` keeps this note up to date: what is written into it here is replaced.*",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -136,7 +136,7 @@ def _brackets(tuned: TunedStudy) -> str:
     ]
     head = [
         "| bracket | may stop after epochs | trials | fully trained | pruned |",
-        "| ---: | --- | ---: | ---: | ---: |",
+        "| :---: | :---: | :---: | :---: | :---: |",
     ]
     return "### Hyperband\n\n" + "\n".join([*head, *rows])
 
@@ -164,7 +164,7 @@ def _data(tuned: TunedStudy) -> str:
 def _next(tuned: TunedStudy, now: StudyStatus, state: State) -> str:
     name, option = shlex.quote(tuned.name), storage_option(tuned)
     if state == "running":
-        say = "Nothing: it runs to its budget. To stop it (what is trained is kept):"
+        say = "Nothing: it runs to its budget. This stops it, and what is trained is kept:"
         return f"### Next\n\n{say}\n\n{_code(f'tuner stop {name}{option}')}"
     if state in ("queued", "stopped"):
         waits = "waits for a service" if state == "queued" else "goes on with its study file"

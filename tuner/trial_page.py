@@ -26,6 +26,8 @@ from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, bracket_of
 
 #: Attributes of the trial, as its page and the table of trials show them.
 NOTE_KEY = "note"
+REACHED_KEY = "reached"
+COST_KEY = "cost"
 AGAIN_KEY = "train_again"
 
 _DRAW_SECONDS = 10.0  #: between two drawings of a trial that is being trained
@@ -46,6 +48,7 @@ class TrialPage:
         record, number = self._tuned.record, self._trial.number
         max_length = record.data.max_length
         known = {
+            NOTE_KEY: "In training.",
             "seed": f"{record.spec.seed}, as trial {record.spec.training.seeded_as(number)}",
             "precision": record.precision,
             "parameters": parameter_count(self._config, max_length),
@@ -64,11 +67,11 @@ class TrialPage:
         if time.monotonic() - self._drawn_at > _DRAW_SECONDS:
             self._draw(TrialState.RUNNING)
 
-    def end(self, state: TrialState) -> str:
-        """Draws the whole curve; returns the note to write with the trial's end."""
+    def end(self, state: TrialState) -> dict[str, str]:
+        """Draws the whole curve; returns the attributes to write with the trial's end."""
         self._draw(state)
         spec = self._tuned.record.spec
-        return note(
+        return notes(
             state,
             self._curve,
             max_epochs=spec.training.max_epochs,
@@ -107,7 +110,7 @@ class TrialPage:
 # --- words ---
 
 
-def note(
+def notes(
     state: TrialState,
     curve: Sequence[EpochResult],
     *,
@@ -115,29 +118,29 @@ def note(
     eta: int | None,
     bracket: int | None,
     attributes: dict[str, object],
-) -> str:
-    """Why a trial ended, what it reached, what it cost, and what interrupted it."""
-    parts = [_why(state, curve, max_epochs, eta, bracket, attributes)]
+) -> dict[str, str]:
+    """Why a trial ended, what it reached, what it cost, and from where it was resumed.
+
+    Three short attributes: the dashboard breaks no lines.
+    """
+    said = {NOTE_KEY: _why(state, curve, max_epochs, eta, bracket, attributes)}
     best = min(curve, key=lambda result: result.validation_loss, default=None)
     if best is not None:
-        parts.append(
-            f"Its best validation loss is {best.validation_loss:.4f} nats, of epoch {best.epoch} "
-            f"(accuracy {best.validation_accuracy:.1%})."
+        said[REACHED_KEY] = (
+            f"validation loss {best.validation_loss:.4f} nats, accuracy "
+            f"{best.validation_accuracy:.1%}, after epoch {best.epoch}"
         )
     spent = duration(sum(result.seconds for result in curve))
-    epochs = f"{len(curve)} epoch{'' if len(curve) == 1 else 's'}"
-    parts.append(f"It cost {epochs}, {spent} of training.")
+    said[COST_KEY] = f"{len(curve)} epoch{'' if len(curve) == 1 else 's'}, {spent} of training"
     times = attributes.get(RESUMED_KEY)
     if isinstance(times, int) and times > 0:
         again = "once" if times == 1 else f"{times} times"
         after = attributes.get(RESUMED_FROM_KEY)
         where = (
-            f"from its checkpoint after epoch {after}"
-            if after
-            else "from the start, as there was no checkpoint yet"
+            f"its checkpoint after epoch {after}" if after else "the start, without a checkpoint"
         )
-        parts.append(f"It was taken up again {again}, the last time {where}.")
-    return " ".join(parts)
+        said[COST_KEY] += f"; resumed {again}, the last time from {where}"
+    return said
 
 
 def _why(
@@ -163,9 +166,8 @@ def _why(
         words = str(reason).replace("_", " ")
         return f"Ended early ({words}): {attributes.get(DETAIL_KEY, 'no detail is known')}."
     return (
-        f"Pruned at the rung after epoch {epochs} of {max_epochs}: of the trials of bracket "
-        f"{bracket} that had come there, it was not among the best 1/{eta}. That saved "
-        f"{max_epochs - epochs} epochs."
+        f"Pruned after epoch {epochs} of {max_epochs}, a rung of bracket {bracket}: not among the "
+        f"best 1/{eta} that had come there. That saved {max_epochs - epochs} epochs."
     )
 
 
