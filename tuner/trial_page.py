@@ -226,6 +226,11 @@ _WIDTH, _HEIGHT = 900, 400
 _PANEL = (360, 270)  #: width and height of a panel, pixels
 _LEFT, _TOP = 70, 80  #: of the first panel
 _NEXT = 445  #: pixels from one panel to the other
+_DOTS = "".join(
+    f'<marker id="{name}" markerWidth="3" markerHeight="3" refX="1.5" refY="1.5">'
+    f'<circle cx="1.5" cy="1.5" r="1.5" fill="{colour}"/></marker>'
+    for name, colour in (("t", _GREY), ("v", _BLUE))
+)
 _ASTRAY = 1.5  #: nats; a loss above this, more than twice a coin toss, would flatten the rest
 
 
@@ -265,6 +270,7 @@ def draw_curves(
     return "".join(
         [
             opening,
+            _DOTS,
             f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>',
             f'<text x="{_LEFT}" y="28" font-size="19" font-weight="600">{escape(title)}</text>',
             _legend(state, bool(rungs)),
@@ -349,13 +355,18 @@ def _panel(
         f'<path d="M{x(rung):.1f} {_TOP}V{bottom}" stroke="{_GREY}" stroke-dasharray="4 4"/>'
         for rung in rungs
     ]
-    for key, colour in zip(keys, (_GREY, _BLUE), strict=True):
-        points = [f"{x(one.epoch):.1f} {y(getattr(one, key)):.1f}" for one in curve]
-        dots = "".join(f"M{point}h0" for point in points)
+    across = [f"{x(one.epoch):.1f}" for one in curve]
+    for key, colour, dot in zip(keys, (_GREY, _BLUE), ("t", "v"), strict=True):
+        points = "L".join(
+            [
+                f"{place} {y(getattr(one, key)):.1f}"
+                for place, one in zip(across, curve, strict=True)
+            ]
+        )
         if points:
+            dots = "".join(f' marker-{where}="url(#{dot})"' for where in ("start", "mid", "end"))
             parts.append(
-                f'<path d="M{"L".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                f'<path d="{dots}" stroke="{colour}" stroke-width="6" stroke-linecap="round"/>'
+                f'<path d="M{points}" fill="none" stroke="{colour}" stroke-width="2"{dots}/>'
             )
     if curve:
         best = min(curve, key=lambda one: one.validation_loss)
