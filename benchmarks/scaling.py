@@ -88,7 +88,7 @@ def real(workers: int, trials: int) -> dict[str, object]:
         # TensorFlow's import, happens once a launch.
         storage = optuna.storages.RDBStorage(f"sqlite:///{folder}/tuner.db")
         found = optuna.load_study(study_name=document["study"], storage=storage).trials
-        curves = [trial.user_attrs["curve"] for trial in found]
+        curves = [trial.system_attrs["curve"] for trial in found]
         training = sum(row[-1] for curve in curves for row in curve)
         began = min(trial.datetime_start for trial in found)
         ended = max(trial.datetime_complete for trial in found)

@@ -21,9 +21,11 @@ from drive import Plan
 from fakes import loss_of
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_store
 from tuner.objective import curve_of
 from tuner.storage import Storage
-from tuner.study import FINISHED, RESUMED_KEY, load
+from tuner.study import FINISHED, RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, load
+from tuner.trial_page import COST_KEY, NOTE_KEY
 
 #: The file that collects what users were told, for docs/faults.md; see benchmarks/faults.py.
 STORY = "PYTEST_TUNER_STORY"
@@ -226,6 +228,7 @@ def assert_whole(plan: Plan) -> list[FrozenTrial]:
             assert [epoch.validation_loss for epoch in curve_of(trial)] == undisturbed
             best_so_far = {epoch: min(undisturbed[:epoch]) for epoch in epochs}
             assert trial.intermediate_values == best_so_far
+            assert_page_is_whole(tuned, trial)
             if trial.state == TrialState.COMPLETE:
                 assert trial.value == min(undisturbed)
                 assert len(epochs) == tuned.record.spec.training.max_epochs
@@ -239,6 +242,40 @@ def assert_whole(plan: Plan) -> list[FrozenTrial]:
         for best in tuned.ranked()[:10]:
             assert tuned.artifacts.weights(best.number).read_bytes().startswith(b"weights")
         return trials
+
+
+def assert_page_is_whole(tuned: TunedStudy, trial: FrozenTrial) -> None:
+    """What hangs on a trial tells of all its epochs, those before a crash included."""
+    epochs = trial.last_step or 0
+    note, cost = trial.user_attrs[NOTE_KEY], trial.user_attrs[COST_KEY]
+    assert cost.startswith(f"{epochs} epoch")
+    assert note.startswith("Fully" if trial.state == TrialState.COMPLETE else "Pruned")
+    if trial.user_attrs.get(RESUMED_KEY):
+        assert "resumed" in cost
+        if after := trial.user_attrs.get(RESUMED_FROM_KEY):
+            assert cost.endswith(f"from its checkpoint after epoch {after}")
+    assert drawn_epochs(hung(tuned, trial, CURVES_FILE)) == epochs
+    assert hung(tuned, trial, NETWORK_FILE).startswith("layer,output shape,parameters\n")
+
+
+def drawn_epochs(drawing: str) -> int:
+    """How many points each of the four curves has; they have the same number."""
+    (points,) = {
+        points.count("L") + 1 for points in re.findall(r'd="M([^"]*)"[^>]* marker-', drawing)
+    }
+    return points
+
+
+def hung(tuned: TunedStudy, trial: FrozenTrial, name: str) -> str:
+    """The file of this name that hangs on a trial, found as the dashboard finds it."""
+    described = [
+        json.loads(value)
+        for key, value in trial.system_attrs.items()
+        if key.startswith(HUNG_PREFIX)
+    ]
+    (identity,) = [one["artifact_id"] for one in described if one["filename"] == name]
+    with artifact_store(tuned.artifacts.folder.parent).open_reader(identity) as file:
+        return file.read().decode()
 
 
 def open_trials(plan: Plan) -> set[int]:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ from tuner.cluster import Cluster, Connection, local_connection
 from tuner.coordinator import Coordinator
 from tuner.errors import TrialEndedError, WorkerLeftError, WorkerLostError
 from tuner.objective import curve_of
-from tuner.study import RESUMED_KEY, TunedStudy
+from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
+from tuner.trial_page import COST_KEY
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,10 @@ def test_a_study_runs_on_workers_to_its_budget(tmp_path: Path, local: Connection
         processes = {epoch.seconds for trial in tuned.trials() for epoch in curve_of(trial)}
         assert len(processes) == 2
         assert os.getpid() not in processes
+        for trial in tuned.trials():
+            process = int(curve_of(trial)[-1].seconds)
+            assert trial.user_attrs[WORKER_KEY] == f"{socket.gethostname()}, process {process}"
+            assert RESUMED_FROM_KEY not in trial.user_attrs
 
 
 def test_a_pruned_training_stops_on_its_worker(tmp_path: Path, local: Connection) -> None:
@@ -116,6 +122,11 @@ def test_a_paused_study_resumes_from_its_checkpoints(tmp_path: Path, local: Conn
         assert_whole(tuned, 4)
         resumed = [trial for trial in tuned.trials() if trial.user_attrs.get(RESUMED_KEY)]
         assert {trial.number for trial in resumed} == {trial.number for trial in running}
+        for trial in resumed:
+            after = trial.user_attrs[RESUMED_FROM_KEY]
+            assert after >= 1
+            cost = trial.user_attrs[COST_KEY]
+            assert cost.endswith(f"the last time from its checkpoint after epoch {after}")
         assert not any((tuned.artifacts.folder / "checkpoints").iterdir())
 
 

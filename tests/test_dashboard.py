@@ -22,6 +22,7 @@ from fakes import ready_sqlite
 from optuna.distributions import FloatDistribution
 
 from tuner import dashboard
+from tuner.artifacts import StudyArtifacts
 from tuner.dashboard import ALLOWED_HOSTS, make_app, make_server, serve
 from tuner.errors import TunerError
 from tuner.storage import Storage
@@ -40,7 +41,9 @@ def storage(tmp_path: Path) -> Iterator[Storage]:
         yield opened
 
 
-def ask(storage: Storage, path: str, *, method: str = "GET", **changes: Any) -> Answer:
+def ask(
+    storage: Storage, path: str, *, method: str = "GET", app: Any = None, **changes: Any
+) -> Answer:
     """One request, without a socket."""
     environ: dict[str, Any] = {"HTTP_HOST": "127.0.0.1:8080"}
     setup_testing_defaults(environ)
@@ -50,7 +53,7 @@ def ask(storage: Storage, path: str, *, method: str = "GET", **changes: Any) -> 
     def start_response(status: str, headers: list[tuple[str, str]], *_: object) -> None:
         started[:] = [int(status.split(maxsplit=1)[0]), dict(headers)]
 
-    app = make_app(storage, ALLOWED_HOSTS)
+    app = app or make_app(storage, ALLOWED_HOSTS)
     chunks: Any = app(environ, start_response)  # type: ignore[arg-type]
     body = b"".join(chunks)
     if hasattr(chunks, "close"):
@@ -215,3 +218,19 @@ def test_ctrl_c_ends_it_without_a_traceback(storage: Storage) -> None:
         rest = process.stderr.read()
     assert process.returncode == 0
     assert rest == "The dashboard ended; studies go on.\n"
+
+
+def test_what_hangs_on_a_study_is_served_and_nothing_beside_it(
+    storage: Storage, tmp_path: Path
+) -> None:
+    artifacts = StudyArtifacts(tmp_path / "artifacts" / "demo-1")
+    key, value = artifacts.hang("page.html", b"<p>page</p>")
+    storage.optuna.set_study_system_attr(1, key, value)
+    (tmp_path / "artifacts" / "secret").write_text("sealed")
+    app = make_app(storage, ALLOWED_HOSTS, tmp_path / "artifacts")
+    identity = json.loads(value)["artifact_id"]
+    page = ask(storage, f"/artifacts/1/{identity}", app=app)
+    assert (page.status, page.body) == (200, "<p>page</p>")
+    assert page.headers["Content-Type"] == "text/html"
+    for other in ("../secret", "..%2Fsecret", "secret", "abc-123", f"{identity}/../../secret"):
+        assert ask(storage, f"/artifacts/1/{other}", app=app).status == 404

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from tuner.model import build_model, keras, logit_model
-from tuner.space import BlockConfig, DenseConfig, ModelConfig, misfits, parameter_count
+from tuner.space import (
+    BlockConfig,
+    DenseConfig,
+    ModelConfig,
+    layers_of,
+    misfits,
+    parameter_count,
+)
 
 
 def block(**changes: Any) -> BlockConfig:
@@ -267,7 +274,20 @@ def test_parameter_counts_by_arithmetic_are_those_of_keras() -> None:
         )
         if misfits(config, 32):
             continue
-        assert build_model(config, 32).count_params() == parameter_count(config, 32), config
+        model = build_model(config, 32)
+        assert model.count_params() == parameter_count(config, 32), config
+        # Layer by layer, too: names, shapes and weights.
+        *layers, logit = layers_of(config, 32)
+        assert sum(one.parameters for one in (*layers, logit)) == parameter_count(config, 32)
+        for one in (*layers, logit):
+            if one.name == "head":  # several operations in Keras; the next dense layer sees it
+                after = layers[layers.index(one) + 1 :] or [logit]
+                assert model.get_layer(after[0].name).input.shape[1:] == one.output, config
+                continue
+            layer = model.get_layer(one.name)
+            assert (layer.output.shape[1:], layer.count_params()) == (one.output, one.parameters)
+        told = {one.name for one in (*layers, logit)}
+        assert {layer.name for layer in model.layers if layer.count_params()} <= told
         checked += 1
 
 

@@ -14,11 +14,13 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 import optuna
+import optuna_dashboard
 import pytest
 from finished_study import WINNER, finished_study, predict, storage_in, tell, write_rows
 from optuna.trial import TrialState
 
 from tuner import data, report_page, study
+from tuner.artifacts import HUNG_PREFIX, artifact_store, dashboard_folder
 from tuner.errors import StudyError, TunerError
 from tuner.export import config_hash
 from tuner.metrics import Metrics, measure
@@ -52,6 +54,24 @@ def expected_metrics(tuned: TunedStudy) -> Metrics:
     _, rows = data.read_held_out(spec.data, folder=spec.folder)
     config = spec.space.resolve(tuned.trials()[WINNER].params)
     return measure(rows.labels, predict(config, b"weights of the winner", rows.tokens))
+
+
+def test_the_report_hangs_on_the_study_and_its_overview_tells(tuned: TunedStudy) -> None:
+    written = reported(tuned)
+    reported(tuned)  # shown again: it hangs there once
+    attributes = tuned.storage.optuna.get_study_system_attrs(tuned.id)
+    (described,) = [
+        json.loads(value) for key, value in attributes.items() if key.startswith(HUNG_PREFIX)
+    ]
+    assert (described["filename"], described["mimetype"]) == ("report.html", "text/html")
+    root = tuned.artifacts.folder.parent
+    with artifact_store(root).open_reader(described["artifact_id"]) as file:
+        assert file.read() == written.html_file.read_bytes()
+    overview = optuna_dashboard.get_note(tuned.study)
+    assert overview.startswith("## demo\n\n**Reported** as of ")
+    assert "takes no more trials" in overview
+    study.delete(tuned)
+    assert not list(dashboard_folder(root).iterdir())
 
 
 def fail(*_: object, **__: object) -> NoReturn:

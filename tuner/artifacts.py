@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import mimetypes
 import os
 import shutil
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optuna.artifacts import FileSystemArtifactStore
 
 DEFAULT_ROOT = Path("runs/artifacts")
 DEFAULT_STORAGE_URL = "sqlite:///runs/tuner.db"
 DEFAULT_EXPORT_FOLDER = Path("runs/export")
+
+#: What hangs on each trial.
+CURVES_FILE = "curves.svg"
+NETWORK_FILE = "network.csv"
+
+#: Begins the system attribute by which Optuna hangs a file on a study or a trial.
+HUNG_PREFIX = "artifacts:"
+_HUNG = uuid.UUID("6b1f1c5e-5d0e-4c57-9a35-0f8f0f4c1e02")  #: names the ids that are ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +47,45 @@ class StudyArtifacts:
     def report_folder(self) -> Path:
         return self.folder / "report"
 
+    def hang(self, name: str, content: bytes, *, trial: int | None = None) -> tuple[str, str]:
+        """Writes a file that the dashboard shows with the study, or with one of its trials.
+
+        The same name again replaces the file, also after a restart: its id follows from the
+        study, the trial and the name.
+
+        Returns:
+            The system attribute of the study or the trial that hangs it there: key and value.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        identity = self._hung(name, trial)
+        publish(dashboard_folder(self.folder.parent) / identity, content)
+        mimetype, encoding = mimetypes.guess_type(name)
+        described = {
+            "artifact_id": identity,
+            "filename": name,
+            "mimetype": mimetype or "application/octet-stream",
+            "encoding": encoding,
+        }
+        return f"{HUNG_PREFIX}{identity}", json.dumps(described)
+
+    def _hung(self, name: str, trial: int | None) -> str:
+        place = f"{self.folder.name}/{'study' if trial is None else trial}/{name}"
+        return str(uuid.uuid5(_HUNG, place))
+
+    def take_down_pages(self, trials: Iterable[int]) -> None:
+        """Removes what `hang` wrote for these trials, also where a crash left no attribute."""
+        for trial in trials:
+            for name in (CURVES_FILE, NETWORK_FILE):
+                self.take_down(self._hung(name, trial))
+
+    def take_down(self, identity: str) -> None:
+        """Removes a file that `hang`, or a user of the dashboard, put there."""
+        # What another program wrote into the database must not name a file elsewhere.
+        if identity == Path(identity).name:
+            (dashboard_folder(self.folder.parent) / identity).unlink(missing_ok=True)
+
     def keep_weights(self, trials: set[int]) -> None:
         """Removes the weights of every trial but these."""
         for path in (self.folder / "weights").glob("*.npz"):
@@ -38,10 +93,27 @@ class StudyArtifacts:
                 path.unlink(missing_ok=True)
 
     def bytes_on_disk(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        total = 0
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # a trial ended just now
+                total += path.stat().st_size if path.is_file() else 0
+        return total
 
     def delete(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def dashboard_folder(root: Path) -> Path:
+    """The files that hang on studies and trials in the dashboard, named by their ids."""
+    return root / "dashboard"
+
+
+def artifact_store(root: Path) -> FileSystemArtifactStore:
+    """The same folder as Optuna's dashboard takes it."""
+    # Workers import this module, and do without Optuna.
+    from optuna.artifacts import FileSystemArtifactStore  # noqa: PLC0415
+
+    return FileSystemArtifactStore(dashboard_folder(root))
 
 
 def development_path(root: Path, sha256: str) -> Path:
@@ -56,10 +128,14 @@ def study_folder_name(name: str) -> str:
 
 def publish(path: Path, content: bytes) -> None:
     """Writes a file whole: a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     try:
-        beside.write_bytes(content)
+        try:
+            beside.write_bytes(content)
+        except FileNotFoundError:  # the first file of its folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(content)
         os.replace(beside, path)
-    finally:
+    except BaseException:
         beside.unlink(missing_ok=True)
+        raise

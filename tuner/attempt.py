@@ -15,6 +15,7 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -111,7 +112,8 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
 
     try:
         run = open_run(task)
-        say(opened=True)  # if this worker dies from now on, the trial may be why
+        # If this worker dies from now on, the trial may be why. (Dask adds a "worker" of its own.)
+        say(opened=len(run.history), trained_by=f"{socket.gethostname()}, process {os.getpid()}")
         for result in run.history:
             note(result)
         saved_at = time.monotonic()

@@ -728,7 +728,13 @@ def delete(
 @app.command(epilog="Example: tuner export quickstart --top 3 --format yaml -o best/")
 def export(
     name: Name,
-    top: Annotated[int, typer.Option(min=1, metavar="K", help="How many, best first.")] = 1,
+    top: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="How many, best first; 1 by default.")
+    ] = None,
+    trial: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="This trial, whatever became of it."),
+    ] = None,
     form: Annotated[
         Literal["toml", "json", "yaml"], typer.Option("--format", help="Of the study files.")
     ] = "toml",
@@ -746,14 +752,23 @@ def export(
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
-    """Writes the best configurations, each a study file that trains its network again."""
-    from tuner.export import best_configs, write_configs, write_model, write_trials
+    """Writes the best configurations (or one trial's), each a study file that trains it again."""
+    from tuner.export import (
+        best_configs,
+        config_of_trial,
+        write_configs,
+        write_model,
+        write_trials,
+    )
     from tuner.study import load
 
+    if trial is not None and top is not None:
+        raise typer.BadParameter("--top asks for the best trials, --trial for one by its number.")
     with _open(storage) as opened:
         tuned = load(opened, name, artifacts_root=artifacts)
         rows = None if trials is None else write_trials(tuned, trials)
-        configs = best_configs(tuned, top)
+        wanted = top or 1
+        configs = best_configs(tuned, wanted) if trial is None else (config_of_trial(tuned, trial),)
         paths: tuple[Path, ...] = ()
         if output is not None or not as_json:
             paths = write_configs(configs, output or DEFAULT_EXPORT_FOLDER, form)
@@ -767,13 +782,13 @@ def export(
     if synthetic:
         _warn_synthetic()
     for exported, path in zip(configs, paths, strict=True):
-        typer.echo(
-            f"{exported.rank}. trial {exported.trial}, validation loss "
-            f"{exported.validation_loss:.4f} after {exported.epochs} epochs: {path}"
-        )
+        rank = "Trial" if exported.rank is None else f"{exported.rank}. trial"
+        loss = exported.validation_loss
+        reached = "" if loss is None else f", validation loss {loss:.4f}"
+        typer.echo(f"{rank} {exported.trial}{reached} after {exported.epochs} epochs: {path}")
     for path in models:
         typer.echo(f"   its network: {path}")
-    if len(configs) < top:
+    if len(configs) < wanted:
         typer.echo(f"Only {len(configs)} trials were trained to their end.")
     if rows is not None:
         typer.echo(f"All {rows} trials: {trials}")
@@ -807,12 +822,13 @@ def dashboard(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
 ) -> None:
     """Shows the Optuna dashboard over the storage, on this machine only."""
     from tuner.dashboard import serve
 
     with _open(storage) as opened:
-        serve(opened, host=host, port=port)
+        serve(opened, host=host, port=port, artifacts_root=artifacts)
 
 
 # --- serve ---
@@ -849,7 +865,7 @@ def serve(
     with (
         # It gives up on a database that is away, so that a signal is heard meanwhile.
         _open(storage, patience_seconds=2.0, say=lambda _: None) as shown,
-        _dashboard(shown, host, port, trust_network=trust_network) as url,
+        _dashboard(shown, host, port, artifacts, trust_network=trust_network) as url,
     ):
         from tuner.cluster import Cluster
         from tuner.service import Service
@@ -875,7 +891,9 @@ def serve(
 
 
 @contextmanager
-def _dashboard(storage: Storage, host: str, port: int, *, trust_network: bool) -> Iterator[str]:
+def _dashboard(
+    storage: Storage, host: str, port: int, artifacts: Path, *, trust_network: bool
+) -> Iterator[str]:
     """The dashboard on a thread of its own; gives its address."""
     import threading
 
@@ -894,7 +912,9 @@ def _dashboard(storage: Storage, host: str, port: int, *, trust_network: bool) -
             "study.\nSee to it that only this machine does. It answers to the names 127.0.0.1 and "
             "localhost alone."
         )
-    with make_server(storage, host=host, port=port, trust_network=trust_network) as server:
+    with make_server(
+        storage, host=host, port=port, trust_network=trust_network, artifacts_root=artifacts
+    ) as server:
         thread = threading.Thread(
             target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="dashboard"
         )

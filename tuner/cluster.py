@@ -44,7 +44,7 @@ from tuner.errors import (
 from tuner.processes import SLOT, children_deaf_to_interrupts, silence_dask, training_environment
 from tuner.scheduler import TlsFiles, is_answering, scheduler_address, worker_command
 from tuner.space import ModelConfig
-from tuner.study import TunedStudy
+from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
 
 __all__ = [
     "Cluster",
@@ -429,6 +429,9 @@ class Cluster:
                 if isinstance(message, bytes):
                     self._keep_checkpoint(trial, message)
                     continue
+                if isinstance(message, _Opened):
+                    self._note_worker(trial, message)
+                    continue
                 fresh = [message] if isinstance(message, EpochResult) else message.curve
                 for result in fresh:
                     if result.epoch != seen + 1:  # told before, or a gap the outcome will fill
@@ -499,7 +502,7 @@ class Cluster:
 
     def _messages(
         self, attempt: _Attempt, future: Future[Any]
-    ) -> Iterator[EpochResult | bytes | TrainingOutcome]:
+    ) -> Iterator[EpochResult | bytes | _Opened | TrainingOutcome]:
         """What the attempt says, its outcome last."""
         while True:
             try:
@@ -530,6 +533,17 @@ class Cluster:
                 if isinstance(error, KilledWorker):
                     raise _death(attempt)
                 raise error
+
+    def _note_worker(self, trial: int, opened: _Opened) -> None:
+        """Writes down who trains the trial, and from where on."""
+        trials = self._tuned.trials()
+        if trial >= len(trials):  # a training by itself, of no trial
+            return
+        known = trials[trial]
+        storage = self._tuned.storage.optuna
+        storage.set_trial_user_attr(known._trial_id, WORKER_KEY, opened.worker)
+        if known.user_attrs.get(RESUMED_KEY):
+            storage.set_trial_user_attr(known._trial_id, RESUMED_FROM_KEY, opened.after)
 
     def _conclude(self, outcome: TrainingOutcome, trial: int) -> None:
         if outcome.ending == "paused":
@@ -636,6 +650,7 @@ class Cluster:
             attempt.started = message["started"]
         if "opened" in message:
             attempt.opened = True
+            attempt.inbox.put(_Opened(worker=message["trained_by"], after=message["opened"]))
         if "epoch" in message:
             attempt.inbox.put(EpochResult(**message["epoch"]))
         if message.get("checkpoint") is not None:
@@ -658,6 +673,14 @@ class _Attempt:
     started: str | None = None  #: by which run of its task
     opened: bool = False  #: the network was built, and began to train
     inbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """A worker built the network."""
+
+    worker: str
+    after: int  #: the epoch of the checkpoint from which it goes on; 0 where there was none
 
 
 def _death(attempt: _Attempt) -> WorkerLostError:

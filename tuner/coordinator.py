@@ -31,9 +31,12 @@ from tuner.study import (
     RESUMED_KEY,
     WORKERS_KEY,
     RecordedPruner,
+    State,
     TunedStudy,
     refuse_a_reported_study,
 )
+from tuner.study_note import begin_overview
+from tuner.trial_page import TrialPage
 
 KEPT_WEIGHTS = 10  #: the best trials whose weights are kept
 POISON_LOSSES = 5  #: workers a trial may lose without a new epoch
@@ -41,6 +44,7 @@ POISON_EARLY_LOSSES = 25  #: the same, of workers that died before they began to
 FAILURES_IN_A_ROW = 10  #: failed trials after which the study stops: something is broken
 _HEARTBEAT_SECONDS = 1.0
 _WORKERS_SECONDS = 5.0  #: at most this often the number of workers is written down
+_OVERVIEW_SECONDS = 5.0  #: at least this long between two overviews of the study
 _PATIENCE_AFTER_STOP_SECONDS = 5.0  #: with a database that is away, once the study is to stop
 
 #: Why a run ended. All but "finished" are taken up again by the same command.
@@ -103,6 +107,10 @@ class Coordinator:
         self._fatal: BaseException | None = None
         self._failures_in_a_row = 0
         self._progress = _Progress()
+        self._claimed: dict[int, optuna.Trial] = {}  # by number: what a thread drives
+        self._pages: dict[int, TrialPage] = {}  # by number, from the first training on
+        self._overview: Future[None] | None = None
+        self._overview_due = 0.0
         self._slots = 0  # as the workers last said
         self._told_workers: int | None = None
         self._told_workers_at = 0.0
@@ -170,7 +178,9 @@ class Coordinator:
                 self._changed.wait(_HEARTBEAT_SECONDS)
                 self._changed.clear()
                 self._beat()
+                self._refresh_overview()
                 self._watcher.tick(len(self._running))
+            self._begin_overview("finished" if self._ending == "finished" else "stopped")
         except BaseException:
             self.stop("interrupted")
             self._workers.pause()
@@ -199,6 +209,18 @@ class Coordinator:
             if waited > _PATIENCE_AFTER_STOP_SECONDS:
                 self._tuned.storage.give_up()
                 raise StorageError(self._stopped_without_it())
+
+    def _refresh_overview(self) -> None:
+        """Brings the study's page up to date now and then, for 2 % of the time at most."""
+        began = time.monotonic()
+        is_written = self._overview is None or self._overview.done()
+        if began > self._overview_due and is_written:
+            self._begin_overview("running")
+            took = time.monotonic() - began
+            self._overview_due = began + max(_OVERVIEW_SECONDS, 50 * took)
+
+    def _begin_overview(self, state: State) -> None:
+        self._overview = begin_overview(self._tuned, state)
 
     def _stopped_without_it(self) -> str:
         return (
@@ -318,7 +340,12 @@ class Coordinator:
     def _drive(self, trial: optuna.Trial) -> None:
         # What will be trained must stand in the database before a checkpoint of it can.
         self._tuned.storage.flush()
-        self._tell(trial, *self._outcome(trial))
+        self._claimed[trial.number] = trial
+        try:
+            self._tell(trial, *self._outcome(trial))
+        finally:
+            self._claimed.pop(trial.number, None)
+            self._pages.pop(trial.number, None)
 
     def _outcome(self, trial: optuna.Trial) -> tuple[TrialState, float | None]:
         while True:
@@ -344,7 +371,11 @@ class Coordinator:
                 return TrialState.FAIL, None
 
     def _tell(self, trial: optuna.Trial, state: TrialState, value: float | None) -> None:
-        with self._deciding:
+        page = self._pages.get(trial.number)
+        said = {} if page is None else page.end(state)
+        with self._together():
+            for key, words in said.items():
+                trial.set_user_attr(key, words)
             told = self._tuned.study.tell(trial, value, state)
             self._record(
                 Decision(
@@ -396,11 +427,15 @@ class Coordinator:
     def _watched_train(
         self, config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
     ) -> Generator[EpochResult, None, None]:
+        if trial not in self._pages:
+            self._pages[trial] = TrialPage(self._tuned, self._claimed[trial], config)
+            self._pages[trial].begin()
         epochs = self._workers.train(config, seed=seed, trial=trial, rungs=rungs)
         with contextlib.closing(epochs):
             for result in epochs:
                 self._running[trial] = max(self._running[trial], result.epoch)
                 self._watcher.epoch(trial, result)
+                self._pages[trial].epoch(result)
                 yield result
 
     def _record_verdict(self, trial: FrozenTrial, prunes: bool) -> None:

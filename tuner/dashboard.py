@@ -11,6 +11,7 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -19,6 +20,7 @@ import optuna_dashboard
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
+from tuner.artifacts import DEFAULT_ROOT, artifact_store
 from tuner.errors import TunerError
 from tuner.storage import Storage
 
@@ -41,6 +43,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8080,
+    artifacts_root: Path = DEFAULT_ROOT,
     say: Callable[[str], None] | None = None,
 ) -> None:
     """Shows the dashboard until Ctrl-C.
@@ -49,13 +52,14 @@ def serve(
         storage: What to show.
         host: A loopback address.
         port: 0 takes a free one.
+        artifacts_root: Where the files are that hang on studies and trials.
         say: Takes the line with the URL; stderr by default.
 
     Raises:
         TunerError: The host is another machine's business, or the port is taken.
     """
     say = say or _say
-    with make_server(storage, host=host, port=port) as server:
+    with make_server(storage, host=host, port=port, artifacts_root=artifacts_root) as server:
         say(f"The dashboard is on {server.url} (to look only; Ctrl-C ends it).")
         try:
             server.serve_forever(poll_interval=0.1)
@@ -64,7 +68,12 @@ def serve(
 
 
 def make_server(
-    storage: Storage, *, host: str, port: int, trust_network: bool = False
+    storage: Storage,
+    *,
+    host: str,
+    port: int,
+    trust_network: bool = False,
+    artifacts_root: Path = DEFAULT_ROOT,
 ) -> DashboardServer:
     """A server that listens already; `serve_forever` answers.
 
@@ -73,6 +82,7 @@ def make_server(
         host: A loopback address, unless `trust_network`.
         port: 0 takes a free one.
         trust_network: Somebody else sees to it that only this machine reaches the port.
+        artifacts_root: Where the files are that hang on studies and trials.
 
     Raises:
         TunerError: See `serve`.
@@ -84,7 +94,7 @@ def make_server(
             "and open http://127.0.0.1:8080 there."
         )
     try:
-        return DashboardServer(host, port, make_app(storage, ALLOWED_HOSTS))
+        return DashboardServer(host, port, make_app(storage, ALLOWED_HOSTS, artifacts_root))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise TunerError(
@@ -97,15 +107,18 @@ def make_server(
         ) from error
 
 
-def make_app(storage: Storage, hosts: Collection[str]) -> WSGIApplication:
+def make_app(
+    storage: Storage, hosts: Collection[str], artifacts_root: Path = DEFAULT_ROOT
+) -> WSGIApplication:
     """Optuna's dashboard behind its guard, as a WSGI application.
 
     Args:
         storage: What to show.
         hosts: Names that the `Host` header may have, lower case, without a port. A page of
             somebody else's whose name was pointed at this machine (DNS rebinding) has another.
+        artifacts_root: Where the files are that hang on studies and trials.
     """
-    dashboard = optuna_dashboard.wsgi(storage.optuna)
+    dashboard = optuna_dashboard.wsgi(storage.optuna, artifact_store=artifact_store(artifacts_root))
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import tomli_w
 import yaml
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import publish
 from tuner.errors import StudyError
@@ -28,11 +28,11 @@ Format = Literal["toml", "json", "yaml"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportedConfig:
-    """One of a study's best configurations."""
+    """The configuration of one trial."""
 
-    rank: int  #: from 1, by validation loss
+    rank: int | None  #: from 1, by validation loss; None of a trial that was asked for by number
     trial: int
-    validation_loss: float  #: nats, of the best epoch
+    validation_loss: float | None  #: nats, of the best epoch; None where no epoch was completed
     epochs: int  #: completed epochs
     sampled: Mapping[str, Any]  #: what was searched, by its name in the study file
     config: ModelConfig
@@ -66,24 +66,44 @@ def best_configs(tuned: TunedStudy, top: int = 1) -> tuple[ExportedConfig, ...]:
     return tuple(_exported(tuned, rank, trial) for rank, trial in enumerate(ranked[:top], start=1))
 
 
+def config_of_trial(tuned: TunedStudy, number: int) -> ExportedConfig:
+    """The configuration of any trial, whatever became of it.
+
+    Raises:
+        StudyError: There is no such trial, or nothing was sampled for it yet.
+    """
+    trials = tuned.trials()
+    trial = next((one for one in trials if one.number == number), None)
+    if trial is None:
+        known = f"0 to {len(trials) - 1}" if trials else "none yet"
+        raise StudyError(f"Study {tuned.name!r} has no trial {number}; its trials are: {known}.")
+    if trial.state == TrialState.WAITING:
+        raise StudyError(
+            f"Trial {number} of study {tuned.name!r} waits to be started, so its configuration "
+            "is not sampled yet; launch the study to go on."
+        )
+    return _exported(tuned, None, trial)
+
+
 def config_hash(config: ModelConfig) -> str:
     """sha256 of a resolved configuration."""
     text = json.dumps(dataclasses.asdict(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _exported(tuned: TunedStudy, rank: int, trial: FrozenTrial) -> ExportedConfig:
-    if trial.value is None:
-        raise StudyError(f"Trial {trial.number} of study {tuned.name!r} has no value.")
+def _exported(tuned: TunedStudy, rank: int | None, trial: FrozenTrial) -> ExportedConfig:
     record, spec = tuned.record, tuned.record.spec
     config = spec.space.resolve(trial.params)
-    best = min(curve_of(trial), key=lambda epoch: epoch.validation_loss)
+    best = min(curve_of(trial), key=lambda epoch: epoch.validation_loss, default=None)
+    reported = min(trial.intermediate_values.values(), default=None)
+    loss = reported if trial.value is None else trial.value
     provenance = {
         "study": tuned.name,
         "trial": trial.number,
-        "validation_loss": trial.value,
-        "validation_accuracy": best.validation_accuracy,
-        "best_epoch": best.epoch,
+        "validation_loss": loss,
+        "validation_accuracy": None if best is None else best.validation_accuracy,
+        "best_epoch": None if best is None else best.epoch,
+        "state": trial.state.name,
         "epochs": trial.last_step or 0,
         "seed": spec.seed,
         "spec_hash": spec.spec_hash,
@@ -95,10 +115,11 @@ def _exported(tuned: TunedStudy, rank: int, trial: FrozenTrial) -> ExportedConfi
         "study_created_at": record.created_at,
         "synthetic": record.data.synthetic,
     }
+    provenance = {key: value for key, value in provenance.items() if value is not None}
     return ExportedConfig(
         rank=rank,
         trial=trial.number,
-        validation_loss=trial.value,
+        validation_loss=loss,
         epochs=trial.last_step or 0,
         sampled=trial.params,
         config=config,
@@ -173,12 +194,16 @@ def write_configs(
         paths = [output]
     else:
         paths = [
-            output / f"{one.provenance['study']}-{one.rank}-trial-{one.trial}.{form}"
+            output / f"{one.provenance['study']}-{_rank(one)}trial-{one.trial}.{form}"
             for one in configs
         ]
     for path, exported in zip(paths, configs, strict=True):
         publish(path, render(exported, form).encode())
     return tuple(paths)
+
+
+def _rank(exported: ExportedConfig) -> str:
+    return "" if exported.rank is None else f"{exported.rank}-"
 
 
 def write_model(tuned: TunedStudy, exported: ExportedConfig, path: Path) -> None:

@@ -11,7 +11,8 @@ from tuner.curves import EpochResult, Train
 from tuner.errors import TrialEndedError
 from tuner.spec import StudySpec
 
-#: What a trial leaves behind beside Optuna's own: attributes of the trial.
+#: What a trial leaves behind beside Optuna's own: attributes of the trial. The curve is one of the
+#: system's, as the dashboard would send it with every trial and show it as one endless line.
 CURVE_KEY = "curve"  # a list per epoch: the fields of EpochResult, in their order
 ENDED_KEY = "ended"  # why it ended early: an EndReason
 DETAIL_KEY = "ended_detail"
@@ -59,7 +60,8 @@ class Objective:
             trial.set_constraint(ENDED_KEY, 1.0)
             raise optuna.TrialPruned(str(end)) from end
         finally:
-            trial.set_user_attr(CURVE_KEY, [_row(epoch) for epoch in curve])
+            rows = [_row(epoch) for epoch in curve]
+            trial.storage.set_trial_system_attr(trial._trial_id, CURVE_KEY, rows)
         return best
 
 
@@ -71,10 +73,9 @@ def reported_epochs(trial: optuna.Trial) -> int:
 def curve_of(trial: optuna.trial.FrozenTrial) -> tuple[EpochResult, ...]:
     """The learning curve that a trial left behind; empty where there is none."""
     names = [field.name for field in dataclasses.fields(EpochResult)]
-    return tuple(
-        EpochResult(**dict(zip(names, row, strict=True)))
-        for row in trial.user_attrs.get(CURVE_KEY, ())
-    )
+    # Studies of earlier versions have it among the user's attributes.
+    rows = trial.system_attrs.get(CURVE_KEY) or trial.user_attrs.get(CURVE_KEY, ())
+    return tuple(EpochResult(**dict(zip(names, row, strict=True))) for row in rows)
 
 
 def _row(epoch: EpochResult) -> list[float]:

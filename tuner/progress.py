@@ -17,6 +17,17 @@ from rich.text import Text
 from tuner.curves import EpochResult
 from tuner.objective import DETAIL_KEY, ENDED_KEY
 from tuner.study import StudyStatus, TunedStudy, status
+from tuner.trial_page import duration
+
+__all__ = [
+    "ProgressWatcher",
+    "counts_in_words",
+    "describe_end",
+    "duration",
+    "megabytes",
+    "status_details",
+    "status_table",
+]
 
 _PLAIN_LINE_SECONDS = 10.0  #: between two lines of progress where stdout is no terminal
 _REFRESH_SECONDS = 0.5
@@ -118,14 +129,6 @@ def counts_in_words(now: StudyStatus) -> str:
     """The states that occur: "12 COMPLETE, 30 PRUNED, 2 RUNNING"."""
     words = [f"{count} {state}" for state, count in now.counts.items() if count]
     return ", ".join(words) or "none yet"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: "40 s", "12 min", "3 h 05 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def megabytes(count: int) -> str:

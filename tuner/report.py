@@ -32,6 +32,7 @@ from tuner.objective import ENDED_KEY, curve_of
 from tuner.space import ModelConfig
 from tuner.storage import Storage
 from tuner.study import TunedStudy
+from tuner.study_note import hang_page
 
 #: (configuration, its trained weights, uint8 tokens [n, max_length]) -> probabilities [n]
 Evaluate: TypeAlias = Callable[[ModelConfig, bytes, npt.NDArray[np.uint8]], npt.NDArray[np.float64]]
@@ -129,6 +130,7 @@ def write_report(
     try:
         publish(written.json_file, f"{text}\n".encode())
         publish(written.html_file, page.encode())
+        hang_page(tuned, "report.html", page.encode())
     except OSError as error:
         raise TunerError(
             f"{folder}: the report cannot be written ({error.strerror or error}). It is recorded "

@@ -736,6 +736,61 @@ def parameter_count(config: ModelConfig, max_length: int) -> int:
     return count + _dense_parameters(config, _features(config, max_length))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One layer with weights, or one that changes the shape, as `build_model` makes it."""
+
+    name: str  #: as Keras has it: "block1_conv"; "head" stands for all that reduces positions
+    output: tuple[int, ...]  #: shape of one sequence's output: positions x channels, or features
+    parameters: int  #: weights, those included that no gradient changes
+
+
+def layers_of(config: ModelConfig, max_length: int) -> tuple[Layer, ...]:
+    """The network layer by layer, by arithmetic; the parameters add up to `parameter_count`.
+
+    Args:
+        config: A configuration without `misfits`.
+        max_length: Tokens in a row.
+    """
+    length = padded_length(config, max_length)
+    dim = config.embedding_dim
+    found = [Layer(name="embedding", output=(length, dim), parameters=TOKENS * dim)]
+    before, channels = length, dim
+    after = positions_after_blocks(config, length)
+    for number, (block, left) in enumerate(zip(config.blocks, after, strict=True), start=1):
+        if config.arrangement == "parallel":
+            before, channels = length, dim
+        found += _layers_of_block(block, f"block{number}", before, channels, left)
+        before, channels = left, block.filters
+    features = _features(config, max_length)
+    found.append(Layer(name="head", output=(features,), parameters=0))
+    for number, dense in enumerate(config.dense, start=1):
+        weights = (features + 1) * dense.units
+        found.append(Layer(name=f"dense{number}", output=(dense.units,), parameters=weights))
+        features = dense.units
+    return (*found, Layer(name="logit", output=(1,), parameters=features + 1))
+
+
+def _layers_of_block(
+    block: BlockConfig, name: str, length: int, channels: int, left: int
+) -> list[Layer]:
+    """A block that takes [length, channels] and leaves `left` positions."""
+    convolved = length - (block.kernel_size - 1 if block.padding == "valid" else 0)
+    shape = (convolved, block.filters)
+    weights = (block.kernel_size * channels + 1) * block.filters
+    found = [Layer(name=f"{name}_conv", output=shape, parameters=weights)]
+    if block.normalization != "none":
+        weights = _NORMALIZATION_WEIGHTS[block.normalization] * block.filters
+        found.append(Layer(name=f"{name}_norm", output=shape, parameters=weights))
+    if block.residual == "projected":
+        weights = channels * block.filters
+        found.append(Layer(name=f"{name}_projection", output=shape, parameters=weights))
+    if block.pool_size > 1:
+        pooled = (left, block.filters)
+        found.append(Layer(name=f"{name}_pool", output=pooled, parameters=0))
+    return found
+
+
 def parameter_count_range(space: SearchSpace, max_length: int) -> tuple[int, int]:
     """The smallest and the largest `parameter_count` in `space`, exact.
 

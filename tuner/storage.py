@@ -57,6 +57,10 @@ __all__ = ["COORDINATOR_KEY", "Decision", "Lease", "LeaseHolder", "LedgerEntry",
 LEASE_SECONDS = 30.0  #: a lease not renewed for this long may be taken over
 _LAST_LOOK_SECONDS = 5.0  #: who renews it within this time is alive, whatever the clock says
 
+#: The system attributes that hold a study's note, as optuna_dashboard names them.
+_NOTE_PREFIX = "dashboard:note_"
+_NOTE_VERSION, _NOTE_PIECE = "dashboard:note_ver", "dashboard:note_str:"
+
 R = TypeVar("R")
 
 
@@ -368,6 +372,31 @@ class Storage:
     def begin_note(self, study_id: int, key: str, value: Any) -> None:
         """Sets an attribute of a study, without waiting for a database that is away."""
         self._calls.begin(lambda: self.optuna.set_study_user_attr(study_id, key, value))
+
+    def begin_overview(self, study_id: int, markdown: str) -> Future[None]:
+        """Replaces the note that Optuna's dashboard shows with a study; see `begin_note`."""
+        table = models.StudySystemAttributeModel.__table__
+
+        def write(connection: sa.Connection) -> None:
+            lock_for_writing(connection)
+            notes = (table.c.study_id == study_id) & table.c.key.startswith(_NOTE_PREFIX)
+            query = sa.select(table.c.key, table.c.value_json).where(notes)
+            known = {row.key: row.value_json for row in connection.execute(query)}
+            version = int(known.get(_NOTE_VERSION, 0)) + 1
+            # The dashboard, where somebody edits the note, writes it in pieces, and shows all.
+            values = {key: "" for key in known if key.startswith(_NOTE_PIECE)}
+            values |= {f"{_NOTE_PIECE}0": markdown}
+            for key, value in {**values, _NOTE_VERSION: version}.items():
+                row = (table.c.study_id == study_id) & (table.c.key == key)
+                text = json.dumps(value)
+                if key in known:
+                    connection.execute(table.update().where(row).values(value_json=text))
+                else:
+                    connection.execute(
+                        table.insert().values(study_id=study_id, key=key, value_json=text)
+                    )
+
+        return self._calls.begin(lambda: self._once(write, fenced=True))
 
     def lease(self, study_id: int) -> Lease | None:
         return self._transaction(lambda connection: _read_lease(connection, study_id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import math
 import platform
 import time
@@ -22,7 +23,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.artifacts import StudyArtifacts, study_folder_name
+from tuner.artifacts import HUNG_PREFIX, StudyArtifacts, study_folder_name
 from tuner.data import DataIdentity
 from tuner.errors import StudyError
 from tuner.spec import StudySpec, spec_from_document
@@ -36,6 +37,10 @@ WORKERS_KEY = "workers"
 ERROR_KEY = "error"  # why the service gave the study up; None once it is launched again
 #: The trial attribute that counts how often a trial was taken up again.
 RESUMED_KEY = "resumed"
+#: The one that says after which epoch the last time; 0: from the start.
+RESUMED_FROM_KEY = "resumed_from_epoch"
+#: The one that names the worker process that trained it last.
+WORKER_KEY = "worker"
 
 #: Begins the name of a study that is being made; no study file may give such a name.
 _MAKING = ".making."
@@ -375,9 +380,21 @@ def delete(tuned: TunedStudy) -> None:
             f"Study {tuned.name!r} is being run by process {lease.holder.pid} on "
             f"{lease.holder.host}; `tuner stop {tuned.name}` first."
         )
+    _take_down_what_hangs(tuned)
     tuned.artifacts.delete()
     tuned.storage.forget(tuned.id)
     optuna.delete_study(study_name=tuned.name, storage=tuned.storage.optuna)
+
+
+def _take_down_what_hangs(tuned: TunedStudy) -> None:
+    """Removes the files that the dashboard shows with a study and its trials."""
+    trials = tuned.trials()
+    tuned.artifacts.take_down_pages(trial.number for trial in trials)
+    on_study = tuned.storage.optuna.get_study_system_attrs(tuned.id)
+    for attributes in (on_study, *(trial.system_attrs for trial in trials)):
+        for key, value in attributes.items():
+            if key.startswith(HUNG_PREFIX) and (described := json.loads(value)):
+                tuned.artifacts.take_down(described["artifact_id"])
 
 
 def refuse_a_reported_study(tuned: TunedStudy) -> None:

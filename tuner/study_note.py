@@ -1,0 +1,199 @@
+"""The overview of a study that stands in the dashboard, in Markdown, and the pages beside it.
+
+The dashboard shows it as the study's note. Optuna's own page renders GitHub's Markdown without
+HTML; what users name is escaped all the same, so that no name makes a link or a table.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from concurrent.futures import Future
+from datetime import UTC, datetime
+from typing import Any
+
+from optuna.trial import TrialState
+
+from tuner.objective import curve_of
+from tuner.study import State, StudyStatus, TunedStudy, bracket_of, status
+from tuner.trial_page import AGAIN_KEY, storage_option
+
+_STATE_WORDS: dict[State, str] = {
+    "queued": "Queued",
+    "running": "Running",
+    "stopped": "Stopped",
+    "finished": "Finished",
+    "reported": "Reported",
+}
+
+
+def begin_overview(tuned: TunedStudy, state: State) -> Future[None]:
+    """Brings the overview up to date, without waiting for the database.
+
+    Args:
+        tuned: A study that this process drives.
+        state: What it is in, or about to be in.
+    """
+    now = status(tuned, driven=True)
+    return tuned.storage.begin_overview(tuned.id, overview(tuned, now, state))
+
+
+def hang_page(tuned: TunedStudy, name: str, content: bytes) -> None:
+    """Hangs a page, such as the report, on a study; the overview then tells of it.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    key, value = tuned.artifacts.hang(name, content)
+    tuned.storage.optuna.set_study_system_attr(tuned.id, key, value)
+    now = status(tuned)
+    tuned.storage.begin_overview(tuned.id, overview(tuned, now, now.state)).result()
+
+
+def overview(tuned: TunedStudy, now: StudyStatus, state: State) -> str:
+    """The overview in Markdown.
+
+    Args:
+        tuned: The study.
+        now: Where it stands.
+        state: What to call its state.
+    """
+    parts = [
+        f"## {_escaped(now.study)}",
+        _progress(now, state),
+        _next(tuned, now, state),
+        _best(now),
+        _epochs(tuned, now),
+        _brackets(tuned),
+        _data(tuned),
+        "*`tuner` keeps this note up to date: what is written into it here is replaced.*",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _progress(now: StudyStatus, state: State) -> str:
+    counts = ", ".join(f"{n} {name.lower()}" for name, n in now.counts.items() if n) or "none yet"
+    finished, budget = now.finished_trials, now.budget
+    at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    on = f" on {now.workers} worker{'s' * (now.workers != 1)}" if state == "running" else ""
+    progress = (
+        f"**{_STATE_WORDS[state]}{on}** as of {at}: **{finished} of {budget} trials** "
+        f"({finished / budget:.0%}) are finished. All trials: {counts}."
+    )
+    lines = [progress]
+    if now.synthetic:
+        lines.insert(0, "**SYNTHETIC DATA: the proteins are made up. No result means anything.**")
+    if now.error and state != "running":
+        lines.append(f"The service gave it up: {_escaped(now.error)}")
+    return "\n\n".join(lines)
+
+
+def _best(now: StudyStatus) -> str:
+    best = now.best
+    if best is None:
+        return "### Best\n\nNo trial was trained to its end yet."
+    reached = min(curve_of(best), key=lambda epoch: epoch.validation_loss, default=None)
+    accuracy = "" if reached is None else f", accuracy {reached.validation_accuracy:.1%}"
+    at = "" if reached is None else f" (epoch {reached.epoch} of {best.last_step})"
+    rows = [f"| {_escaped(name)} | {_value(value)} |" for name, value in best.params.items()]
+    table = "\n".join(["| hyperparameter | value |", "| --- | --- |", *rows]) if rows else ""
+    found = f"### Best\n\nTrial {best.number}: **validation loss {best.value:.4f} nats**"
+    again = best.user_attrs.get(AGAIN_KEY)
+    line = f"Train it again:\n\n{_code(again)}" if isinstance(again, str) else ""
+    return "\n\n".join(part for part in (f"{found}{accuracy}{at}.", table, line) if part)
+
+
+def _epochs(tuned: TunedStudy, now: StudyStatus) -> str:
+    spent, saved = now.epochs_spent, now.epochs_saved
+    share = f" ({saved / (spent + saved):.0%} of what full trainings take)" if saved else ""
+    resumed = now.resumed_trials
+    again = (
+        f" {resumed} trial{'s were' if resumed != 1 else ' was'} taken up again after a worker "
+        "or the coordinator was lost."
+        if resumed
+        else ""
+    )
+    most = tuned.record.spec.training.max_epochs
+    return (
+        f"### Epochs\n\n{spent} spent, {saved} saved by pruning{share}; at most {most} a trial."
+        f"{again}"
+    )
+
+
+def _brackets(tuned: TunedStudy) -> str:
+    brackets = tuned.record.spec.brackets
+    if not brackets:
+        return ""
+    states: list[list[TrialState]] = [[] for _ in brackets]
+    for trial in tuned.trials():
+        bracket = bracket_of(tuned, trial.number)
+        if bracket is not None:
+            states[bracket].append(trial.state)
+    rows = [
+        f"| {number} | {', '.join(map(str, rungs)) or 'none'} | {len(inside)} "
+        f"| {inside.count(TrialState.COMPLETE)} | {inside.count(TrialState.PRUNED)} |"
+        for number, (rungs, inside) in enumerate(zip(brackets, states, strict=True))
+    ]
+    head = [
+        "| bracket | may stop after epochs | trials | fully trained | pruned |",
+        "| :---: | :---: | :---: | :---: | :---: |",
+    ]
+    return "### Hyperband\n\n" + "\n".join([*head, *rows])
+
+
+def _data(tuned: TunedStudy) -> str:
+    record = tuned.record
+    data, split = record.data, record.spec.data.split
+    counted = (
+        f"{data.training_rows:,} training, {data.validation_rows:,} validation, "
+        f"{data.test_rows:,} test (sealed until the report)"
+    )
+    rows = [
+        ("source", _escaped(data.source)),
+        ("rows", counted),
+        ("data, sha256", f"`{data.sha256[:16]}`"),
+        ("split", f"{_escaped(split.rule)}, seed {data.split_seed}"),
+        ("split identity", f"`{data.split_id[:16]}`"),
+        ("study file", f"`{record.spec.spec_hash[:16]}`, seed {record.spec.seed}"),
+        ("precision", record.precision),
+    ]
+    lines = [f"| {name} | {value} |" for name, value in rows]
+    return "### Data and split\n\n" + "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+def _next(tuned: TunedStudy, now: StudyStatus, state: State) -> str:
+    name, option = shlex.quote(tuned.name), storage_option(tuned)
+    if state == "running":
+        say = "Nothing: it runs to its budget. This stops it, and what is trained is kept:"
+        return f"### Next\n\n{say}\n\n{_code(f'tuner stop {name}{option}')}"
+    if state in ("queued", "stopped"):
+        waits = "waits for a service" if state == "queued" else "goes on with its study file"
+        again = f"tuner launch STUDY.toml{option}" if state == "stopped" else f"tuner serve{option}"
+        return f"### Next\n\nIt {waits}:\n\n{_code(again)}"
+    lines = [f"tuner export {name} --top 3{option}"] if now.best is not None else []
+    if state == "finished" and now.best is not None:
+        lines.append(f"tuner report {name}{option}")
+    if not lines:
+        return "### Next\n\nNo trial was trained to its end: launch it with a larger budget."
+    opened = (
+        "The test split was opened: the report hangs on this study (Artifacts), and it takes no "
+        "more trials. Its best configurations:"
+        if state == "reported"
+        else "Write the best configurations; then open the test split, once, for the report:"
+    )
+    return f"### Next\n\n{opened}\n\n" + _code("\n".join(lines))
+
+
+def _code(text: str) -> str:
+    """A block that no line of it can end."""
+    fence = "`" * (3 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}sh\n{text}\n{fence}"
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else _escaped(str(value))
+
+
+def _escaped(text: str) -> str:
+    """Text without a meaning in Markdown: no link, image, HTML, table or second line."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&:@-])", r"\\\1", " ".join(text.split()))
