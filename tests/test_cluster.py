@@ -164,6 +164,55 @@ def test_sigterm_of_a_local_worker_gives_its_trial_back(tmp_path: Path, local: C
     assert notes.said == ["Trial 1: its worker left and gave it back; it goes on under its number."]
 
 
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[: len(whole) // 2]])
+def test_a_damaged_checkpoint_costs_epochs_and_never_its_trial(
+    tmp_path: Path, local: Connection, monkeypatch: pytest.MonkeyPatch, damage
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(local, "say", told.append)
+    tuned = make_study(tmp_path, small_spec(trials=1, seed=60, hyperband=None))
+    coordinator: list[Coordinator] = []
+
+    def stop(trial: int, result) -> None:
+        if result.epoch == 3:
+            coordinator[0].stop("interrupted")
+
+    with cluster_of(local, tuned) as cluster:
+        coordinator.append(Coordinator(tuned, cluster, Notes(stop)))
+        coordinator[0].run()
+        checkpoint = tuned.artifacts.checkpoint(0)
+        checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+        reported = tuned.trials(TrialState.RUNNING)[0].intermediate_values
+        assert len(reported) >= 3
+        cluster._pausing = False
+        Coordinator(tuned, cluster, Notes()).run()
+        assert_whole(tuned, 1)
+        (trial,) = tuned.trials()
+        assert trial.state == TrialState.COMPLETE
+        assert reported.items() <= trial.intermediate_values.items()
+        assert not checkpoint.exists()
+    (line,) = [line for line in told if "checkpoint" in line]
+    assert line.startswith("Trial 0 of small: its checkpoint cannot be used and was removed (JSON")
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_back_costs_epochs_only(
+    tmp_path: Path, local: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(local, "say", told.append)
+    tuned = make_study(tmp_path, small_spec(trials=1))
+    tuned.artifacts.checkpoint(0).mkdir(parents=True)  # reading it fails as from a broken disk
+    with cluster_of(local, tuned) as cluster:
+        epochs = cluster.train(
+            tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3}),
+            seed=0,
+            trial=0,
+            rungs=(),
+        )
+        assert len(list(epochs)) == 9
+    assert [line for line in told if "its checkpoint cannot be used" in line]
+
+
 def full_disk(monkeypatch: pytest.MonkeyPatch, kind: str, times: int) -> list[Path]:
     """Files of a kind cannot be written so many times; returns the attempts."""
     attempts: list[Path] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -11,6 +12,7 @@ from pathlib import Path
 DEFAULT_ROOT = Path("runs/artifacts")
 DEFAULT_STORAGE_URL = "sqlite:///runs/tuner.db"
 DEFAULT_EXPORT_FOLDER = Path("runs/export")
+_UNFINISHED = ".new"  #: ends the name of a file that is being written
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,29 @@ def study_folder_name(name: str) -> str:
 
 
 def publish(path: Path, content: bytes) -> None:
-    """Writes a file whole: a reader sees the old content or the new, never a part."""
+    """Writes a file whole: a reader sees the old content or the new, never a part.
+
+    Nor does a power cut leave a part: what is on the disk gets the name, and nothing else.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_UNFINISHED}")
     try:
-        beside.write_bytes(content)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Writes a folder's names to the disk, where its system can do that."""
+    # Without it a power cut may bring the old file back, whole: no reason to fail.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import dask
@@ -110,7 +110,10 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
         say(epoch=asdict(result))
 
     try:
-        run = open_run(task)
+        run, unusable = open_from_checkpoint(task, open_run)
+        if unusable is not None:
+            in_flight.snapshot = None
+            say(unusable=unusable)
         say(opened=True)  # if this worker dies from now on, the trial may be why
         for result in run.history:
             note(result)
@@ -140,6 +143,25 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
         orders.end(task.attempt)
         _IN_FLIGHT.pop(task.attempt, None)
     return TrainingOutcome(ending="finished", curve=tuple(curve), best_weights=run.best_weights())
+
+
+def open_from_checkpoint(task: TrainingTask, open_run: OpenRun) -> tuple[Run, str | None]:
+    """The task's training, begun anew where its checkpoint cannot be taken up.
+
+    Returns:
+        The training, and what is wrong with the checkpoint; None where nothing is.
+    """
+    try:
+        return open_run(task), None
+    except (TrialEndedError, OSError):  # no memory; no development rows
+        raise
+    except Exception as error:
+        if task.checkpoint is None:
+            raise
+        # Half a file, another run's, one of an older version: each fails in a way of its own. It
+        # is the checkpoint's fault where it works without.
+        run = open_run(replace(task, checkpoint=None))
+        return run, f"{type(error).__name__}: {error}"
 
 
 # --- orders ---

@@ -429,6 +429,9 @@ class Cluster:
                 if isinstance(message, bytes):
                     self._keep_checkpoint(trial, message)
                     continue
+                if isinstance(message, _Unusable):
+                    self._drop_checkpoint(trial, message.reason)
+                    continue
                 fresh = [message] if isinstance(message, EpochResult) else message.curve
                 for result in fresh:
                     if result.epoch != seen + 1:  # told before, or a gap the outcome will fill
@@ -457,7 +460,6 @@ class Cluster:
         rungs: tuple[int, ...],
     ) -> Future[Any]:
         record = self._tuned.record
-        checkpoint = self._tuned.artifacts.checkpoint(trial)
         task = TrainingTask(
             attempt=attempt.name,
             events=self._events,
@@ -471,7 +473,7 @@ class Cluster:
             threads=self._threads,
             development_file=str(self._development_file.absolute()),
             development_sha256=record.development_sha256,
-            checkpoint=checkpoint.read_bytes() if checkpoint.exists() else None,
+            checkpoint=self._read_checkpoint(trial),
             train_until=attempt.train_until,
         )
         while not self._connection.wait_until_up(0.5):
@@ -499,7 +501,7 @@ class Cluster:
 
     def _messages(
         self, attempt: _Attempt, future: Future[Any]
-    ) -> Iterator[EpochResult | bytes | TrainingOutcome]:
+    ) -> Iterator[EpochResult | bytes | _Unusable | TrainingOutcome]:
         """What the attempt says, its outcome last."""
         while True:
             try:
@@ -545,6 +547,25 @@ class Cluster:
             raise TrialEndedError(outcome.ending, outcome.detail)
         if outcome.best_weights is not None:
             self._keep_weights(trial, outcome.best_weights)
+
+    def _read_checkpoint(self, trial: int) -> bytes | None:
+        try:
+            return self._tuned.artifacts.checkpoint(trial).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._drop_checkpoint(trial, str(error))
+            return None
+
+    def _drop_checkpoint(self, trial: int, reason: str) -> None:
+        """A checkpoint that cannot be used costs epochs, never its trial."""
+        with contextlib.suppress(OSError):  # the next one takes its place
+            self._tuned.artifacts.checkpoint(trial).unlink(missing_ok=True)
+        self._connection.say(
+            f"Trial {trial} of {self._tuned.name}: its checkpoint cannot be used and was removed "
+            f"({reason.splitlines()[0][:200] if reason else 'no reason given'}). It trains again "
+            "from epoch 1; what it reported stands."
+        )
 
     def _keep_checkpoint(self, trial: int, content: bytes) -> None:
         """Writes a checkpoint; one that the disk has no room for is missed by nobody but time."""
@@ -634,6 +655,8 @@ class Cluster:
             if attempt.started is not None:  # Dask started it again on its own
                 attempt.inbox.put(_death(attempt))
             attempt.started = message["started"]
+        if "unusable" in message:
+            attempt.inbox.put(_Unusable(message["unusable"]))
         if "opened" in message:
             attempt.opened = True
         if "epoch" in message:
@@ -647,6 +670,13 @@ class Cluster:
 
 
 _SCHEDULER_WENT = "its scheduler dropped it"
+
+
+@dataclass(frozen=True, slots=True)
+class _Unusable:
+    """The checkpoint that an attempt was given cannot be taken up."""
+
+    reason: str
 
 
 @dataclass(slots=True, kw_only=True)
