@@ -39,6 +39,18 @@ class StudyArtifacts:
             if path.stem.isdigit() and int(path.stem) not in trials:
                 path.unlink(missing_ok=True)
 
+    def tidy(self, open_trials: set[int]) -> None:
+        """Removes what a coordinator that was killed left: for who holds the study's lease alone.
+
+        Files that were being written, and checkpoints of trials that have ended since.
+        """
+        for folder in (self.folder / "checkpoints", self.folder / "weights"):
+            for path in folder.glob(f".*{_UNFINISHED}"):
+                path.unlink(missing_ok=True)
+        for path in (self.folder / "checkpoints").glob("*.npz"):
+            if path.stem.isdigit() and int(path.stem) not in open_trials:
+                path.unlink(missing_ok=True)
+
     def bytes_on_disk(self) -> int:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
