@@ -541,6 +541,8 @@ def _run(
 
 def _stop_on_signals(stop_gracefully: Callable[[], None]) -> None:
     """Ctrl-C or SIGTERM once: running trials save and stay open. Twice: now."""
+    from tuner.processes import SAME_SIGNAL_SECONDS
+
     asked_at: list[float] = []
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -549,7 +551,7 @@ def _stop_on_signals(stop_gracefully: Callable[[], None]) -> None:
             asked_at.append(time.monotonic())
             stop_gracefully()
             os.write(2, b"\nStopping: running trials save a checkpoint. Again: stop at once.\n")
-        elif time.monotonic() - asked_at[0] > 0.5:
+        elif time.monotonic() - asked_at[0] > SAME_SIGNAL_SECONDS:
             os.write(2, b"\nStopped at once. The same command goes on where it was.\n")
             raise KeyboardInterrupt  # the workers are ended on the way out
 

@@ -42,7 +42,13 @@ from tuner.errors import (
     WorkerLostError,
 )
 from tuner.processes import SLOT, children_deaf_to_interrupts, silence_dask, training_environment
-from tuner.scheduler import TlsFiles, is_answering, scheduler_address, worker_command
+from tuner.scheduler import (
+    TlsFiles,
+    exposure,
+    is_answering,
+    scheduler_address,
+    worker_command,
+)
 from tuner.space import ModelConfig
 from tuner.study import TunedStudy
 
@@ -334,6 +340,15 @@ def _glance() -> Callable[..., int]:
         return int(sum(worker.resources.get(resource, 0) for worker in running))
 
     return glance
+
+
+def _listening_on() -> Callable[..., list[str]]:
+    """What asks a scheduler where it listens; by value, as `_glance`."""
+
+    def listening_on(dask_scheduler: Any) -> list[str]:
+        return [listener.listen_address for listener in dask_scheduler.listeners]
+
+    return listening_on
 
 
 class Cluster:
@@ -764,6 +779,7 @@ def remote_connection(
         ClusterError: No scheduler answers there, or it cannot be spoken to.
     """
     silence_dask()
+    warned_of: set[str] = set()
 
     def open_client() -> Client:
         address = scheduler_address(cluster, tls)
@@ -771,7 +787,7 @@ def remote_connection(
         if not is_answering(address, patience_seconds=_CONNECT_SECONDS):
             raise ClusterError(f"No Dask scheduler answers at {place}.")
         try:
-            return Client(
+            client = Client(
                 address,
                 security=None if tls is None else tls.security(),
                 timeout=_CONNECT_SECONDS,
@@ -783,6 +799,17 @@ def remote_connection(
                 f"Something answers at {place}, but no Dask scheduler that can be spoken to"
                 f"{'' if tls else ' without TLS'}: {reason}"
             ) from error
+        if exposure(address) is None:  # else it was said when the address was given
+            try:
+                listening = client.run_on_scheduler(_listening_on())
+            except BaseException:
+                client.close(timeout=2)
+                raise
+            for warning in filter(None, map(exposure, listening)):
+                if warning not in warned_of:
+                    warned_of.add(warning)
+                    say(warning)
+        return client
 
     deadline = time.monotonic() + _CONNECT_SECONDS
     while time.monotonic() < deadline:  # it may be starting
