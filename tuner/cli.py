@@ -22,7 +22,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from tuner import __version__
-from tuner.artifacts import DEFAULT_EXPORT_FOLDER, DEFAULT_ROOT, DEFAULT_STORAGE_URL
+from tuner.artifacts import (
+    DEFAULT_EXPORT_FOLDER,
+    DEFAULT_ROOT,
+    DEFAULT_STORAGE_URL,
+    development_path,
+)
 from tuner.errors import ProblemsError, TunerError
 
 if TYPE_CHECKING:
@@ -722,6 +727,9 @@ def delete(
             typer.confirm(f"Remove {name} with {len(tuned.trials())} trials for good?", abort=True)
         delete_study(tuned)
     typer.echo(f"Removed {name}.")
+    rows = development_path(artifacts, tuned.record.development_sha256)
+    if rows.is_file():
+        typer.echo(f"Its training and validation rows stay, others may need them: {rows}")
 
 
 # --- results ---

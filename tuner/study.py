@@ -366,6 +366,9 @@ def load(storage: Storage, name: str, *, artifacts_root: Path) -> TunedStudy:
 def delete(tuned: TunedStudy) -> None:
     """Removes a study and its artifacts; the ledger's rows stay.
 
+    Development rows leave the storage with the last study that names them. Their file stays:
+    another storage may share the artifacts' folder, and its studies may need it.
+
     Raises:
         StudyError: It is running.
     """
@@ -378,6 +381,7 @@ def delete(tuned: TunedStudy) -> None:
     tuned.artifacts.delete()
     tuned.storage.forget(tuned.id)
     optuna.delete_study(study_name=tuned.name, storage=tuned.storage.optuna)
+    tuned.storage.drop_development(RECORD_KEY, "development_sha256")
 
 
 def refuse_a_reported_study(tuned: TunedStudy) -> None:
