@@ -56,6 +56,25 @@ def test_a_study_runs_on_workers_to_its_budget(tmp_path: Path, local: Connection
         assert os.getpid() not in processes
 
 
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_budgets_are_exact_with_any_number_of_worker_processes(
+    tmp_path: Path, workers: int
+) -> None:
+    with local_connection(workers, say=print) as connection:
+        assert eventually(lambda: connection.slots() == workers)
+        for budget in (1, workers + 1, 11):
+            tuned = make_study(tmp_path / str(budget), small_spec(trials=budget, seed=2))
+            notes = Notes()
+            with cluster_of(connection, tuned) as cluster:
+                assert Coordinator(tuned, cluster, notes).run() == "finished"
+                assert_whole(tuned, budget)
+                assert sorted(trial.number for trial in notes.ended) == list(range(budget))
+                asked = [
+                    one.trial for one in tuned.storage.decisions(tuned.id) if one.kind == "ask"
+                ]
+                assert sorted(asked) == list(range(budget))
+
+
 def test_a_pruned_training_stops_on_its_worker(tmp_path: Path, local: Connection) -> None:
     tuned = make_study(tmp_path, small_spec(seed=20))
     config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
