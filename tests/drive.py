@@ -187,7 +187,7 @@ def drive(plan: Plan) -> None:
                 open_run=OpenHeld(plan),
             ) as cluster:
                 coordinator = Coordinator(tuned, cluster, Tell(plan))
-                _stop_on_signals(coordinator)
+                _stop_on_signals(lambda: coordinator.stop("interrupted"))
                 line("ready")
                 line(f"ending {coordinator.run()}")
 

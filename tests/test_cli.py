@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from optuna.trial import FrozenTrial, TrialState
 
 from tuner.data import synthetic_sequences
+from tuner.objective import curve_of
 from tuner.storage import Storage
-from tuner.study import ERROR_KEY, FINISHED, load
+from tuner.study import ERROR_KEY, FINISHED, RESUMED_KEY, load
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,6 +260,52 @@ def test_the_service_goes_on_after_a_restart_and_takes_turns_on_one_worker(folde
     assert "Study second is finished: 2 of 2" in tuner(folder, *arguments).stdout
 
 
+def test_kill_9_of_the_service_costs_nothing_and_the_next_one_goes_on(folder: Path) -> None:
+    arguments = ("launch", "tiny.toml", "--name", "served", "--trials", "2", "--detach",
+                 "--set", "training.max_epochs=150", "--set", "training.patience=150",
+                 "--set", "hyperband.min_epochs=100")  # fmt: skip
+    tuner(folder, *arguments)
+
+    def trials() -> list[FrozenTrial]:
+        def read(storage: Storage) -> list[FrozenTrial]:
+            return list(load(storage, "served", artifacts_root=folder).trials())
+
+        return in_storage(folder, read)
+
+    def serve(until: Callable[[], bool]) -> subprocess.Popen[str]:
+        process = start(folder, "serve", "--workers", "1", "--port", "0")
+        deadline = time.monotonic() + 120
+        while not until():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return process
+
+    first = serve(lambda: any((trial.last_step or 0) >= 3 for trial in trials()))
+    first.kill()
+    first.communicate()
+    assert_all_end(first.pid)
+    before = trials()
+    assert TrialState.RUNNING in [trial.state for trial in before]
+    assert json.loads(tuner(folder, "status", "served", "--json").stdout)["state"] == "queued"
+    second = serve(lambda: sum(trial.state in FINISHED for trial in trials()) == 2)
+    second.send_signal(signal.SIGTERM)
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 0, said
+    assert "Traceback" not in said
+    assert_all_end(second.pid)
+    after = trials()
+    assert [trial.state in FINISHED for trial in after] == [True, True]
+    assert [trial.number for trial in after if trial.user_attrs.get(RESUMED_KEY)] == [
+        trial.number for trial in before if trial.state == TrialState.RUNNING
+    ]
+    for trial, known in zip(after, before, strict=False):
+        assert [result.epoch for result in curve_of(trial)] == list(range(1, trial.last_step + 1))
+        assert known.params == trial.params
+        assert known.intermediate_values.items() <= trial.intermediate_values.items()
+    assert not list((folder / "runs" / "artifacts").glob("served-*/checkpoints/*"))
+
+
 def test_a_queued_study_can_be_stopped_and_deleted(folder: Path) -> None:
     arguments = ("launch", "tiny.toml", "--name", "waiting", "--detach")
     tuner(folder, *arguments)
@@ -271,7 +319,10 @@ def test_a_queued_study_can_be_stopped_and_deleted(folder: Path) -> None:
     assert "10 trials in a row failed" in tuner(folder, "status", "waiting").stdout
     again = json.loads(tuner(folder, *arguments, "--json").stdout)
     assert (again["state"], again["error"]) == ("queued", None)
-    tuner(folder, "delete", "waiting", "--yes")
+    assert (
+        "Its training and validation rows stay"
+        in tuner(folder, "delete", "waiting", "--yes").stdout
+    )
     assert in_storage(folder, Storage.queued) == ()
 
 

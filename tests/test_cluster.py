@@ -62,6 +62,25 @@ def test_a_study_runs_on_workers_to_its_budget(tmp_path: Path, local: Connection
             assert RESUMED_FROM_KEY not in trial.user_attrs
 
 
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_budgets_are_exact_with_any_number_of_worker_processes(
+    tmp_path: Path, workers: int
+) -> None:
+    with local_connection(workers, say=print) as connection:
+        assert eventually(lambda: connection.slots() == workers)
+        for budget in (1, workers + 1, 11):
+            tuned = make_study(tmp_path / str(budget), small_spec(trials=budget, seed=2))
+            notes = Notes()
+            with cluster_of(connection, tuned) as cluster:
+                assert Coordinator(tuned, cluster, notes).run() == "finished"
+                assert_whole(tuned, budget)
+                assert sorted(trial.number for trial in notes.ended) == list(range(budget))
+                asked = [
+                    one.trial for one in tuned.storage.decisions(tuned.id) if one.kind == "ask"
+                ]
+                assert sorted(asked) == list(range(budget))
+
+
 def test_a_pruned_training_stops_on_its_worker(tmp_path: Path, local: Connection) -> None:
     tuned = make_study(tmp_path, small_spec(seed=20))
     config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
@@ -173,6 +192,55 @@ def test_sigterm_of_a_local_worker_gives_its_trial_back(tmp_path: Path, local: C
         assert trained_by[:3] == signalled * 3
         assert signalled[0] not in trained_by[4:]
     assert notes.said == ["Trial 1: its worker left and gave it back; it goes on under its number."]
+
+
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[: len(whole) // 2]])
+def test_a_damaged_checkpoint_costs_epochs_and_never_its_trial(
+    tmp_path: Path, local: Connection, monkeypatch: pytest.MonkeyPatch, damage
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(local, "say", told.append)
+    tuned = make_study(tmp_path, small_spec(trials=1, seed=60, hyperband=None))
+    coordinator: list[Coordinator] = []
+
+    def stop(trial: int, result) -> None:
+        if result.epoch == 3:
+            coordinator[0].stop("interrupted")
+
+    with cluster_of(local, tuned) as cluster:
+        coordinator.append(Coordinator(tuned, cluster, Notes(stop)))
+        coordinator[0].run()
+        checkpoint = tuned.artifacts.checkpoint(0)
+        checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+        reported = tuned.trials(TrialState.RUNNING)[0].intermediate_values
+        assert len(reported) >= 3
+        cluster._pausing = False
+        Coordinator(tuned, cluster, Notes()).run()
+        assert_whole(tuned, 1)
+        (trial,) = tuned.trials()
+        assert trial.state == TrialState.COMPLETE
+        assert reported.items() <= trial.intermediate_values.items()
+        assert not checkpoint.exists()
+    (line,) = [line for line in told if "checkpoint" in line]
+    assert line.startswith("Trial 0 of small: its checkpoint cannot be used and was removed (JSON")
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_back_costs_epochs_only(
+    tmp_path: Path, local: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(local, "say", told.append)
+    tuned = make_study(tmp_path, small_spec(trials=1))
+    tuned.artifacts.checkpoint(0).mkdir(parents=True)  # reading it fails as from a broken disk
+    with cluster_of(local, tuned) as cluster:
+        epochs = cluster.train(
+            tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3}),
+            seed=0,
+            trial=0,
+            rungs=(),
+        )
+        assert len(list(epochs)) == 9
+    assert [line for line in told if "its checkpoint cannot be used" in line]
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, kind: str, times: int) -> list[Path]:

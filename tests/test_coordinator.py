@@ -346,6 +346,44 @@ def test_only_the_best_weights_are_kept_and_no_checkpoint(study: Make) -> None:
     assert list((tuned.artifacts.folder / "checkpoints").iterdir()) == []
 
 
+def test_what_a_killed_coordinator_was_writing_is_removed_when_the_lease_is_taken_over(
+    study: Make,
+) -> None:
+    tuned = study(trials=2)
+    Coordinator(tuned, FakeWorkers(), Notes()).run()
+    tuned.study.set_user_attr(BUDGET_KEY, 3)
+    tuned.storage.take_lease(tuned.id)
+    tuned.record.spec.space.suggest(tuned.study.ask())
+    tuned.storage.release_lease()
+    folder = tuned.artifacts.folder
+    kept = {"checkpoints/2.npz", "weights/0.npz", "report/.report.html.ab12.new", "notes.new"}
+    left = {"checkpoints/.2.npz.ab12.new", "checkpoints/1.npz", "weights/.0.npz.ab12.new"}
+    for name in kept | left:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"some")
+    found: set[str] = set()
+
+    def look(trial: int, result: object) -> None:
+        found.update(
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        )
+
+    Coordinator(tuned, FakeWorkers(), Notes(look)).run()
+    assert found == kept
+
+
+def test_who_does_not_get_the_lease_removes_nothing(study: Make) -> None:
+    tuned = study()
+    half = tuned.artifacts.checkpoint(0).with_name(".0.npz.ab12.new")
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"some")
+    with Storage(tuned.storage.url) as other:
+        other.take_lease(tuned.id)
+        with pytest.raises(StorageError, match="is being run by"):
+            Coordinator(tuned, FakeWorkers(), Notes()).run()
+    assert half.exists()
+
+
 def test_every_decision_is_recorded_in_order(study: Make) -> None:
     tuned = study(trials=8)
     Coordinator(tuned, FakeWorkers(2), Notes()).run()

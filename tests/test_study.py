@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy as sa
 from fakes import IDENTITY, fake_train, make_study, small_spec
 from optuna.trial import TrialState
 
@@ -226,6 +227,56 @@ def test_a_diverged_trial_saved_no_epochs(tmp_path: Path) -> None:
     assert status(made).counts["PRUNED"] == 1
     assert status(made).epochs_saved == 0
     made.storage.close()
+
+
+def test_development_rows_leave_the_storage_with_the_last_study_that_names_them(
+    tmp_path: Path, database_url: str
+) -> None:
+    a, b, other = (
+        make_study(tmp_path, small_spec(name=name), url=database_url, development_sha256=sha256)
+        for name, sha256 in (("a", "1" * 64), ("b", "1" * 64), ("other", "2" * 64))
+    )
+    for one in (a, b, other):
+        one.storage.keep_development(one.record.development_sha256, b"rows")
+
+    def kept() -> list[str]:
+        return [sha for sha in ("1" * 64, "2" * 64) if other.storage.development(sha)]
+
+    delete(a)
+    assert kept() == ["1" * 64, "2" * 64]
+    delete(b)
+    assert kept() == ["2" * 64]
+    delete(other)
+    assert kept() == []
+    for one in (a, b, other):
+        one.storage.close()
+
+
+def test_rows_that_are_kept_while_others_are_dropped_are_not_lost(
+    tmp_path: Path, database_url: str
+) -> None:
+    """A study comes with the same rows just when it is known that no study has them."""
+    old = make_study(tmp_path, small_spec(name="old"), url=database_url)
+    old.storage.keep_development("c" * 64, b"rows")
+
+    def come() -> None:
+        new = make_study(tmp_path, small_spec(name="new"), url=database_url)
+        new.storage.keep_development("c" * 64, b"rows")
+        new.storage.close()
+
+    coming = threading.Thread(target=come)
+
+    def let_it_come(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
+        if statement.startswith("DELETE FROM tuner_development"):
+            coming.start()
+            coming.join(1.0)  # it may not get through before this transaction has ended
+
+    sa.event.listen(old.storage._rdb.engine, "before_cursor_execute", let_it_come)
+    delete(old)
+    coming.join()
+    assert list_names(old.storage) == ["new"]
+    assert old.storage.development("c" * 64) == b"rows"
+    old.storage.close()
 
 
 def test_delete_removes_trials_and_artifacts_but_never_ledger_rows(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import ipaddress
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 from clusters import (
     DASK_WORKER,
@@ -31,6 +34,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from distributed.utils import get_ip
 from fakes import FakeRun, Notes, assert_whole, make_study, small_spec
 from ports import free_port
 
@@ -40,9 +44,9 @@ from tuner.coordinator import Coordinator
 from tuner.delivery import development_file
 from tuner.errors import ClusterError
 from tuner.objective import curve_of
-from tuner.scheduler import TlsFiles, exposure, scheduler_address
+from tuner.scheduler import TlsFiles, exposure, is_loopback, scheduler_address
 from tuner.study import RESUMED_KEY
-from tuner.worker import Gpu, WorkerSettings, gpus_for, visible_gpus
+from tuner.worker import Gpu, WorkerSettings, _environments, gpus_for, visible_gpus
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,14 @@ class LongEpochRun(FakeRun):
                 time.sleep(60)
 
 
+def signal_as_timeout_does(worker: Program) -> None:
+    """First its child, then the whole group: worker and training processes hear it twice."""
+    worker.signal(signal.SIGTERM)
+    os.killpg(worker.process.pid, signal.SIGTERM)
+
+
 LEAVING = {
+    "timeout": ((*TUNER_WORKER, "{}"), signal_as_timeout_does, 0),
     "SIGTERM": ((*TUNER_WORKER, "{}"), lambda worker: worker.signal(signal.SIGTERM), 0),
     "Ctrl-C": ((*TUNER_WORKER, "{}"), Program.interrupt, 0),
     "lifetime": ((*TUNER_WORKER, "{}", "--lifetime", "8"), lambda worker: None, 0),
@@ -124,6 +135,62 @@ def test_a_worker_that_leaves_in_the_middle_of_an_epoch_gives_its_trial_back(
         assert trial.user_attrs[RESUMED_KEY] == 1
         assert len({epoch.seconds for epoch in curve_of(trial)}) == 2  # processes
     tuned.storage.close()
+
+
+def test_a_signal_that_comes_again_at_once_is_the_same_and_a_later_one_ends_the_worker(
+    address: str, connection: Connection
+) -> None:
+    with program(*TUNER_WORKER, address) as worker:
+        worker.says("Joined", timeout=60)
+        frozen = training_process(worker)
+        frozen.suspend()  # so that leaving takes its time
+        worker.signal(signal.SIGTERM)
+        time.sleep(0.1)
+        worker.signal(signal.SIGTERM)
+        time.sleep(0.9)
+        assert worker.process.poll() is None
+        worker.signal(signal.SIGTERM)
+        assert worker.wait(2) == 128 + signal.SIGTERM
+        assert worker.says("Ended at once")
+        frozen.wait(5)
+
+
+def training_process(worker: Program) -> psutil.Process:
+    """The one that Dask's nanny started."""
+    below = psutil.Process(worker.process.pid).children(recursive=True)
+    (found,) = [process for process in below if "spawn_main" in " ".join(process.cmdline())]
+    return found
+
+
+def test_a_worker_that_never_joined_does_not_say_that_it_gave_trials_back() -> None:
+    with program(*TUNER_WORKER, f"tcp://127.0.0.1:{free_port()}") as worker:
+        worker.says("this worker waits for it")
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        ended = "Worker ended (SIGTERM); it had no scheduler, and trained nothing."
+        assert worker.says("Worker ended") == ended
+
+
+def test_a_worker_that_is_not_taken_says_why() -> None:
+    """What answers here is no scheduler: it hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hanging_up = threading.Event()
+
+        def hang_up() -> None:
+            server.settimeout(0.1)
+            while not hanging_up.is_set():
+                with contextlib.suppress(TimeoutError):
+                    server.accept()[0].close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        port = server.getsockname()[1]
+        with program(*TUNER_WORKER, f"tcp://127.0.0.1:{port}") as worker:
+            line = worker.says("does not take this worker", timeout=60)
+        hanging_up.set()
+        thread.join()
+    assert "Timed out" in line or "losed" in line or "connect" in line
+    assert "failed to start" not in line
 
 
 class HungryRun(FakeRun):
@@ -355,6 +422,9 @@ def certificates(folder: Path) -> tuple[str, str, str]:
 # --- messages ---
 
 
+JOIN_NOBODY = ("worker", "--cluster", "tcp://127.0.0.1:1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -362,7 +432,13 @@ def certificates(folder: Path) -> tuple[str, str, str]:
         (("launch", "x.toml", "--cluster", "tls://127.0.0.1:1"), 1, "--tls-ca, --tls-cert and"),
         (("worker", "--cluster", "file.json", "--tls-ca", "no.pem"), 1, "all three files"),
         (("worker", "--cluster", "tcp://127.0.0.1:1", "--workers", "none"), 2, "--workers"),
-        (("worker", "--cluster", "tcp://127.0.0.1:1", "--memory-limit", "much"), 1, "for instance"),
+        ((*JOIN_NOBODY, "--memory-limit", "much"), 1, "for instance"),
+        ((*JOIN_NOBODY, "--memory-limit=-5GB"), 1, "--memory-limit -5GB: a training process takes"),
+        ((*JOIN_NOBODY, "--memory-limit", "0"), 1, "there is always a limit"),
+        ((*JOIN_NOBODY, "--memory-limit", "5"), 1, "takes 100MB before"),
+        ((*JOIN_NOBODY, "--host", "nosuchif"), 1, "--host nosuchif: neither an address"),
+        ((*JOIN_NOBODY, "--host", "198.51.100.1"), 1, "network interfaces (lo"),
+        ((*JOIN_NOBODY, "--host", ""), 1, "network interfaces (lo"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_clear_message(
@@ -455,6 +531,51 @@ def test_a_scheduler_that_others_reach_without_tls_is_warned_of(
     warning = exposure(address)
     assert (warning is not None) == is_exposed
     assert warning is None or "run programs as you" in warning
+
+
+def listening(worker: Program) -> set[str]:
+    """The addresses on which it and its training processes can be reached."""
+    host = psutil.Process(worker.process.pid)
+    return {
+        link.laddr.ip
+        for process in [host, *host.children(recursive=True)]
+        for link in process.net_connections(kind="inet")
+        if link.status == psutil.CONN_LISTEN
+    }
+
+
+def test_a_worker_of_a_scheduler_on_this_machine_is_reached_from_this_machine_only(
+    address: str, connection: Connection
+) -> None:
+    with program(*TUNER_WORKER, address) as worker:
+        worker.says("Joined", timeout=60)
+        assert listening(worker) == {"127.0.0.1"}
+        assert not [line for line in worker.lines if "WARNING" in line]
+
+
+def test_a_worker_that_listens_everywhere_warns(address: str, connection: Connection) -> None:
+    with program(*TUNER_WORKER, address, "--host", "0.0.0.0") as worker:
+        worker.says("Joined", timeout=60)
+        assert "0.0.0.0" in listening(worker)
+        warning = worker.says("WARNING: tcp://0.0.0.0:")
+        assert "without TLS" in warning
+        assert len([line for line in worker.lines if "WARNING" in line]) == 1
+
+
+def test_a_scheduler_that_listens_everywhere_is_warned_of_though_it_was_named_by_loopback() -> None:
+    said: list[str] = []
+    with (
+        scheduler(more=("--host", "0.0.0.0")) as address,
+        remote_connection(address, say=said.append),
+        program(*TUNER_WORKER, address) as worker,
+    ):
+        (warning,) = said
+        assert warning.startswith("WARNING: tcp://0.0.0.0:")
+        worker.says("Joined", timeout=60)
+        warned = [line for line in worker.lines if line.startswith("WARNING: tcp://")]
+        # It knows the scheduler by the address that others are told: on a machine without a
+        # network that is the loopback one.
+        assert len(warned) == (0 if is_loopback(f"tcp://{get_ip()}") else 1)
 
 
 # --- what a worker machine needs ---
@@ -571,7 +692,58 @@ def test_two_workers_of_a_machine_do_not_share_a_gpu(
         assert all_of_them == ("0", "1")
 
 
+def test_each_training_process_sees_one_gpu_of_its_own_and_takes_its_memory_as_it_needs_it() -> (
+    None
+):
+    first, second = _environments(2, 1, ("0", "GPU-bb22"))
+    assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("0", "GPU-bb22")
+    for environment in (first, second):
+        assert environment["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+        assert environment["TF_NUM_INTRAOP_THREADS"] == environment["OMP_NUM_THREADS"] == "1"
+    without = _environments(2, 3, ())
+    assert len(without) == 2
+    # Not even empty: a machine without nvidia-smi may have a GPU that TensorFlow knows.
+    assert all("CUDA_VISIBLE_DEVICES" not in environment for environment in without)
+    assert all(environment["TF_NUM_INTRAOP_THREADS"] == "3" for environment in without)
+
+
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "TF_FORCE_GPU_ALLOW_GROWTH")
+
+
+class TellingRun(FakeRun):
+    """Its weights are what the training process finds in its environment."""
+
+    def best_weights(self) -> bytes:
+        return json.dumps([os.environ.get(name) for name in GPU_VARIABLES]).encode()
+
+
+def test_training_processes_of_a_machine_with_two_gpus_have_one_each(
+    tmp_path: Path, address: str, connection: Connection
+) -> None:
+    program_file = tmp_path / "nvidia-smi"
+    program_file.write_text(f"#!/bin/sh\ncat <<.\n{LISTING}.\n")
+    program_file.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "0,1",  # whatever this machine's says
+    }
+    tuned = make_study(tmp_path, small_spec(trials=4, seed=30, hyperband=None))
+    with program(*TUNER_WORKER, address, "--workers", "auto", environment=environment) as worker:
+        worker.says("with 2 worker(s)", timeout=60)
+        assert eventually(lambda: connection.slots() == 2)
+        with Cluster(
+            connection, tuned, development_file=tmp_path, threads=1, open_run=TellingRun
+        ) as cluster:
+            Coordinator(tuned, cluster, Notes()).run()
+        assert_whole(tuned, 4)
+        told = [json.loads(tuned.artifacts.weights(n).read_bytes()) for n in range(4)]
+        assert {device for device, _ in told} == {"0", "1"}
+        assert {growth for _, growth in told} == {"true"}
+    tuned.storage.close()
+
+
 def test_a_memory_limit_is_shared_out_or_as_given() -> None:
     assert WorkerSettings(cluster="x", memory_limit="4GB").memory_bytes(8) == 4_000_000_000
     shared = WorkerSettings(cluster="x")
+    assert WorkerSettings(cluster="x", memory_limit="1e30").memory_bytes(1) == sys.maxsize
     assert shared.memory_bytes(4) == pytest.approx(shared.memory_bytes(1) / 4, abs=4)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_ROOT = Path("runs/artifacts")
 DEFAULT_STORAGE_URL = "sqlite:///runs/tuner.db"
 DEFAULT_EXPORT_FOLDER = Path("runs/export")
+_UNFINISHED = ".new"  #: ends the name of a file that is being written
 
 #: What hangs on each trial.
 CURVES_FILE = "curves.svg"
@@ -60,7 +61,7 @@ class StudyArtifacts:
             OSError: It cannot be written.
         """
         identity = self._hung(name, trial)
-        publish(dashboard_folder(self.folder.parent) / identity, content)
+        publish(dashboard_folder(self.folder.parent) / identity, content, durable=False)
         mimetype, encoding = mimetypes.guess_type(name)
         described = {
             "artifact_id": identity,
@@ -90,6 +91,18 @@ class StudyArtifacts:
         """Removes the weights of every trial but these."""
         for path in (self.folder / "weights").glob("*.npz"):
             if path.stem.isdigit() and int(path.stem) not in trials:
+                path.unlink(missing_ok=True)
+
+    def tidy(self, open_trials: set[int]) -> None:
+        """Removes what a coordinator that was killed left: for who holds the study's lease alone.
+
+        Files that were being written, and checkpoints of trials that have ended since.
+        """
+        for folder in (self.folder / "checkpoints", self.folder / "weights"):
+            for path in folder.glob(f".*{_UNFINISHED}"):
+                path.unlink(missing_ok=True)
+        for path in (self.folder / "checkpoints").glob("*.npz"):
+            if path.stem.isdigit() and int(path.stem) not in open_trials:
                 path.unlink(missing_ok=True)
 
     def bytes_on_disk(self) -> int:
@@ -126,16 +139,38 @@ def study_folder_name(name: str) -> str:
     return f"{name}-{uuid.uuid4().hex[:8]}"
 
 
-def publish(path: Path, content: bytes) -> None:
-    """Writes a file whole: a reader sees the old content or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+def publish(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Writes a file whole: a reader sees the old content or the new, never a part.
+
+    Nor does a power cut leave a part, if `durable`: what is on the disk gets the name, and nothing
+    else. That takes milliseconds of a disk, which a drawing is not worth.
+    """
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_UNFINISHED}")
     try:
         try:
-            beside.write_bytes(content)
+            file = beside.open("wb")
         except FileNotFoundError:  # the first file of its folder
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(content)
+            file = beside.open("wb")
+        with file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+    if durable:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Writes a folder's names to the disk, where its system can do that."""
+    # Without it a power cut may bring the old file back, whole: no reason to fail.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

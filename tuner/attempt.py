@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import dask
@@ -30,13 +30,16 @@ from distributed import Status, Worker, WorkerPlugin, get_client, get_worker
 from tuner.curves import EpochResult
 from tuner.delivery import development_file
 from tuner.errors import EndReason, TrialEndedError
-from tuner.processes import THREADS_VARIABLE, silence_dask
+from tuner.processes import SAME_SIGNAL_SECONDS, THREADS_VARIABLE, silence_dask
 from tuner.space import ModelConfig
 from tuner.spec import TrainingSettings
 
 _SILENCE_SECONDS = 60.0  #: a worker that heard no orders for this long saves and ends
 _LOOK_SECONDS = 0.5  #: between two looks at whether the scheduler still wants an attempt
-_CHECKPOINT_SECONDS = 60.0  #: at most this long between two checkpoints
+#: A checkpoint is sent at the end of the first epoch that ends so long after the one before: what
+#: a killed worker costs is this time and one epoch at most. A run can be put down between epochs
+#: only: in the middle of one, its sums and the state of each dropout would belong to it, too.
+_CHECKPOINT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +114,10 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
         say(epoch=asdict(result))
 
     try:
-        run = open_run(task)
+        run, unusable = open_from_checkpoint(task, open_run)
+        if unusable is not None:
+            in_flight.snapshot = None
+            say(unusable=unusable)
         # If this worker dies from now on, the trial may be why. (Dask adds a "worker" of its own.)
         say(opened=len(run.history), trained_by=f"{socket.gethostname()}, process {os.getpid()}")
         for result in run.history:
@@ -142,6 +148,25 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
         orders.end(task.attempt)
         _IN_FLIGHT.pop(task.attempt, None)
     return TrainingOutcome(ending="finished", curve=tuple(curve), best_weights=run.best_weights())
+
+
+def open_from_checkpoint(task: TrainingTask, open_run: OpenRun) -> tuple[Run, str | None]:
+    """The task's training, begun anew where its checkpoint cannot be taken up.
+
+    Returns:
+        The training, and what is wrong with the checkpoint; None where nothing is.
+    """
+    try:
+        return open_run(task), None
+    except (TrialEndedError, OSError):  # no memory; no development rows
+        raise
+    except Exception as error:
+        if task.checkpoint is None:
+            raise
+        # Half a file, another run's, one of an older version: each fails in a way of its own. It
+        # is the checkpoint's fault where it works without.
+        run = open_run(replace(task, checkpoint=None))
+        return run, f"{type(error).__name__}: {error}"
 
 
 # --- orders ---
@@ -245,14 +270,25 @@ class GiveBack(WorkerPlugin):
     @staticmethod
     def _leave(worker: Worker, loop: asyncio.AbstractEventLoop) -> None:
         silence_dask()  # it logs a thread that it need not wait for
+        asked_at = time.monotonic()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+            loop.add_signal_handler(number, GiveBack._leave_now, number, loop, asked_at)
         # First of all, for nobody knows how long there is; and no other trial is to come here.
         worker.status = Status.closing_gracefully
         _give_back(worker)
         leaving = worker.close(nanny=False, executor_wait=False, reason="asked to leave")
         _LEAVING.add(loop.create_task(leaving))
+
+    @staticmethod
+    def _leave_now(
+        number: signal.Signals, loop: asyncio.AbstractEventLoop, asked_at: float
+    ) -> None:
+        # One wish may arrive twice: from a batch queue that signals every process of a job, and
+        # from `tuner worker`. The trial must not be lost on its way for that.
+        if time.monotonic() - asked_at > SAME_SIGNAL_SECONDS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def _give_back(worker: Worker) -> None:

@@ -22,7 +22,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from tuner import __version__
-from tuner.artifacts import DEFAULT_EXPORT_FOLDER, DEFAULT_ROOT, DEFAULT_STORAGE_URL
+from tuner.artifacts import (
+    DEFAULT_EXPORT_FOLDER,
+    DEFAULT_ROOT,
+    DEFAULT_STORAGE_URL,
+    development_path,
+)
 from tuner.errors import ProblemsError, TunerError
 
 if TYPE_CHECKING:
@@ -541,6 +546,8 @@ def _run(
 
 def _stop_on_signals(stop_gracefully: Callable[[], None]) -> None:
     """Ctrl-C or SIGTERM once: running trials save and stay open. Twice: now."""
+    from tuner.processes import SAME_SIGNAL_SECONDS
+
     asked_at: list[float] = []
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -549,7 +556,7 @@ def _stop_on_signals(stop_gracefully: Callable[[], None]) -> None:
             asked_at.append(time.monotonic())
             stop_gracefully()
             os.write(2, b"\nStopping: running trials save a checkpoint. Again: stop at once.\n")
-        elif time.monotonic() - asked_at[0] > 0.5:
+        elif time.monotonic() - asked_at[0] > SAME_SIGNAL_SECONDS:
             os.write(2, b"\nStopped at once. The same command goes on where it was.\n")
             raise KeyboardInterrupt  # the workers are ended on the way out
 
@@ -720,6 +727,9 @@ def delete(
             typer.confirm(f"Remove {name} with {len(tuned.trials())} trials for good?", abort=True)
         delete_study(tuned)
     typer.echo(f"Removed {name}.")
+    rows = development_path(artifacts, tuned.record.development_sha256)
+    if rows.is_file():
+        typer.echo(f"Its training and validation rows stay, others may need them: {rows}")
 
 
 # --- results ---

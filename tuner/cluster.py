@@ -42,7 +42,13 @@ from tuner.errors import (
     WorkerLostError,
 )
 from tuner.processes import SLOT, children_deaf_to_interrupts, silence_dask, training_environment
-from tuner.scheduler import TlsFiles, is_answering, scheduler_address, worker_command
+from tuner.scheduler import (
+    TlsFiles,
+    exposure,
+    is_answering,
+    scheduler_address,
+    worker_command,
+)
 from tuner.space import ModelConfig
 from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
 
@@ -336,6 +342,15 @@ def _glance() -> Callable[..., int]:
     return glance
 
 
+def _listening_on() -> Callable[..., list[str]]:
+    """What asks a scheduler where it listens; by value, as `_glance`."""
+
+    def listening_on(dask_scheduler: Any) -> list[str]:
+        return [listener.listen_address for listener in dask_scheduler.listeners]
+
+    return listening_on
+
+
 class Cluster:
     """The trainings of one study on a connection; several studies may share one."""
 
@@ -432,6 +447,9 @@ class Cluster:
                 if isinstance(message, _Opened):
                     self._note_worker(trial, message)
                     continue
+                if isinstance(message, _Unusable):
+                    self._drop_checkpoint(trial, message.reason)
+                    continue
                 fresh = [message] if isinstance(message, EpochResult) else message.curve
                 for result in fresh:
                     if result.epoch != seen + 1:  # told before, or a gap the outcome will fill
@@ -460,7 +478,6 @@ class Cluster:
         rungs: tuple[int, ...],
     ) -> Future[Any]:
         record = self._tuned.record
-        checkpoint = self._tuned.artifacts.checkpoint(trial)
         task = TrainingTask(
             attempt=attempt.name,
             events=self._events,
@@ -474,7 +491,7 @@ class Cluster:
             threads=self._threads,
             development_file=str(self._development_file.absolute()),
             development_sha256=record.development_sha256,
-            checkpoint=checkpoint.read_bytes() if checkpoint.exists() else None,
+            checkpoint=self._read_checkpoint(trial),
             train_until=attempt.train_until,
         )
         while not self._connection.wait_until_up(0.5):
@@ -502,7 +519,7 @@ class Cluster:
 
     def _messages(
         self, attempt: _Attempt, future: Future[Any]
-    ) -> Iterator[EpochResult | bytes | _Opened | TrainingOutcome]:
+    ) -> Iterator[EpochResult | bytes | _Opened | _Unusable | TrainingOutcome]:
         """What the attempt says, its outcome last."""
         while True:
             try:
@@ -559,6 +576,25 @@ class Cluster:
             raise TrialEndedError(outcome.ending, outcome.detail)
         if outcome.best_weights is not None:
             self._keep_weights(trial, outcome.best_weights)
+
+    def _read_checkpoint(self, trial: int) -> bytes | None:
+        try:
+            return self._tuned.artifacts.checkpoint(trial).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._drop_checkpoint(trial, str(error))
+            return None
+
+    def _drop_checkpoint(self, trial: int, reason: str) -> None:
+        """A checkpoint that cannot be used costs epochs, never its trial."""
+        with contextlib.suppress(OSError):  # the next one takes its place
+            self._tuned.artifacts.checkpoint(trial).unlink(missing_ok=True)
+        self._connection.say(
+            f"Trial {trial} of {self._tuned.name}: its checkpoint cannot be used and was removed "
+            f"({reason.splitlines()[0][:200] if reason else 'no reason given'}). It trains again "
+            "from epoch 1; what it reported stands."
+        )
 
     def _keep_checkpoint(self, trial: int, content: bytes) -> None:
         """Writes a checkpoint; one that the disk has no room for is missed by nobody but time."""
@@ -648,6 +684,8 @@ class Cluster:
             if attempt.started is not None:  # Dask started it again on its own
                 attempt.inbox.put(_death(attempt))
             attempt.started = message["started"]
+        if "unusable" in message:
+            attempt.inbox.put(_Unusable(message["unusable"]))
         if "opened" in message:
             attempt.opened = True
             attempt.inbox.put(_Opened(worker=message["trained_by"], after=message["opened"]))
@@ -662,6 +700,13 @@ class Cluster:
 
 
 _SCHEDULER_WENT = "its scheduler dropped it"
+
+
+@dataclass(frozen=True, slots=True)
+class _Unusable:
+    """The checkpoint that an attempt was given cannot be taken up."""
+
+    reason: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -757,6 +802,7 @@ def remote_connection(
         ClusterError: No scheduler answers there, or it cannot be spoken to.
     """
     silence_dask()
+    warned_of: set[str] = set()
 
     def open_client() -> Client:
         address = scheduler_address(cluster, tls)
@@ -764,7 +810,7 @@ def remote_connection(
         if not is_answering(address, patience_seconds=_CONNECT_SECONDS):
             raise ClusterError(f"No Dask scheduler answers at {place}.")
         try:
-            return Client(
+            client = Client(
                 address,
                 security=None if tls is None else tls.security(),
                 timeout=_CONNECT_SECONDS,
@@ -776,6 +822,17 @@ def remote_connection(
                 f"Something answers at {place}, but no Dask scheduler that can be spoken to"
                 f"{'' if tls else ' without TLS'}: {reason}"
             ) from error
+        if exposure(address) is None:  # else it was said when the address was given
+            try:
+                listening = client.run_on_scheduler(_listening_on())
+            except BaseException:
+                client.close(timeout=2)
+                raise
+            for warning in filter(None, map(exposure, listening)):
+                if warning not in warned_of:
+                    warned_of.add(warning)
+                    say(warning)
+        return client
 
     deadline = time.monotonic() + _CONNECT_SECONDS
     while time.monotonic() < deadline:  # it may be starting

@@ -159,6 +159,9 @@ class Coordinator:
         except StudyError:
             self._tuned.storage.release_lease()
             raise
+        self._tuned.artifacts.tidy(
+            {trial.number for trial in self._tuned.trials() if not trial.state.is_finished()}
+        )
         self._decide_as_recorded()
         deadline = None if timeout is None else time.monotonic() + timeout
         told_to_pause = False

@@ -12,6 +12,7 @@ from tuner.steady import keep_steady
 
 keep_steady()  # coordinator, `tuner worker` and training processes alike import this module
 
+SAME_SIGNAL_SECONDS = 0.5  #: a signal that comes so soon after the first is the same wish
 SLOT = "slot"  #: the Dask resource: one training at a time for each
 THREADS_VARIABLE = "TUNER_WORKER_THREADS"  #: set by `tuner worker --threads`; wins over the task's
 

@@ -469,7 +469,7 @@ class Storage:
         """Stores a development file for a service that may not see this machine's files."""
 
         def insert(connection: sa.Connection) -> None:
-            lock_for_writing(connection)
+            _lock_development(connection)
             known = sa.select(development.c.sha256).where(development.c.sha256 == sha256)
             if connection.execute(known).first() is None:
                 connection.execute(development.insert().values(sha256=sha256, content=content))
@@ -480,6 +480,23 @@ class Storage:
         """A development file that `keep_development` stored; None where it did not."""
         query = sa.select(development.c.content).where(development.c.sha256 == sha256)
         return self._transaction(lambda connection: connection.scalar(query))
+
+    def drop_development(self, attribute: str, field: str) -> None:
+        """Removes the development files that no study of this storage names.
+
+        Args:
+            attribute: The study attribute, an object, that names a study's development file.
+            field: Where in it the file's hash stands.
+        """
+        attributes = models.StudyUserAttributeModel.__table__
+        records = sa.select(attributes.c.value_json).where(attributes.c.key == attribute)
+
+        def remove(connection: sa.Connection) -> None:
+            _lock_development(connection)
+            named = {json.loads(text).get(field) for text in connection.scalars(records)}
+            connection.execute(development.delete().where(development.c.sha256.not_in(named)))
+
+        self._transaction(remove)
 
     # --- decisions ---
 
@@ -542,6 +559,17 @@ class Storage:
             LedgerEntry(**{**row, "report": json.loads(row["report"]) if row["report"] else None})
             for row in rows
         )
+
+
+def _lock_development(connection: sa.Connection) -> None:
+    """Who keeps a file and who drops it do so one after the other.
+
+    A study has its record before its file is kept: so who drops files sees the one or keeps the
+    other waiting until it is done, and then the file is kept anew.
+    """
+    lock_for_writing(connection)
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("LOCK TABLE tuner_development IN SHARE ROW EXCLUSIVE MODE")
 
 
 def _in_use(lease: Lease) -> str:

@@ -371,6 +371,9 @@ def load(storage: Storage, name: str, *, artifacts_root: Path) -> TunedStudy:
 def delete(tuned: TunedStudy) -> None:
     """Removes a study and its artifacts; the ledger's rows stay.
 
+    Development rows leave the storage with the last study that names them. Their file stays:
+    another storage may share the artifacts' folder, and its studies may need it.
+
     Raises:
         StudyError: It is running.
     """
@@ -384,6 +387,7 @@ def delete(tuned: TunedStudy) -> None:
     tuned.artifacts.delete()
     tuned.storage.forget(tuned.id)
     optuna.delete_study(study_name=tuned.name, storage=tuned.storage.optuna)
+    tuned.storage.drop_development(RECORD_KEY, "development_sha256")
 
 
 def _take_down_what_hangs(tuned: TunedStudy) -> None:

@@ -14,7 +14,9 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
+from urllib.parse import urlsplit
 
 import dask
 import psutil
@@ -32,6 +35,7 @@ from distributed.system import MEMORY_LIMIT
 
 from tuner.errors import ClusterError
 from tuner.processes import (
+    SAME_SIGNAL_SECONDS,
     SLOT,
     THREADS_VARIABLE,
     children_deaf_to_interrupts,
@@ -42,7 +46,9 @@ from tuner.processes import (
 from tuner.scheduler import (
     SchedulerFileMissingError,
     TlsFiles,
+    exposure,
     is_answering,
+    is_loopback,
     scheduler_address,
 )
 
@@ -52,6 +58,7 @@ _LONGEST_PAUSE_SECONDS = 3.0  #: between two attempts to reach a scheduler that 
 _LOOK_SECONDS = 0.25  #: between two looks at whether the worker processes still serve
 _JOIN_SECONDS = 30.0  #: for a worker process to start and register
 _LEAVE_SECONDS = 6.0  #: for a worker process to give its trial back and end
+_LEAST_MEMORY = "100MB"  #: a training process that does nothing takes about as much
 #: A worker that Dask pauses, or that spills, accepts trials and never trains them.
 _DASK_SETTINGS = {
     "distributed.worker.memory.target": False,
@@ -80,23 +87,63 @@ class WorkerSettings:
 
     def __post_init__(self) -> None:
         self.memory_bytes(1)
+        self._refuse_foreign_host()
 
     def memory_bytes(self, workers: int) -> int:
-        """The limit of one process."""
+        """The limit of one process.
+
+        Raises:
+            ClusterError: What was asked for is no size, or too small for any process.
+        """
         if self.memory_limit == "auto":
             return int(MEMORY_LIMIT / workers)
         try:
-            return int(parse_bytes(self.memory_limit))
-        except ValueError:
+            limit = int(parse_bytes(self.memory_limit))
+        except (ValueError, OverflowError):
             raise ClusterError(
                 f"--memory-limit {self.memory_limit}: no size; write for instance 4GB, or auto."
             ) from None
+        if limit < parse_bytes(_LEAST_MEMORY):  # 0 is Dask's word for none, which we do not offer
+            raise ClusterError(
+                f"--memory-limit {self.memory_limit}: a training process takes {_LEAST_MEMORY} "
+                "before it trains anything, and there is always a limit; write for instance 4GB, "
+                "or auto."
+            )
+        return min(limit, sys.maxsize)  # Dask lowers it to what there is, but sends 64 bits
 
-    def listen_on(self) -> dict[str, str]:
-        """Dask's name for `host`."""
-        if self.host is None:
-            return {}
-        return {"interface" if self.host in psutil.net_if_addrs() else "host": self.host}
+    def listen_on(self, scheduler: str) -> dict[str, str]:
+        """Dask's name for `host`, or for what nobody beyond the scheduler's reach can reach.
+
+        Args:
+            scheduler: Its address.
+        """
+        if self.host is not None:
+            return {"interface" if self.host in psutil.net_if_addrs() else "host": self.host}
+        if is_loopback(scheduler):  # left to Dask, the training process would listen everywhere
+            return {"host": "[::1]" if urlsplit(scheduler).hostname == "::1" else "127.0.0.1"}
+        return {}
+
+    def _refuse_foreign_host(self) -> None:
+        interfaces = psutil.net_if_addrs()
+        if self.host is None or self.host in interfaces:
+            return
+        problem = "it is empty"
+        try:
+            found = socket.getaddrinfo(self.host.strip("[]"), 0, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            found, problem = [], str(error)
+        for family, kind, protocol, _, place in found:
+            try:
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.bind(place)
+            except OSError as error:
+                problem = str(error)
+            else:
+                return
+        raise ClusterError(
+            f"--host {self.host}: neither an address of this machine ({problem}) nor one of its "
+            f"network interfaces ({', '.join(interfaces)})."
+        )
 
 
 def serve(settings: WorkerSettings, *, say: Say) -> None:
@@ -165,6 +212,9 @@ class _Host:
         self._nannies: list[Nanny] = []
         self._leave = asyncio.Event()
         self._why = ""
+        self._asked_at = 0.0
+        self._is_serving = False
+        self._warnings: set[str] = set()  # those that were said
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -179,18 +229,30 @@ class _Host:
             if serving.done():
                 await serving
         finally:
+            was_serving = self._is_serving
             for task in (serving, leaving):
                 task.cancel()
             await asyncio.gather(serving, leaving, return_exceptions=True)
             await self._dismiss()
-        self._say(f"Worker ended ({self._why}); its trials were given back and go on elsewhere.")
+        became = (
+            "its trials were given back and go on elsewhere"
+            if was_serving
+            else "it had no scheduler, and trained nothing"
+        )
+        self._say(f"Worker ended ({self._why}); {became}.")
 
     def _asked_to_leave(self, why: str) -> None:
         self._why = why
+        self._asked_at = time.monotonic()
         self._leave.set()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _end_now, number, self._folder)  # a second one
+            loop.add_signal_handler(number, self._asked_again, number)
+
+    def _asked_again(self, number: signal.Signals) -> None:
+        # One wish may arrive twice: `timeout` signals its child, then its whole group.
+        if time.monotonic() - self._asked_at > SAME_SIGNAL_SECONDS:
+            _end_now(number, self._folder)
 
     async def _keep_serving(self) -> None:
         """Joins the scheduler, and joins again whenever it went away."""
@@ -201,7 +263,8 @@ class _Host:
             try:
                 await self._join(address)
             except (OSError, RuntimeError, TimeoutError) as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                deepest = error.__cause__ or error  # Dask's own says that it failed, and not why
+                reason = (str(deepest) or type(deepest).__name__).splitlines()[0]
                 if reason != complaint:
                     complaint = reason
                     self._say(f"{address} does not take this worker: {reason}. It tries again.")
@@ -214,6 +277,7 @@ class _Host:
                 f"{'Joined' if is_first else 'Joined again:'} {address} with {slots} worker(s)."
             )
             is_first = False
+            self._is_serving = True
             alive_at = time.monotonic()
             while time.monotonic() - alive_at < _JOIN_SECONDS:
                 if any(nanny.status.name not in ("running", "init") for nanny in self._nannies):
@@ -256,14 +320,33 @@ class _Host:
                 dashboard=False,
                 silence_logs=None if is_dask_heard() else logging.CRITICAL,
                 env=dict(environment),
-                **settings.listen_on(),
+                **settings.listen_on(address),
             )
             for environment in self._environments
         ]
         await asyncio.gather(*self._nannies)
+        if settings.tls is None:
+            await self._warn_of_exposure(address)
+
+    async def _warn_of_exposure(self, address: str) -> None:
+        """Says once what others can reach, whatever --cluster and --host look like."""
+        if exposure(address) is not None and "://" in self._settings.cluster:
+            return  # said when the address was given
+        first = self._nannies[0]
+        scheduler = await first.scheduler.identity(n_workers=0)
+        listening = [listener.listen_address for listener in first.listeners]
+        for kind, where in (
+            *(("worker", place) for place in listening),
+            ("scheduler", scheduler["address"]),
+        ):
+            warning = exposure(where)
+            if warning is not None and kind not in self._warnings:
+                self._warnings.add(kind)
+                self._say(warning)
 
     async def _dismiss(self) -> None:
         """Ends the worker processes; each gives its trial back."""
+        self._is_serving = False
         nannies, self._nannies = self._nannies, []
         for nanny in nannies:
             if nanny.status.name == "running":

@@ -1,0 +1,124 @@
+"""What a worker does with a checkpoint that is none, with the real network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fakes import small_spec
+
+from tuner.attempt import TrainingTask, open_from_checkpoint
+from tuner.data import DevelopmentData
+from tuner.errors import TrialEndedError
+
+
+def task_of(checkpoint: bytes | None = None) -> TrainingTask:
+    spec = small_spec()
+    return TrainingTask(
+        attempt="a",
+        events="events",
+        orders="orders",
+        config=spec.space.resolve({"blocks": 1, "learning_rate": 1e-3}),
+        seed=1,
+        trial=0,
+        rungs=(),
+        training=spec.training,
+        precision="float32",
+        threads=1,
+        development_file="none",
+        development_sha256="c" * 64,
+        checkpoint=checkpoint,
+        train_until=9,
+    )
+
+
+@pytest.fixture(scope="module")
+def opened():
+    """Opens real trainings, on a few rows of the synthetic kind."""
+    from tuner.training import TensorData, TrainingRun
+
+    tokens = np.random.default_rng(1).integers(1, 21, (40, 200)).astype(np.uint8)
+    labels = (np.arange(40) % 2).astype(np.uint8)
+    data = TensorData(
+        DevelopmentData(
+            training_tokens=tokens[:32],
+            training_labels=labels[:32],
+            validation_tokens=tokens[32:],
+            validation_labels=labels[32:],
+        )
+    )
+
+    def open_run(task: TrainingTask) -> TrainingRun:
+        return TrainingRun(
+            data,
+            task.config,
+            seed=task.seed,
+            trial=task.trial,
+            max_epochs=task.training.max_epochs,
+            patience=None,
+            precision=task.precision,
+            max_trial_seconds=60.0,
+            checkpoint=task.checkpoint,
+        )
+
+    return open_run
+
+
+@pytest.fixture(scope="module")
+def good(opened) -> bytes:
+    run = opened(task_of())
+    next(run.epochs())
+    return run.checkpoint()
+
+
+def test_a_good_checkpoint_is_taken_up(opened, good: bytes) -> None:
+    run, unusable = open_from_checkpoint(task_of(good), opened)
+    assert unusable is None
+    assert [result.epoch for result in run.history] == [1]
+
+
+DAMAGES = {
+    "nothing": lambda good: b"",
+    "half of it": lambda good: good[: len(good) // 2],
+    "all but its end": lambda good: good[:-10],
+    "zeros, as after a power cut": lambda good: bytes(len(good)),
+    "a flipped byte": lambda good: good[:300] + bytes([good[300] ^ 255]) + good[301:],
+    "something else": lambda good: b"[]",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_cannot_be_read_is_told_and_the_trial_begins_anew(
+    opened, good: bytes, damage: str
+) -> None:
+    run, unusable = open_from_checkpoint(task_of(DAMAGES[damage](good)), opened)
+    assert unusable
+    assert run.history == []
+    fresh = opened(task_of())
+    assert next(run.epochs()).validation_loss == next(fresh.epochs()).validation_loss
+
+
+def test_a_checkpoint_of_another_run_is_told_and_the_trial_begins_anew(opened, good: bytes) -> None:
+    run, unusable = open_from_checkpoint(replace(task_of(good), trial=1), opened)
+    assert unusable is not None
+    assert "the checkpoint is of another run" in unusable
+    assert run.history == []
+
+
+@pytest.mark.parametrize(
+    "error", [TrialEndedError("out_of_memory", "building"), FileNotFoundError("rows"), ValueError()]
+)
+def test_what_is_not_the_checkpoints_fault_is_not_blamed_on_it(error: Exception) -> None:
+    opened: list[TrainingTask] = []
+
+    def fail(task: TrainingTask):
+        opened.append(task)
+        raise error
+
+    with pytest.raises(type(error)):
+        open_from_checkpoint(task_of(b"fine"), fail)
+    with pytest.raises(type(error)):
+        open_from_checkpoint(task_of(None), fail)
+    # Tried without it only where it might be to blame.
+    assert len(opened) == (3 if isinstance(error, ValueError) else 2)
