@@ -7,10 +7,18 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.errors import TunerError
+
+if TYPE_CHECKING:
+    from optuna.artifacts import FileSystemArtifactStore
 
 DEFAULT_ROOT = Path("runs/artifacts")
 DEFAULT_STORAGE_URL = "sqlite:///runs/tuner.db"
 DEFAULT_EXPORT_FOLDER = Path("runs/export")
+DEFAULT_USERS_FILE = Path("runs/users.json")
+DEFAULT_STUDIES_FOLDER = Path("studies")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,24 @@ class StudyArtifacts:
 
     def delete(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def artifact_store(root: Path) -> FileSystemArtifactStore:
+    """Where Optuna's dashboard keeps what hangs on trials and studies.
+
+    Raises:
+        TunerError: The folder cannot be made.
+    """
+    from optuna.artifacts import FileSystemArtifactStore  # noqa: PLC0415 - workers have no Optuna
+
+    folder = root / "dashboard"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TunerError(
+            f"{folder}: {error.strerror or error}; choose another --artifacts."
+        ) from error
+    return FileSystemArtifactStore(folder)
 
 
 def development_path(root: Path, sha256: str) -> Path:

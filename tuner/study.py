@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import math
 import platform
 import time
@@ -18,11 +19,13 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
+from optuna.artifacts._upload import ARTIFACTS_ATTR_PREFIX
+from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.artifacts import StudyArtifacts, study_folder_name
+from tuner.artifacts import StudyArtifacts, artifact_store, study_folder_name
 from tuner.data import DataIdentity
 from tuner.errors import StudyError
 from tuner.spec import StudySpec, spec_from_document
@@ -351,9 +354,25 @@ def delete(tuned: TunedStudy) -> None:
             f"Study {tuned.name!r} is being run by process {lease.holder.pid} on "
             f"{lease.holder.host}; `tuner stop {tuned.name}` first."
         )
+    _remove_what_hangs_on(tuned)
     tuned.artifacts.delete()
     tuned.storage.forget(tuned.id)
     optuna.delete_study(study_name=tuned.name, storage=tuned.storage.optuna)
+
+
+def _remove_what_hangs_on(tuned: TunedStudy) -> None:
+    """Removes the files that Optuna's dashboard shows with the study and its trials."""
+    store, storage = artifact_store(tuned.artifacts.folder.parent), tuned.storage.optuna
+    attributes = list(storage.get_study_system_attrs(tuned.id).items())
+    for trial in tuned.trials():
+        attributes += storage.get_trial_system_attrs(trial._trial_id).items()
+    for key, value in attributes:
+        # Optuna's own list of them fails where the dashboard removed one: that leaves a null.
+        if key.startswith((ARTIFACTS_ATTR_PREFIX, f"dashboard:{ARTIFACTS_ATTR_PREFIX}")):
+            meta = json.loads(value)
+            if meta is not None:
+                with contextlib.suppress(ArtifactNotFound):
+                    store.remove(meta["artifact_id"])
 
 
 def refuse_a_reported_study(tuned: TunedStudy) -> None:
