@@ -423,6 +423,9 @@ class _Shown:
         seconds = next((keep for pattern, keep in _KEPT if pattern.fullmatch(path)), None)
         if path.startswith(("/api/", "/csv/", "/artifacts/")):
             self._notice_other_studies()
+        if path == "/":  # Optuna's own names scheme and host, which a proxy may have changed
+            answer("302 Found", [("Location", "/dashboard"), ("Content-Length", "0")])
+            return []
         if path.startswith("/dashboard") and environ["REQUEST_METHOD"] == "GET":
             return self._page_with_a_link(environ, answer)
         if seconds is None or environ["REQUEST_METHOD"] != "GET":

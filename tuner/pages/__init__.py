@@ -195,30 +195,32 @@ class Pages:
         request = Request(environ)
         request.max_content_length = 4 * orders.MAX_UPLOAD_BYTES
         request.max_form_memory_size = 2 * orders.MAX_UPLOAD_BYTES
-        is_api = request.path.startswith(f"{ROOT}/api/")
         try:
-            response = self._dispatch(request)
-        except HTTPException as error:
-            code = error.code or 500
-            reason = error.description or error.name
-            response = (
-                _json({"reason": reason}, code)
-                if is_api
-                else self._message(request, error.name, reason, code)
-            )
-        except (SpecError, DataError) as error:
-            response = self._problems(request, error, is_api=is_api)
-        except StorageError:
-            raise
-        except TunerError as error:
-            response = (
-                _json({"reason": str(error)}, 409)
-                if is_api
-                else self._message(request, "That cannot be done", str(error), 409)
-            )
+            response = self._response(request)
+        finally:
+            request.close()  # and the files that were uploaded with it
         if request.method not in ("GET", "HEAD"):
             self._catalogue.forget()
         return response(environ, start_response)
+
+    def _response(self, request: Request) -> Response:
+        is_api = request.path.startswith(f"{ROOT}/api/")
+        try:
+            return self._dispatch(request)
+        except HTTPException as error:
+            code = error.code or 500
+            reason = error.description or error.name
+            if is_api:
+                return _json({"reason": reason}, code)
+            return self._message(request, error.name, reason, code)
+        except (SpecError, DataError) as error:
+            return self._problems(request, error, is_api=is_api)
+        except StorageError:
+            raise
+        except TunerError as error:
+            if is_api:
+                return _json({"reason": str(error)}, 409)
+            return self._message(request, "That cannot be done", str(error), 409)
 
     def _dispatch(self, request: Request) -> Response:
         path = request.path.removeprefix(ROOT) or "/"
@@ -499,7 +501,7 @@ class Pages:
                 'Send {"file": "quickstart.toml"} or {"toml": "..."}, and "name" and "trials" '
                 "where they are to be others."
             )
-        if not isinstance(name, str | None) or not isinstance(file or text, str):
+        if not isinstance(name, str | None) or not isinstance(text if file is None else file, str):
             raise BadRequest("file, toml and name are texts.")
         if isinstance(trials, bool) or not isinstance(trials, int | None):
             raise BadRequest("trials is a number.")
