@@ -50,13 +50,12 @@ def headless(
     if dark:
         options.add_argument("--force-dark-mode")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    options.add_experimental_option(
-        "prefs", {"download.default_directory": str(folder), "download.prompt_for_download": False}
-    )
     home = {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder), "XDG_CACHE_HOME": str(folder)}
     service = Service(driver, env=os.environ | home)
     browser = webdriver.Chrome(options=options, service=service)
     try:
+        allow = {"behavior": "allow", "downloadPath": str(folder)}
+        browser.execute_cdp_cmd("Browser.setDownloadBehavior", allow)
         yield browser
     finally:
         browser.quit()

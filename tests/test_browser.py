@@ -119,6 +119,7 @@ def test_a_person_s_round_through_the_dashboard(
         running = study.ask(
             {"learning_rate": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)}
         )
+        running.set_user_attr(CURVE_KEY, [[1, 0.1, 0.9, 0.0625, 0.9, 1.0]])
         running.report(0.0625, step=1)
         chrome.get(f"{server.url}dashboard/studies/1/trials?numbers={running.number}")
         wait(chrome, shows(f"Trial {running.number}"))

@@ -106,10 +106,10 @@ SANDBOX_POLICY = (
 
 
 _LINK = (
-    '<a href="/tuner" style="position:fixed;left:50%;top:14px;z-index:2000;padding:4px 14px;'
-    "border-radius:16px;background:#fff;color:#1f5fbf;font:600 14px system-ui,sans-serif;"
-    'text-decoration:none;box-shadow:0 1px 4px #0006">launch and export</a>'
-).encode()
+    b'<a href="/tuner" style="position:fixed;left:50%;top:14px;z-index:2000;padding:4px 14px;'
+    b"border-radius:16px;background:#fff;color:#1f5fbf;font:600 14px system-ui,sans-serif;"
+    b'text-decoration:none;box-shadow:0 1px 4px #0006">launch and export</a>'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,8 +58,8 @@ DETAIL_KEY = "tuner.detail"  #: in the WSGI environment: what was changed, for t
 
 #: The pages run one small script of ours and nothing else.
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 #: A report brings its scripts along, so it runs in an origin of its own: no cookie, no request.
 REPORT_POLICY = (
