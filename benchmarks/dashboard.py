@@ -28,6 +28,7 @@ from typing import Any
 
 import optuna
 import optuna_dashboard
+import psutil
 import sqlalchemy as sa
 from optuna.distributions import FloatDistribution, distribution_to_json
 from optuna.storages import RDBStorage
@@ -102,8 +103,8 @@ class Asker:
 
 
 @contextmanager
-def tuner(folder: Path, *arguments: str) -> Iterator[int]:
-    """A `tuner` that serves a dashboard; gives its port."""
+def tuner(folder: Path, *arguments: str) -> Iterator[tuple[int, psutil.Process]]:
+    """A `tuner` that serves a dashboard; gives its port, and its process."""
     log = folder / "tuner.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -114,7 +115,8 @@ def tuner(folder: Path, *arguments: str) -> Iterator[int]:
         while "http://127.0.0.1:" not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        yield int(log.read_text().partition("http://127.0.0.1:")[2].partition("/")[0])
+        port = log.read_text().partition("http://127.0.0.1:")[2].partition("/")[0]
+        yield int(port), psutil.Process(process.pid)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
@@ -129,7 +131,7 @@ def times() -> dict[str, Any]:
             url = f"sqlite:///{folder}/runs/tuner.db"
             with Storage(url) as storage:
                 study_id = make_trials(storage, count)
-            with tuner(folder, "dashboard") as port:
+            with tuner(folder, "dashboard") as (port, _):
                 results[str(count)] = of_one(Asker(port), study_id, count)
             results[str(count)]["optuna's own refresh, uncached storage"] = uncached(url, study_id)
         print(json.dumps({str(count): results[str(count)]}, indent=1), flush=True)
@@ -202,18 +204,19 @@ def load(browsers: int, every: float, seconds: float, rounds: int) -> dict[str, 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "load.toml").write_text(STUDY)
-        with tuner(folder, "serve", "--workers", "2") as port:
+        with tuner(folder, "serve", "--workers", "2") as (port, service):
             run = [sys.executable, "-m", "tuner.cli", "launch", "load.toml", "--detach"]
             subprocess.run(run, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
                            capture_output=True)  # fmt: skip
             with Storage(f"sqlite:///{folder}/runs/tuner.db") as storage:
-                return measure(storage, folder, port, browsers, every, seconds, rounds)
+                return measure(storage, folder, port, service, browsers, every, seconds, rounds)
 
 
 def measure(
     storage: Storage,
     folder: Path,
     port: int,
+    service: psutil.Process,
     browsers: int,
     every: float,
     seconds: float,
@@ -230,12 +233,14 @@ def measure(
         time.sleep(0.2)
     windows, answers = [], []
     for polling in (False, True) * rounds:
-        before, start = reached(), time.monotonic()
+        before, start, cpu = reached(), time.monotonic(), cpu_seconds(service)
         if polling:
             answers += poll(port, tuned.id, browsers, every, seconds)
         else:
             time.sleep(seconds)
-        windows.append((polling, time.monotonic() - start, before, reached()))
+        lasted = time.monotonic() - start
+        spent = (cpu_seconds(service) - cpu) / lasted
+        windows.append((polling, lasted, spent, before, reached()))
         print("with browsers" if polling else "quiet", windows[-1][1:], flush=True)
     # What each epoch took stands in the curves, which a stopped trial leaves behind.
     orders.stop(tuned)
@@ -247,15 +252,22 @@ def measure(
         for row in trial.user_attrs[CURVE_KEY]
     }
     quiet, loaded = [], []
-    for polling, lasted, before, after in windows:
+    for polling, lasted, spent, before, after in windows:
         new = [took[trial, epoch] for trial in after
                for epoch in range(before[trial] + 1, after[trial] + 1)]  # fmt: skip
         (loaded if polling else quiet).append({
             "seconds": round(lasted, 1), "epochs": len(new),
             "epoch_seconds": round(statistics.mean(new), 4),
+                "service_cores": round(spent, 4),
         })  # fmt: skip
-    epoch = {name: statistics.mean(one["epoch_seconds"] for one in windows)
-             for name, windows in (("quiet", quiet), ("loaded", loaded))}  # fmt: skip
+
+    def mean(windows: list[dict[str, Any]], of: str) -> float:
+        return statistics.mean(one[of] for one in windows)
+
+    slower = mean(loaded, "epoch_seconds") / mean(quiet, "epoch_seconds") - 1
+    # Where every core trains, what the service takes is taken from the training: this bounds the
+    # slow-down also on a machine that others use.
+    taken = mean(loaded, "service_cores") - mean(quiet, "service_cores")
     times_ = sorted(one[2] for one in answers)
     return {
         "browsers": browsers,
@@ -268,8 +280,16 @@ def measure(
                       "max": round(times_[-1], 1)},
         "quiet": quiet,
         "with_browsers": loaded,
-        "slower_percent": round(100 * (epoch["loaded"] / epoch["quiet"] - 1), 2),
+        "slower_percent": round(100 * slower, 2),
+        "cores_taken_by_the_browsers": round(taken, 4),
+        "of_all_cores_percent": round(100 * taken / (os.cpu_count() or 1), 2),
     }  # fmt: skip
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """What a process has used so far, its workers not counted."""
+    used = process.cpu_times()
+    return float(used.user + used.system)
 
 
 def poll(

@@ -270,7 +270,7 @@ class Pages:
     def _show_launch(self, request: Request) -> Response:
         return self._launch_page(request)
 
-    def _launch_page(self, request: Request, code: int = 200, **more: Any) -> Response:
+    def _launch_page(self, request: Request, code: int = 200, /, **more: Any) -> Response:
         given = {"file": "", "name": "", "trials": "", "problems": (), "check": None, "said": ""}
         return self._page(
             request,
