@@ -336,25 +336,38 @@ def test_a_service_whose_port_is_taken_says_so_and_leaves_nothing_running(folder
     assert_all_end(process.pid)
 
 
-def test_a_dashboard_on_a_trusted_network_warns_and_answers_to_this_machine_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from tuner.cli import _dashboard
+def test_users_are_made_listed_and_removed_and_no_password_is_an_argument(folder: Path) -> None:
+    def users(*arguments: str, typed: str = "") -> str:
+        command = [sys.executable, "-m", "tuner.cli", "dashboard", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TUNER_USERS": "lab/users.json"}
+        done = subprocess.run(
+            command, cwd=folder, env=environment, input=typed, text=True, capture_output=True,
+            check=True,
+        )  # fmt: skip
+        return done.stdout
 
-    def status(url: str, host: str) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", int(url.split(":")[2].strip("/")))
-        connection.request("GET", "/api/studies", headers={"Host": host})
-        answer = connection.getresponse().status
-        connection.close()
-        return answer
+    typed = "correct horse battery\n"
+    added = users("add-user", "ada", "--role", "editor", "--password-file", "-", typed=typed)
+    assert added == "Added ada, editor, in lab/users.json.\n"
+    assert users("add-user", "vic", "--password-file", "-", typed=typed).startswith("Added vic, v")
+    assert users("users") == "ada\teditor\nvic\tviewer\n"
+    users("remove-user", "ada")
+    assert json.loads(users("users", "--json")) == {"vic": "viewer"}
+    assert (folder / "lab" / "users.json").stat().st_mode & 0o777 == 0o600
+    assert "--password " not in users("add-user", "--help")
 
-    with (
-        Storage(f"sqlite:///{tmp_path}/tuner.db") as storage,
-        _dashboard(storage, "0.0.0.0", 0, trust_network=True) as url,
-    ):
-        assert status(url, "localhost:8080") == 200
-        assert status(url, "192.0.2.1:8080") == 421
-    assert "LISTENS ON 0.0.0.0 WITHOUT A LOGIN" in capsys.readouterr().err
+
+def test_changes_through_the_dashboard_are_listed(tmp_path: Path, folder: Path) -> None:
+    with Storage(f"sqlite:///{tmp_path}/tuner.db") as storage:
+        entry = storage.begin_change(who="ada", address="192.0.2.1", action="POST /x")
+        storage.end_change(entry, status=303, detail="launched tiny")
+        storage.begin_change(who="vic", address="192.0.2.2", action="POST /y")
+    where = ("--storage", f"sqlite:///{tmp_path}/tuner.db")
+    lines = tuner(folder, "dashboard", "log", *where).stdout.splitlines()
+    assert lines[0].endswith("vic (192.0.2.2)  POST /y  never answered  ")
+    assert lines[1].endswith("ada (192.0.2.1)  POST /x  303  launched tiny")
+    documents = json.loads(tuner(folder, "dashboard", "log", *where, "--json").stdout)
+    assert documents[1]["status"] == 303
 
 
 def assert_all_end(group: int) -> None:
@@ -399,7 +412,9 @@ def group_members(group: int) -> list[int]:
         (("report", "nobody"), 1, "holds no study 'nobody'"),
         (("delete", "nobody", "--yes"), 1, "holds no study 'nobody'"),
         (("dashboard", "--host", "0.0.0.0"), 1, "0.0.0.0"),
-        (("serve", "--host", "0.0.0.0"), 1, "--trust-network"),
+        (("serve", "--host", "0.0.0.0"), 1, "add-user NAME"),
+        (("serve", "--users", "none.json"), 1, "no users file none.json"),
+        (("dashboard", "add-user", "a b", "--password-file", "tiny.toml"), 1, "no user's name"),
         (("launch", "tiny.toml", "--detach", "--workers", "2"), 2, "--workers"),
         (("frobnicate",), 2, "No such command"),
     ],

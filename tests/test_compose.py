@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 import pytest
 import yaml
 from command_lines import parse
+from lab import PASSWORDS, write_users
 from ports import free_port
 from postgres import postgres_server
 from sqlalchemy import make_url
@@ -197,7 +199,7 @@ def test_only_the_command_line_sees_the_data_set_and_workers_see_no_database() -
     assert [name for name, one in services.items() if "/data" in str(one.get("volumes"))] == [
         "tuner"
     ]
-    for mount in services["tuner"]["volumes"]:
+    for mount in [*services["tuner"]["volumes"], *services["service"]["volumes"]]:
         assert mount == "artifacts:/artifacts" or mount["read_only"]
     for name in ("worker", "scheduler"):
         assert services[name]["networks"] == ["cluster"]
@@ -208,7 +210,11 @@ def test_only_the_command_line_sees_the_data_set_and_workers_see_no_database() -
 
 def test_the_service_listens_where_its_published_port_leads() -> None:
     options = parse(command_line(COMPOSE["services"]["service"]))
+    # Whoever reaches it is asked who they are; the port leads to this machine alone.
     assert (options["host"], options["trust_network"]) == ("0.0.0.0", True)
+    users = COMPOSE["services"]["service"]["environment"]["TUNER_USERS"]
+    assert users == "/run/secrets/dashboard_users"
+    assert "dashboard_users" in COMPOSE["services"]["service"]["secrets"]
     (published,) = COMPOSE["services"]["service"]["ports"]
     assert published.endswith(f":{options['port']}")
 
@@ -349,6 +355,8 @@ class Stack:
         for name in ("artifacts", "data", "studies", "secrets", "tmp"):
             (folder / name).mkdir()
         (folder / "secrets" / "database_password").write_text(f"{url.password}\n")
+        write_users(folder / "secrets").rename(folder / "secrets" / "dashboard_users")
+        self._browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
         self._replaced = {
             "postgresql://tuner@database:5432/tuner": (
                 f"postgresql://{url.username}@{url.host}:{url.port}/{url.database}"
@@ -473,7 +481,22 @@ class Stack:
         return self._get(f"/api/studies/{ids[0]}?after=0")["trials"] if ids else []
 
     def _get(self, path: str) -> dict[str, Any]:
-        with urllib.request.urlopen(self.dashboard + path, timeout=20) as answer:
+        try:
+            with self._browser.open(self.dashboard + path, timeout=20) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != 401:
+                raise
+            self._ask("/tuner/api/login", {"name": "ada", "password": PASSWORDS["ada"]})
+            return self._get(path)
+
+    def _ask(self, path: str, document: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self.dashboard + path,
+            json.dumps(document).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with self._browser.open(request, timeout=20) as answer:
             return json.load(answer)
 
     def wait_for(self, study: str, what: Callable[[list[dict[str, Any]]], bool]) -> None:
@@ -555,6 +578,9 @@ def test_the_services_train_a_study_while_workers_come_and_go_and_stop_in_order(
     assert status["state"] == "finished"
     assert (status["trials"]["RUNNING"], status["trials"]["FAIL"]) == (0, 0)
     assert len(stack.trials("tiny")) == BUDGET
+
+    # From the page, over the rows that the first study brought: no data set is seen here.
+    assert stack._ask("/tuner/api/studies", {"file": "tiny.toml"})["outcome"] == "finished"
 
     # In the middle of a trial: it is saved, and goes on when the services are up again.
     stack.run("tuner", "launch", "/studies/tiny.toml", "--detach", "--name", "stopped",

@@ -1,69 +1,98 @@
-"""The dashboard: to look only, from this machine only."""
+"""The dashboard: who sees it, who may change what, and what an attacker gets."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import http.client
 import json
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-from wsgiref.util import setup_testing_defaults
+from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy as sa
 from fakes import ready_sqlite
+from finished_study import finished_study
+from lab import HOST, PASSWORDS, Browser, Lab, certificate, write_users
+from optuna.artifacts import upload_artifact
 from optuna.distributions import FloatDistribution
 
 from tuner import dashboard
-from tuner.artifacts import StudyArtifacts
-from tuner.dashboard import ALLOWED_HOSTS, make_app, make_server, serve
+from tuner.access import COOKIE, remove_user
+from tuner.artifacts import artifact_store
+from tuner.dashboard import Settings, make_app, make_server, serve
 from tuner.errors import TunerError
+from tuner.pages import Places
 from tuner.storage import Storage
+from tuner.study import TunedStudy
 
-
-class Answer(NamedTuple):
-    status: int
-    body: str
-    headers: dict[str, str]
+# What Optuna's dashboard offers that writes, and what editors may do of it.
+REFUSED = [
+    ("POST", "/api/studies"),
+    ("POST", "/api/studies/1/rename"),
+    ("POST", "/api/studies/1/rename/"),
+    ("POST", "/api/trials/1/tell"),
+    ("POST", "/api/trials/1/user-attrs"),
+    ("POST", "/api/studies/1/preference"),
+    ("PUT", "/api/studies/1/preference_feedback_component"),
+    ("POST", "/api/studies/1/preference/x"),
+    ("DELETE", "/api/studies/1/preference/x"),
+    ("POST", "/api/studies/1/1/skip"),
+    ("POST", "/incompatible-rdb-schema"),
+    ("POST", "/api/llm/trial_filter_query"),
+    ("POST", "/api/what-comes-next"),
+]
+ALLOWED = [
+    ("PUT", "/api/studies/1/note"),
+    ("PUT", "/api/studies/1/1/note"),
+    ("POST", "/api/artifacts/1"),
+    ("DELETE", "/api/studies/1"),
+    ("DELETE", "/api/artifacts/1/00000000-0000-0000-0000-000000000000"),
+    ("POST", "/tuner/launch"),
+    ("POST", "/tuner/api/studies"),
+    ("POST", "/tuner/api/check"),
+    ("POST", "/tuner/studies/demo/stop"),
+    ("POST", "/tuner/api/studies/demo/resume"),
+    ("POST", "/tuner/studies/demo/delete"),
+    ("DELETE", "/tuner/api/studies/demo"),
+]
 
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[Storage]:
     with Storage(ready_sqlite(tmp_path)) as opened:
-        optuna.create_study(storage=opened.optuna, study_name="demo")
         yield opened
 
 
-def ask(
-    storage: Storage, path: str, *, method: str = "GET", app: Any = None, **changes: Any
-) -> Answer:
-    """One request, without a socket."""
-    environ: dict[str, Any] = {"HTTP_HOST": "127.0.0.1:8080"}
-    setup_testing_defaults(environ)
-    environ |= {"PATH_INFO": path, "REQUEST_METHOD": method, **changes}
-    started: list[Any] = []
-
-    def start_response(status: str, headers: list[tuple[str, str]], *_: object) -> None:
-        started[:] = [int(status.split(maxsplit=1)[0]), dict(headers)]
-
-    app = app or make_app(storage, ALLOWED_HOSTS)
-    chunks: Any = app(environ, start_response)  # type: ignore[arg-type]
-    body = b"".join(chunks)
-    if hasattr(chunks, "close"):
-        chunks.close()
-    return Answer(started[0], body.decode(), started[1])
+@pytest.fixture
+def tuned(storage: Storage, tmp_path: Path) -> TunedStudy:
+    return finished_study(storage, tmp_path)
 
 
-def add_trials(storage: Storage, *, trials: int, parameters: int) -> None:
+@pytest.fixture
+def lab(storage: Storage, tuned: TunedStudy, tmp_path: Path) -> Lab:
+    return Lab(storage, tmp_path)
+
+
+@pytest.fixture
+def local(storage: Storage, tuned: TunedStudy, tmp_path: Path) -> Browser:
+    """A browser on this machine, where no login is asked for."""
+    return Browser(make_app(storage, None, Places(artifacts=tmp_path / "artifacts")))
+
+
+def add_trials(storage: Storage, name: str, *, trials: int, parameters: int) -> int:
     names = [f"p{number}" for number in range(parameters)]
-    study = optuna.load_study(study_name="demo", storage=storage.optuna)
+    study = optuna.create_study(study_name=name, storage=storage.optuna)
     for number in range(trials):
         study.add_trial(
             optuna.create_trial(
@@ -72,54 +101,414 @@ def add_trials(storage: Storage, *, trials: int, parameters: int) -> None:
                 value=number,
             )
         )
+    return study._study_id
 
 
-def test_the_studies_of_the_storage_are_shown(storage: Storage) -> None:
-    answer = ask(storage, "/api/studies")
-    assert answer.status == 200
-    assert [s["study_name"] for s in json.loads(answer.body)["study_summaries"]] == ["demo"]
-    assert "<title>" in ask(storage, "/dashboard").body
+# --- who sees it ---
+
+
+def test_the_studies_of_the_storage_are_shown_with_a_way_to_the_pages(local: Browser) -> None:
+    document = local.get("/api/studies").json
+    assert [one["study_name"] for one in document["study_summaries"]] == ["demo"]
+    page = local.get("/dashboard").text
+    assert "<title>" in page
+    assert '<a href="/tuner"' in page
+    assert local.get("/").location == "/dashboard"
+
+
+def test_a_request_under_another_name_is_misdirected(local: Browser) -> None:
+    for host in [
+        "evil.example",
+        "evil.example:8080",
+        "127.0.0.1.evil.example",
+        "",
+        "192.0.2.1:8080",
+        "a:b:c",
+    ]:
+        answer = local.get("/api/studies", headers={"Host": host})
+        assert answer.status_code == 421
+        assert "demo" not in answer.text
+
+
+def test_every_name_of_this_machine_is_answered(local: Browser) -> None:
+    for host in ["127.0.0.1", "localhost:9000", "LOCALHOST", "[::1]:8080"]:
+        assert local.get("/api/studies", headers={"Host": host}).status_code == 200
+
+
+def test_health_is_told_under_any_name_without_a_login(lab: Lab) -> None:
+    answer = lab.browser().get("/healthz", headers={"Host": "probe"})
+    assert (answer.status_code, answer.text) == (200, "ok\n")
+
+
+def test_without_a_session_every_page_leads_to_the_login(lab: Lab) -> None:
+    for path in [
+        "/",
+        "/dashboard",
+        "/dashboard/studies/1",
+        "/tuner",
+        "/tuner/studies/demo",
+        "/tuner/log",
+        "/csv/1",
+        "/artifacts/1/00",
+        "/static/bundle.js",
+        "/favicon.ico",
+    ]:
+        answer = lab.browser().get(path)
+        assert answer.status_code == 303
+        assert answer.location == f"/tuner/login?next={path}"
+        assert "demo" not in answer.text
+
+
+def test_without_a_session_the_interfaces_tell_nothing(lab: Lab) -> None:
+    for path in [
+        "/api/studies",
+        "/api/studies/1",
+        "/api/meta",
+        "/tuner/api/studies",
+        "/tuner/api/log",
+        "/tuner/api/studies/demo/export",
+        "/api/studies/1/plot/contour",
+    ]:
+        for cookies in ({}, {COOKIE: "guess"}, {COOKIE: ""}):
+            browser = lab.browser()
+            for name, value in cookies.items():
+                browser.set_cookie(name, value, domain="127.0.0.1")
+            answer = browser.get(path)
+            assert answer.status_code == 401
+            assert "demo" not in answer.text
+
+
+def test_a_password_in_the_request_instead_of_a_session_opens_nothing(lab: Lab) -> None:
+    basic = base64.b64encode(f"ada:{PASSWORDS['ada']}".encode()).decode()
+    answer = lab.browser().get("/api/studies", headers={"Authorization": f"Basic {basic}"})
+    assert answer.status_code == 401
+    assert (
+        lab.browser().get(f"/api/studies?name=ada&password={PASSWORDS['ada']}").status_code == 401
+    )
+
+
+def test_a_session_sees_studies_until_it_is_ended(lab: Lab) -> None:
+    browser = lab.browser("vic")
+    assert browser.get("/api/studies").status_code == 200
+    cookie = browser.get_cookie(COOKIE, domain="127.0.0.1")
+    assert cookie
+    assert browser.post("/tuner/logout").location == "/tuner/login"
+    # The server has forgotten it, whatever a browser kept.
+    browser.set_cookie(COOKIE, cookie.value, domain="127.0.0.1")
+    assert browser.get("/api/studies").status_code == 401
+
+
+def test_a_user_who_is_removed_is_out_at_once(lab: Lab) -> None:
+    browser = lab.browser("vic")
+    assert browser.get("/api/studies").status_code == 200
+    remove_user(lab.users_file, "vic")
+    assert browser.get("/api/studies").status_code == 401
+
+
+def test_the_cookie_is_for_this_site_alone_and_for_no_script(
+    storage: Storage, tmp_path: Path
+) -> None:
+    for secure in (False, True):
+        lab = Lab(storage, tmp_path, secure=secure)
+        answer = lab.browser().post(
+            "/tuner/login",
+            data={"name": "ada", "password": PASSWORDS["ada"]},
+            headers={"Origin": f"http{'s' if secure else ''}://{HOST}"},
+        )
+        attributes = answer.headers["Set-Cookie"].split("; ")[1:]
+        assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(attributes)
+        assert ("Secure" in attributes) is secure
+        assert not any(one.startswith("Domain") for one in attributes)
+
+
+def test_a_login_does_not_use_a_token_that_the_browser_brought(lab: Lab) -> None:
+    browser = lab.browser()
+    browser.set_cookie(COOKIE, "fixed", domain="127.0.0.1")
+    browser.log_in("ada")
+    cookie = browser.get_cookie(COOKIE, domain="127.0.0.1")
+    assert cookie
+    assert cookie.value != "fixed"
+
+
+def test_a_wrong_password_and_an_unknown_user_are_answered_alike_and_limited(lab: Lab) -> None:
+    def attempt(name: str, password: str) -> Any:
+        return lab.browser().post("/tuner/login", data={"name": name, "password": password})
+
+    wrong, unknown = attempt("ada", "x" * 12), attempt("eve", "x" * 12)
+    assert wrong.status_code == unknown.status_code == 401
+    assert wrong.text.replace("ada", "NAME") == unknown.text.replace("eve", "NAME")
+    for _ in range(4):
+        assert attempt("ada", "x" * 12).status_code == 401
+    late = attempt("ada", PASSWORDS["ada"])
+    assert late.status_code == 429
+    assert 0 < int(late.headers["Retry-After"]) <= 60
+    assert attempt("vic", PASSWORDS["vic"]).status_code == 303
+
+
+def test_a_login_leads_to_no_other_site(lab: Lab) -> None:
+    for there in [
+        "https://evil.example",
+        "//evil.example",
+        "/\\evil.example",
+        "\\\\evil.example",
+        "javascript:alert(1)",
+        "/\n/evil.example",
+        "",
+        "tuner",
+    ]:
+        data = {"name": "ada", "password": PASSWORDS["ada"], "next": there}
+        assert lab.browser().post("/tuner/login", data=data).location == "/tuner"
+        data["next"] = "/dashboard/studies/1"
+        assert lab.browser().post("/tuner/login", data=data).location == "/dashboard/studies/1"
+
+
+# --- who may change what ---
+
+
+def test_a_viewer_changes_nothing(lab: Lab) -> None:
+    vic = lab.browser("vic")
+    for method, path in REFUSED + ALLOWED:
+        answer = vic.open(path, method=method, json={})
+        assert answer.status_code == 403, path
+        assert "vic is a viewer" in answer.text
+    assert optuna.get_all_study_names(lab.storage.optuna) == ["demo"]
+    assert [one.action for one in lab.storage.changes()] == ["log in"]
+
+
+def test_what_would_break_a_study_is_refused_to_an_editor_too(
+    local: Browser, storage: Storage
+) -> None:
+    before = storage.optuna.get_all_trials(1)
+    for method, path in REFUSED:
+        answer = local.open(path, method=method, json={"study_name": "x", "state": "fail"})
+        assert answer.status_code == 403, path
+        assert "would break the study" in answer.text
+    assert optuna.get_all_study_names(storage.optuna) == ["demo"]
+    assert storage.optuna.get_all_trials(1) == before
+    assert storage.changes() == ()
+
+
+def test_the_lists_here_hold_every_writing_route_of_optuna_s_dashboard(storage: Storage) -> None:
+    import optuna_dashboard
+
+    app = optuna_dashboard.wsgi(storage.optuna)
+    routes = {(one.method, re.sub(r"<[^>]+>", "1", one.rule)) for one in app.routes}
+    writing = {(method, rule) for method, rule in routes if method not in ("GET", "HEAD")}
+    covered = {(method, re.sub(r"/[\dx-]+(?=/|$)", "/1", path)) for method, path in
+               [*REFUSED, *ALLOWED]}  # fmt: skip
+    covered |= {("POST", "/api/artifacts/1/1"), ("DELETE", "/api/artifacts/1/1/1")}
+    known = {"generate_plotly_graph_query", "re_generate_plotly_graph_query"}
+    left = {one for one in writing - covered if one[1].rpartition("/")[2] not in known}
+    assert left == set(), "decide whether editors may do that"
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "PATCH", "TRACE", "CONNECT", "delete", "Post", "X"])
+def test_no_other_method_is_taken(local: Browser, method: str) -> None:
+    environ = {"REQUEST_METHOD": method, "HTTP_HOST": HOST, "PATH_INFO": "/api/studies/1"}
+    started: list[str] = []
+    app: Any = local.application
+    body = b"".join(app(environ, lambda status, *_: started.append(status)))
+    assert started == ["405 Method Not Allowed"]
+    assert b"Use DELETE, GET" in body
+
+
+def test_another_site_s_page_changes_nothing(lab: Lab, local: Browser) -> None:
+    for headers in [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:9999"},
+        {"Origin": "https://127.0.0.1:8080"},
+        {"Origin": None, "Sec-Fetch-Site": "cross-site"},
+        {"Origin": f"http://{HOST}", "Sec-Fetch-Site": "same-site"},
+    ]:
+        for browser in (lab.browser("ada"), local):
+            for method, path in (*ALLOWED, ("POST", "/tuner/logout")):
+                answer = browser.open(path, method=method, json={}, headers=headers)
+                assert answer.status_code == 403
+                assert "another site" in answer.text
+        login = {"name": "ada", "password": PASSWORDS["ada"]}
+        assert lab.browser().post("/tuner/login", data=login, headers=headers).status_code == 403
+        assert optuna.get_all_study_names(lab.storage.optuna) == ["demo"]
+
+
+def test_a_form_of_another_site_cannot_pass_for_json(lab: Lab) -> None:
+    browser = lab.browser("ada")
+    answer = browser.post(
+        "/tuner/api/studies", data='{"toml": ""}', headers={"Content-Type": "text/plain"}
+    )
+    assert answer.status_code == 400
+    assert "application/json" in answer.text
+
+
+def test_an_editor_deletes_a_study_as_the_command_does(lab: Lab, tuned: TunedStudy) -> None:
+    entry = lab.storage.open_ledger_entry(
+        opened_at="2026-01-01", opened_by="ada@lab", study="demo", study_key=tuned.key, trial=1,
+        config_hash="c", spec_hash="s", split_id="i",
+    )  # fmt: skip
+    file = lab.folder / "note.txt"
+    file.write_text("hangs on the study")
+    store = artifact_store(lab.places.artifacts)
+    for place in (tuned.study, tuned.study.ask()):
+        upload_artifact(
+            artifact_store=store, file_path=str(file), study_or_trial=place,
+            storage=lab.storage.optuna,
+        )  # fmt: skip
+    lab.storage.optuna.set_study_system_attr(tuned.id, "artifacts:gone", "null")
+    shown = lab.places.artifacts / "dashboard"
+    assert len(list(shown.iterdir())) == 2
+
+    answer = lab.browser("ada").delete(f"/api/studies/{tuned.id}")
+    assert answer.status_code == 204
+    assert optuna.get_all_study_names(lab.storage.optuna) == []
+    assert not tuned.artifacts.folder.exists()
+    assert list(shown.iterdir()) == []
+    assert [one.id for one in lab.storage.ledger(study_key=tuned.key)] == [entry]
+    assert lab.storage.changes()[0].detail == "deleted demo with 6 trials"
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "", "192.0.2.1:8080"]
-)
-def test_a_request_under_another_name_is_misdirected(storage: Storage, host: str) -> None:
-    answer = ask(storage, "/api/studies", HTTP_HOST=host)
-    assert answer.status == 421
-    assert "demo" not in answer.body
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:9000", "LOCALHOST", "[::1]:8080"])
-def test_every_name_of_this_machine_is_answered(storage: Storage, host: str) -> None:
-    assert ask(storage, "/api/studies", HTTP_HOST=host).status == 200
-
-
-def test_health_is_told_under_any_name(storage: Storage) -> None:
-    assert ask(storage, "/healthz", HTTP_HOST="probe")[:2] == (200, "ok\n")
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
+    ("method", "path", "data"),
     [
-        ("DELETE", "/api/studies/1"),
-        ("POST", "/api/studies"),
-        ("POST", "/api/studies/1/rename"),
-        ("PUT", "/api/studies/1/note"),
-        ("POST", "/api/trials/1/tell"),
-        ("OPTIONS", "/api/studies"),
-        ("delete", "/api/studies/1"),
+        ("DELETE", "/api/studies/1", None),
+        ("DELETE", "/tuner/api/studies/demo", None),
+        ("POST", "/tuner/studies/demo/delete", {"confirm": "demo"}),
     ],
 )
-def test_nothing_can_be_changed(storage: Storage, method: str, path: str) -> None:
-    answer = ask(storage, path, method=method)
-    assert answer.status == 403
-    assert "only to look" in answer.body
-    assert optuna.get_all_study_names(storage.optuna) == ["demo"]
+def test_a_study_that_runs_is_not_deleted(
+    local: Browser, tuned: TunedStudy, tmp_path: Path, method: str, path: str, data: Any
+) -> None:
+    with Storage(ready_sqlite(tmp_path)) as coordinator:
+        coordinator.take_lease(tuned.id)
+        answer = local.open(path, method=method, data=data)
+        assert answer.status_code == 409
+        assert "is being run by process" in answer.text
+        assert tuned.artifacts.folder.exists()
+        coordinator.release_lease()
+    assert local.open(path, method=method, data=data).status_code in (200, 204, 303)
 
 
-def test_reading_writes_nothing(storage: Storage) -> None:
-    add_trials(storage, trials=4, parameters=2)
+def test_a_study_of_somebody_else_s_program_is_not_deleted(
+    local: Browser, storage: Storage
+) -> None:
+    study_id = add_trials(storage, "foreign", trials=1, parameters=1)
+    answer = local.delete(f"/api/studies/{study_id}")
+    assert answer.status_code == 409
+    assert "was not made by `tuner launch`" in answer.json["reason"]
+    assert local.delete("/api/studies/999").status_code == 404
+
+
+def test_every_change_is_recorded_with_who_when_what_and_how_it_ended(lab: Lab) -> None:
+    ada = lab.browser("ada")
+    note = {"version": 1, "body": "looks good"}
+    address = {"REMOTE_ADDR": "192.0.2.9"}
+    assert ada.put("/api/studies/1/note", json=note, environ_overrides=address).status_code == 204
+    assert ada.put("/api/studies/1/note", json=note).status_code == 409
+    assert ada.delete("/api/studies/77").status_code == 404
+    newest = lab.storage.changes()
+    assert [(one.who, one.action, one.status) for one in newest[::-1]] == [
+        ("ada", "log in", 200),
+        ("ada", "PUT /api/studies/1/note", 204),
+        ("ada", "PUT /api/studies/1/note", 409),
+        ("ada", "DELETE /api/studies/77", 404),
+    ]
+    first = newest[2]
+    assert (first.address, first.detail) == ("192.0.2.9", "demo")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first.at)
+
+
+def test_no_record_no_change(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    ada = lab.browser("ada")
+
+    def away(**_: object) -> int:
+        raise TunerError("the database is away")
+
+    monkeypatch.setattr(lab.storage, "begin_change", away)
+    assert ada.delete("/api/studies/1").status_code == 409
+    assert optuna.get_all_study_names(lab.storage.optuna) == ["demo"]
+
+
+# --- what pages and files may do in a browser ---
+
+
+def test_every_answer_carries_the_headers_that_keep_other_sites_out(local: Browser) -> None:
+    for path in ["/dashboard", "/tuner", "/tuner/launch", "/api/studies", "/csv/1"]:
+        headers = local.get(path).headers
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["X-Frame-Options"] == "DENY"
+        assert headers["Referrer-Policy"] == "same-origin"
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert headers["Cache-Control"] == "no-store"
+        (policy,) = headers.getlist("Content-Security-Policy")
+        assert "frame-ancestors 'none'" in policy
+        script = re.search(r"script-src ([^;]*)", policy)
+        assert script
+        assert "unsafe-inline" not in script[1]
+        assert "Access-Control-Allow-Origin" not in headers
+
+
+def uploaded(browser: Browser, name: str, content: bytes) -> str:
+    data = f"data:text/html;base64,{base64.b64encode(content).decode()}"
+    answer = browser.post("/api/artifacts/1", json={"file": data, "filename": name})
+    assert answer.status_code == 201, answer.text
+    return answer.json["artifact_id"]
+
+
+def test_an_uploaded_page_runs_in_an_origin_of_its_own(lab: Lab) -> None:
+    ada = lab.browser("ada")
+    script = b"<script>fetch('/api/studies/1', {method: 'DELETE'})</script>"
+    identity = uploaded(ada, "../../evil.html", script)
+    answer = ada.get(f"/artifacts/1/{identity}")
+    assert answer.data == script
+    (policy,) = answer.headers.getlist("Content-Security-Policy")
+    assert policy.startswith("sandbox allow-scripts; default-src 'none'")
+    assert "allow-same-origin" not in policy
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    # Optuna sends *, for every site on the web to read.
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    assert not list(lab.folder.parent.rglob("evil.html"))
+    assert lab.browser().get(f"/artifacts/1/{identity}").status_code == 303
+
+
+SMUGGLED = (
+    b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+)
+
+NAMES = (
+    ["../../users.json", "..%2f..%2fusers.json", "..%5c..%5cusers.json", "%2e%2e/users.json",
+     "....//users.json", "/etc/passwd", "%00", "users.json", "..", "0/../../users.json",
+     "00000000-0000-0000-0000-000000000000"]
+)  # fmt: skip
+
+
+def test_no_name_of_an_artifact_leads_out_of_its_folder(lab: Lab) -> None:
+    ada = lab.browser("ada")
+    uploaded(ada, "a.txt", b"a")
+    for name in NAMES:
+        no_way_out(lab, ada, name)
+
+
+def no_way_out(lab: Lab, ada: Browser, name: str) -> None:
+    for path in (f"/artifacts/1/{name}", f"/artifacts/1/1/{name}", f"/static/{name}",
+                 f"/tuner/static/{name}", f"/tuner/studies/{name}/report"):  # fmt: skip
+        answer = ada.get(path)
+        assert answer.status_code in (303, 308, 403, 404), path
+        assert "scrypt" not in answer.text
+    for path in (f"/api/artifacts/1/{name}", f"/api/artifacts/1/1/{name}"):
+        assert ada.delete(path).status_code in (403, 404, 405)
+    assert lab.users_file.exists()
+
+
+def test_an_artifact_is_only_what_the_study_says_it_has(lab: Lab) -> None:
+    (artifact_store(lab.places.artifacts)._base_path / "abc").write_text("not of this study")
+    ada = lab.browser("ada")
+    assert ada.get("/artifacts/1/abc").status_code == 404
+
+
+# --- what is shown ---
+
+
+def test_reading_writes_nothing(local: Browser, storage: Storage) -> None:
     writes: list[str] = []
 
     def spy(_: object, __: object, statement: str, *___: object) -> None:
@@ -127,12 +516,13 @@ def test_reading_writes_nothing(storage: Storage) -> None:
             writes.append(statement)
 
     sa.event.listen(storage._rdb.engine, "before_cursor_execute", spy)
-    paths = ["/api/meta", "/api/studies", "/csv/1"]
+    paths = ["/api/meta", "/api/studies", "/csv/1", "/tuner", "/tuner/studies/demo", "/tuner/log"]
     paths += ["/api/studies/1", "/api/studies/1/param_importances"]
+    paths += ["/tuner/api/studies", "/tuner/studies/demo/export?top=2", "/tuner/launch"]
     plots = ("slice", "rank", "edf", "timeline", "contour", "parallel_coordinate")
     paths += [f"/api/studies/1/plot/{name}" for name in plots]
     for path in paths:
-        assert ask(storage, path).status == 200, path
+        assert local.get(path).status_code == 200, path
     assert writes == []
     # The spy can see: a write is one.
     optuna.create_study(storage=storage.optuna, study_name="other")
@@ -141,17 +531,17 @@ def test_reading_writes_nothing(storage: Storage) -> None:
 
 @pytest.mark.parametrize("plot", ["contour", "rank"])
 def test_a_plot_of_too_many_pairs_is_refused_and_a_small_one_drawn(
-    storage: Storage, plot: str, monkeypatch: pytest.MonkeyPatch
+    local: Browser, storage: Storage, plot: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_trials(storage, trials=5, parameters=2)
-    path = f"/api/studies/1/plot/{plot}"
-    assert ask(storage, path).status == 200
+    study_id = add_trials(storage, "pairs", trials=5, parameters=2)
+    path = f"/api/studies/{study_id}/plot/{plot}"
+    assert local.get(path).status_code == 200
     monkeypatch.setattr(dashboard, "_MAX_CELLS", 99)
-    for spelling in (path, f"{path}/"):
-        answer = ask(storage, spelling)
-        assert answer.status == 413
-        assert f"The {plot} plot of this study would be too large" in answer.body
-    assert ask(storage, "/api/studies/1/plot/slice").status == 200
+    for spelling in (path, f"{path}/", f"{path}//"):
+        answer = local.get(spelling)
+        assert answer.status_code == 413
+        assert f"The {plot} plot of this study would be too large" in answer.text
+    assert local.get(f"/api/studies/{study_id}/plot/slice").status_code == 200
 
 
 def test_the_limit_lets_the_contour_of_2000_trials_with_10_parameters_not_through() -> None:
@@ -162,75 +552,248 @@ def test_a_plot_of_no_study_is_not_mistaken_for_a_large_one(storage: Storage) ->
     assert not dashboard._is_too_large(storage.optuna, 77)
 
 
-def test_a_client_that_names_no_encodings_gets_the_page_too(storage: Storage) -> None:
-    script = re.search(r'src="(/static/[^"]+)"', ask(storage, "/dashboard").body)
+def test_a_client_that_names_no_encodings_gets_the_page_too(local: Browser) -> None:
+    script = re.search(r'src="(/static/[^"]+)"', local.get("/dashboard").text)
     assert script
-    assert ask(storage, script[1]).status == 200
+    assert local.get(script[1]).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "", "example.org"])
-def test_it_listens_on_this_machine_only(storage: Storage, host: str) -> None:
-    with pytest.raises(TunerError, match=r"no logins yet.*ssh -L 8080:127\.0\.0\.1:8080"):
-        serve(storage, host=host, port=0)
+def test_many_who_poll_a_study_are_answered_from_one_look(
+    local: Browser, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    really = storage.optuna.get_all_trials
+
+    def count(study_id: int, *args: Any, **kwargs: Any) -> Any:
+        asked.append(study_id)
+        return really(study_id, *args, **kwargs)
+
+    monkeypatch.setattr(storage.optuna, "get_all_trials", count)
+    answers = {local.get("/api/studies/1?after=0").data for _ in range(50)}
+    assert len(answers) == 1
+    assert 0 < len(asked) < 6
 
 
-def test_a_port_that_is_taken_is_named_with_the_remedy(storage: Storage) -> None:
+def test_a_new_value_is_shown_within_seconds_of_its_report(
+    local: Browser, storage: Storage, tmp_path: Path
+) -> None:
+    with Storage(ready_sqlite(tmp_path)) as other:  # as a coordinator's is
+        trial = optuna.load_study(study_name="demo", storage=other.optuna).ask()
+        assert len(local.get("/api/studies/1").json["trials"]) in (5, 6)
+        trial.report(0.125, step=1)
+        deadline = time.monotonic() + 6
+        while "0.125" not in local.get("/api/studies/1").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def test_an_id_that_another_study_was_given_shows_that_study(
+    local: Browser, storage: Storage, tuned: TunedStudy, tmp_path: Path
+) -> None:
+    before = local.get(f"/api/studies/{tuned.id}").json
+    assert before["name"] == "demo"
+    with Storage(ready_sqlite(tmp_path)) as other:  # SQLite gives the same ids again
+        optuna.delete_study(study_name="demo", storage=other.optuna)
+        assert add_trials(other, "next", trials=2, parameters=1) == tuned.id
+    time.sleep(2.1)
+    after = local.get(f"/api/studies/{tuned.id}").json
+    assert after["name"] == "next"
+    assert len(after["trials"]) == 2
+    assert [one["name"] for one in after["trials"][0]["params"]] == ["p0"]
+
+
+def test_an_error_of_ours_is_answered_without_its_inside(
+    local: Browser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a secret of the inside")
+
+    monkeypatch.setattr(dashboard._Shown, "read", broken)
+    answer = local.get("/api/studies")
+    assert (answer.status_code, answer.json) == (500, {"reason": "Something broke here."})
+    assert "a secret of the inside" in capsys.readouterr().err
+
+
+# --- the server ---
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::"])
+def test_without_users_it_listens_on_this_machine_only(storage: Storage, host: str) -> None:
+    for more in ({}, {"trust_network": True}, {"behind_proxy": True}):
+        with pytest.raises(TunerError, match=r"add-user NAME.*ssh -L 8080:127\.0\.0\.1:8080"):
+            serve(storage, Settings(host=host, port=0, **more))
+    with pytest.raises(TunerError, match="whoever reaches the proxy"):
+        serve(storage, Settings(port=0, behind_proxy=True))
+
+
+def test_passwords_do_not_cross_a_network_in_the_clear(storage: Storage, tmp_path: Path) -> None:
+    users = write_users(tmp_path)
+    with pytest.raises(TunerError, match=r"in the clear.*--tls-cert.*--behind-proxy"):
+        serve(storage, Settings(host="0.0.0.0", port=0, users_file=users))
+    for more in ({"trust_network": True}, {"behind_proxy": True}):
+        with make_server(
+            storage, settings(tmp_path, host="0.0.0.0", users_file=users, **more)
+        ) as server:
+            assert get(server.port, "/api/studies")[0] == 401
+
+
+def settings(folder: Path, **changes: Any) -> Settings:
+    return Settings(**{"port": 0, "places": Places(artifacts=folder / "artifacts")} | changes)
+
+
+def get(port: int, path: str, **headers: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+def test_a_port_that_is_taken_is_named_with_the_remedy(storage: Storage, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(TunerError, match=rf"Port {port} on 127\.0\.0\.1 is taken.*--port"):
-            serve(storage, port=port)
+            serve(storage, settings(tmp_path, port=port))
 
 
-def test_a_free_port_is_taken_told_and_answered_by_many_threads(storage: Storage) -> None:
-    with make_server(storage, host="localhost", port=0) as server:
-        assert server.url == f"http://localhost:{server.server_port}/"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            # The first connection says nothing yet; the second must not wait for it.
-            with socket.create_connection(("127.0.0.1", server.server_port)):
-                connection = http.client.HTTPConnection("localhost", server.server_port, timeout=30)
-                connection.request("GET", "/healthz")
-                assert connection.getresponse().read() == b"ok\n"
-                connection.close()
-        finally:
-            server.shutdown()
-            thread.join()
+def test_slow_and_silent_clients_hold_up_nobody(storage: Storage, tmp_path: Path) -> None:
+    with make_server(storage, settings(tmp_path)) as server, contextlib.ExitStack() as held:
+        for number in range(200):
+            client = held.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            if number % 2:
+                client.sendall(b"POST /tuner/login HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le")
+        start = time.monotonic()
+        assert get(server.port, "/healthz") == (200, b"ok\n")
+        assert time.monotonic() - start < 2
 
 
-def test_ctrl_c_ends_it_without_a_traceback(storage: Storage) -> None:
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /api/studies HTTP/1.1\r\nHost: a:b\r\n\r\n", b"421"),
+        (b"GET /api/studies HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n", b"4"),
+        (b"GET /api/studies HTTP/1.1\r\n\r\n", b"4"),
+        (b"POST /tuner/login HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\n\r\n", b"4"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", b""),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b""),
+        (SMUGGLED, b"4"),
+    ],
+)  # fmt: skip
+def test_a_request_that_is_none_is_refused_and_the_next_one_answered(
+    storage: Storage, tmp_path: Path, request_: bytes, status: bytes
+) -> None:
+    with make_server(storage, settings(tmp_path)) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+            client.sendall(request_)
+            with contextlib.suppress(ConnectionResetError):
+                answer = client.recv(1000)
+                assert not answer or answer.split(b" ")[1].startswith(status or b"4"), answer
+        assert get(server.port, "/healthz")[0] == 200
+
+
+def test_it_speaks_tls_and_a_silent_handshake_holds_up_nobody(
+    storage: Storage, tmp_path: Path
+) -> None:
+    cert, key = certificate(tmp_path)
+    chosen = settings(tmp_path, certificate=cert, key=key, users_file=write_users(tmp_path))
+    with make_server(storage, chosen) as server, contextlib.ExitStack() as held:
+        assert server.url.startswith("https://127.0.0.1:")
+        for _ in range(50):
+            held.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        context = ssl.create_default_context(cafile=cert)
+        connection = http.client.HTTPSConnection(
+            "localhost", server.port, context=context, timeout=20
+        )
+        start = time.monotonic()
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read() == b"ok\n"
+        assert time.monotonic() - start < 5
+        body = f"name=ada&password={PASSWORDS['ada'].replace(' ', '+')}"
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        connection.request("POST", "/tuner/login", body, form)
+        answer = connection.getresponse()
+        answer.read()
+        assert "; Secure" in str(answer.headers["Set-Cookie"])
+        connection.close()
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+        with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+            old.maximum_version = ssl.TLSVersion.TLSv1_1
+        with (
+            socket.create_connection(("127.0.0.1", server.port)) as plain,
+            pytest.raises((ssl.SSLError, ConnectionResetError)),
+        ):
+            old.wrap_socket(plain)
+
+
+@pytest.mark.parametrize("missing", ["certificate", "key"])
+def test_a_certificate_without_its_key_is_told(
+    storage: Storage, tmp_path: Path, missing: str
+) -> None:
+    cert, key = certificate(tmp_path)
+    files = {"certificate": cert, "key": key} | {missing: None}
+    with pytest.raises(TunerError, match="go together"):
+        serve(storage, settings(tmp_path, **files))
+    swapped = settings(tmp_path, certificate=key, key=cert)
+    with pytest.raises(TunerError, match="Both are PEM files"):
+        serve(storage, swapped)
+
+
+def test_only_a_proxy_that_was_named_says_who_asks(storage: Storage, tmp_path: Path) -> None:
+    for behind_proxy, expected in ((True, "192.0.2.77"), (False, "127.0.0.1")):
+        chosen = settings(tmp_path, users_file=write_users(tmp_path), behind_proxy=behind_proxy)
+        with make_server(storage, chosen) as server:
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+            document = json.dumps({"name": "ada", "password": PASSWORDS["ada"]})
+            kind = {"Content-Type": "application/json", "X-Real-Ip": "192.0.2.77"}
+            connection.request("POST", "/tuner/api/login", document, kind)
+            assert json.load(connection.getresponse()) == {"name": "ada", "role": "editor"}
+            connection.close()
+        assert storage.changes()[0].address == expected
+
+
+def test_a_request_that_is_being_answered_ends_before_the_server_does(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = threading.Event()
+
+    def slow(*_: object) -> list[bytes]:
+        entered.set()
+        time.sleep(0.5)
+        _[2]("200 OK", [])
+        return [b"whole"]
+
+    monkeypatch.setattr(dashboard._Shown, "read", slow)
+    answers: list[tuple[int, bytes]] = []
+    with make_server(storage, settings(tmp_path)) as server:
+        asking = threading.Thread(target=lambda: answers.append(get(server.port, "/api/studies")))
+        asking.start()
+        assert entered.wait(10)
+    asking.join()
+    assert answers == [(200, b"whole")]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_without_a_traceback(
+    storage: Storage, tmp_path: Path, how: signal.Signals
+) -> None:
     code = (
-        "import sys; from tuner.dashboard import serve; from tuner.storage import Storage\n"
-        "with Storage(sys.argv[1]) as storage: serve(storage, port=0)"
+        "import sys, pathlib; from tuner.dashboard import Settings, serve\n"
+        "from tuner.pages import Places; from tuner.storage import Storage\n"
+        "with Storage(sys.argv[1]) as storage:\n"
+        "    serve(storage, Settings(port=0, places=Places(artifacts=pathlib.Path(sys.argv[2]))))"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, storage.url], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, storage.url, str(tmp_path / "artifacts")],
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stderr
         line = process.stderr.readline()
-        address = re.search(r"http://(127\.0\.0\.1):(\d+)/", line)
+        address = re.search(r"http://127\.0\.0\.1:(\d+)/ \(no login", line)
         assert address, line
-        connection = http.client.HTTPConnection(address[1], int(address[2]), timeout=30)
-        connection.request("GET", "/api/studies")
-        assert connection.getresponse().status == 200
-        connection.close()
-        process.send_signal(signal.SIGINT)
+        assert get(int(address[1]), "/api/studies")[0] == 200
+        process.send_signal(how)
         rest = process.stderr.read()
     assert process.returncode == 0
     assert rest == "The dashboard ended; studies go on.\n"
-
-
-def test_what_hangs_on_a_study_is_served_and_nothing_beside_it(
-    storage: Storage, tmp_path: Path
-) -> None:
-    artifacts = StudyArtifacts(tmp_path / "artifacts" / "demo-1")
-    key, value = artifacts.hang("page.html", b"<p>page</p>")
-    storage.optuna.set_study_system_attr(1, key, value)
-    (tmp_path / "artifacts" / "secret").write_text("sealed")
-    app = make_app(storage, ALLOWED_HOSTS, tmp_path / "artifacts")
-    identity = json.loads(value)["artifact_id"]
-    page = ask(storage, f"/artifacts/1/{identity}", app=app)
-    assert (page.status, page.body) == (200, "<p>page</p>")
-    assert page.headers["Content-Type"] == "text/html"
-    for other in ("../secret", "..%2Fsecret", "secret", "abc-123", f"{identity}/../../secret"):
-        assert ask(storage, f"/artifacts/1/{other}", app=app).status == 404

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuner.errors import TunerError
+
 if TYPE_CHECKING:
     from optuna.artifacts import FileSystemArtifactStore
 
 DEFAULT_ROOT = Path("runs/artifacts")
 DEFAULT_STORAGE_URL = "sqlite:///runs/tuner.db"
 DEFAULT_EXPORT_FOLDER = Path("runs/export")
+DEFAULT_USERS_FILE = Path("runs/users.json")
+DEFAULT_STUDIES_FOLDER = Path("studies")
 _UNFINISHED = ".new"  #: ends the name of a file that is being written
 
 #: What hangs on each trial.
@@ -27,6 +31,8 @@ NETWORK_FILE = "network.csv"
 
 #: Begins the system attribute by which Optuna hangs a file on a study or a trial.
 HUNG_PREFIX = "artifacts:"
+#: The same, and the one of files that older dashboards took.
+HUNG_PREFIXES = (HUNG_PREFIX, f"dashboard:{HUNG_PREFIX}")
 _HUNG = uuid.UUID("6b1f1c5e-5d0e-4c57-9a35-0f8f0f4c1e02")  #: names the ids that are ours
 
 
@@ -122,11 +128,21 @@ def dashboard_folder(root: Path) -> Path:
 
 
 def artifact_store(root: Path) -> FileSystemArtifactStore:
-    """The same folder as Optuna's dashboard takes it."""
-    # Workers import this module, and do without Optuna.
-    from optuna.artifacts import FileSystemArtifactStore  # noqa: PLC0415
+    """Where Optuna's dashboard keeps what hangs on trials and studies.
 
-    return FileSystemArtifactStore(dashboard_folder(root))
+    Raises:
+        TunerError: The folder cannot be made.
+    """
+    from optuna.artifacts import FileSystemArtifactStore  # noqa: PLC0415 - workers have no Optuna
+
+    folder = dashboard_folder(root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TunerError(
+            f"{folder}: {error.strerror or error}; choose another --artifacts."
+        ) from error
+    return FileSystemArtifactStore(folder)
 
 
 def development_path(root: Path, sha256: str) -> Path:

@@ -12,8 +12,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,8 @@ from tuner.artifacts import (
     DEFAULT_EXPORT_FOLDER,
     DEFAULT_ROOT,
     DEFAULT_STORAGE_URL,
+    DEFAULT_STUDIES_FOLDER,
+    DEFAULT_USERS_FILE,
     development_path,
 )
 from tuner.errors import ProblemsError, TunerError
@@ -33,6 +35,7 @@ from tuner.errors import ProblemsError, TunerError
 if TYPE_CHECKING:
     from tuner.cluster import Connection
     from tuner.coordinator import Ending
+    from tuner.dashboard import Settings
     from tuner.data import Prepared
     from tuner.scheduler import TlsFiles
     from tuner.spec import StudySpec
@@ -49,6 +52,10 @@ data_app = typer.Typer(no_args_is_help=True, help="The data: download.")
 app.add_typer(data_app, name="data")
 storage_app = typer.Typer(no_args_is_help=True, help="The database: make its schema, look at it.")
 app.add_typer(storage_app, name="storage")
+dashboard_app = typer.Typer(
+    invoke_without_command=True, epilog="Example: tuner dashboard --port 8080"
+)
+app.add_typer(dashboard_app, name="dashboard")
 
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A study file, studies/*.toml.")]
@@ -93,6 +100,52 @@ TlsCert = Annotated[
 ]
 TlsKey = Annotated[
     Path | None, typer.Option("--tls-key", metavar="FILE", help="Its private key, PEM.")
+]
+Host = Annotated[str, typer.Option("--host", help="The dashboard's address.")]
+Port = Annotated[
+    int,
+    typer.Option("--port", min=0, max=65535, help="The dashboard's port; 0 takes a free one."),
+]
+UsersFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--users",
+        envvar="TUNER_USERS",
+        metavar="FILE",
+        help=f"Who may log in; {DEFAULT_USERS_FILE} where there is one.",
+        show_default=False,
+    ),
+]
+BehindProxy = Annotated[
+    bool,
+    typer.Option(
+        "--behind-proxy", help="A proxy that speaks TLS stands before it, and names who asks."
+    ),
+]
+TrustNetwork = Annotated[
+    bool,
+    typer.Option(
+        "--trust-network",
+        help="Plain HTTP on another --host than loopback: nobody can listen on the way.",
+    ),
+]
+AllowHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host", metavar="NAME", help="One more name that browsers may ask for; repeatable."
+    ),
+]
+StudiesFolder = Annotated[
+    Path,
+    typer.Option(
+        "--studies", metavar="DIR", help="The study files that the page offers to launch."
+    ),
+]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="DIR", help="The data files that an uploaded study file may name."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -375,9 +428,9 @@ def launch(
         _refuse_with_detach(here)
     _refuse_two_places(cluster, workers)
     tls = _tls(tls_ca, tls_cert, tls_key, cluster)
-    given = list(overrides or [])
-    given += [] if name is None else [f"name={json.dumps(name)}"]
-    given += [] if trials is None else [f"trials={trials}"]
+    from tuner.orders import overrides_for
+
+    given = [*(overrides or []), *overrides_for(name, trials)]
     spec, prepared = _load(spec_path, given, artifacts)
     from tuner.study import clear_error, create_or_resume, status
 
@@ -391,7 +444,7 @@ def launch(
         )
         clear_error(tuned)
         if detach:
-            said = _queue(tuned, prepared, _again(storage))
+            said = _queue(tuned, _again(storage))
             _note(said) if as_json else typer.echo(said)
             if as_json:
                 _print_json(status(tuned).to_document())
@@ -438,26 +491,15 @@ def _refuse_with_detach(options: dict[str, object]) -> None:
         )
 
 
-def _queue(tuned: TunedStudy, prepared: Prepared, again: str) -> str:
+def _queue(tuned: TunedStudy, again: str) -> str:
     """Puts a study into the service's queue, where it is not at work already; says what is so."""
-    from tuner.study import refuse_a_reported_study, status
+    from tuner import orders
 
-    now, lease = status(tuned), tuned.storage.lease(tuned.id)
-    if now.finished_trials >= now.budget:
-        return f"Study {tuned.name} is finished: {now.finished_trials} of {now.budget} trials."
-    refuse_a_reported_study(tuned)
-    # A study that is about to stop is queued again behind that.
-    if lease is not None and lease.is_live and not lease.stop_requested:
-        return (
-            f"Study {tuned.name} is running already, in process {lease.holder.pid} on "
-            f"{lease.holder.host}, to {now.budget} trials."
-        )
-    content = prepared.development_file.read_bytes()
-    tuned.storage.keep_development(prepared.development_sha256, content)
-    fresh = tuned.storage.enqueue(tuned.id)
+    queued = orders.queue(tuned)
+    if queued.outcome in ("finished", "running"):
+        return queued.in_words
     return (
-        f"Study {tuned.name} is {'queued' if fresh else 'queued already'}: "
-        f"{now.budget - now.finished_trials} of {now.budget} trials to go.\n"
+        f"{queued.in_words}\n"
         f"Next: tuner serve{again}      drives it, where no service does so yet\n"
         f"      tuner status {tuned.name}{again} --watch      shows how far it is\n"
         f"      tuner stop {tuned.name}{again}      takes it out of the queue"
@@ -692,22 +734,16 @@ def stop(
     as_json: AsJson = False,
 ) -> None:
     """Stops a running or queued study: its trials save a checkpoint; `launch` goes on."""
+    from tuner import orders
     from tuner.study import load
 
     with _open(storage) as opened:
-        tuned = load(opened, name, artifacts_root=artifacts)
-        # In this order: a service that hears the second must not find it queued again.
-        dequeued = opened.dequeue(tuned.id)
-        asked = opened.request_stop(tuned.id)
+        stopped = orders.stop(load(opened, name, artifacts_root=artifacts))
     if as_json:
-        _print_json({"study": name, "asked": asked, "dequeued": dequeued})
-    elif asked:
-        left = ", and took it out of the queue" if dequeued else ""
-        typer.echo(f"Asked {name} to stop{left}: it ends after the epochs that are being trained.")
-    elif dequeued:
-        typer.echo(f"Took {name} out of the queue; it was not running. `tuner launch` goes on.")
+        _print_json(stopped.to_document())
     else:
-        typer.echo(f"{name} is not running: nothing to stop.")
+        goes_on = " `tuner launch` goes on." if stopped.dequeued and not stopped.asked else ""
+        typer.echo(f"{stopped.in_words}{goes_on}")
 
 
 @app.command(epilog="Example: tuner delete quickstart --yes")
@@ -827,18 +863,146 @@ def report(
     typer.echo(written.summary())
 
 
-@app.command(epilog="Example: tuner dashboard --port 8080")
+# --- dashboard ---
+
+
+@dashboard_app.callback()
 def dashboard(
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    context: typer.Context,
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
+    users: UsersFile = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option("--tls-cert", metavar="FILE", help="The dashboard's certificate, PEM."),
+    ] = None,
+    tls_key: TlsKey = None,
+    behind_proxy: BehindProxy = False,
+    trust_network: TrustNetwork = False,
+    allow_host: AllowHosts = None,
+    studies: StudiesFolder = DEFAULT_STUDIES_FOLDER,
+    data: DataFolder = None,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
 ) -> None:
-    """Shows the Optuna dashboard over the storage, on this machine only."""
-    from tuner.dashboard import serve
+    """Shows studies in the Optuna dashboard, with the pages to launch and export under /tuner."""
+    if context.invoked_subcommand is not None:
+        return
+    from tuner.dashboard import make_policy, serve
+
+    settings = _dashboard_settings(
+        host=host,
+        port=port,
+        users=users,
+        certificate=tls_cert,
+        key=tls_key,
+        behind_proxy=behind_proxy,
+        trust_network=trust_network,
+        allow_hosts=allow_host,
+        studies=studies,
+        data=data,
+        artifacts=artifacts,
+    )
+    make_policy(settings)  # what is wrong is said before a database is opened
+    with _open(storage) as opened:
+        serve(opened, settings)
+
+
+def _dashboard_settings(
+    *,
+    users: Path | None,
+    allow_hosts: list[str] | None,
+    studies: Path,
+    data: Path | None,
+    artifacts: Path,
+    **others: Any,
+) -> Settings:
+    from tuner.dashboard import Settings
+    from tuner.pages import Places
+
+    if users is None and DEFAULT_USERS_FILE.exists():
+        users = DEFAULT_USERS_FILE
+    return Settings(
+        users_file=users,
+        allow_hosts=tuple(allow_hosts or ()),
+        places=Places(artifacts=artifacts, studies=studies, data=data),
+        **others,
+    )
+
+
+@dashboard_app.command("add-user", epilog="Example: tuner dashboard add-user ada --role editor")
+def add_user(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Letters, digits and . _ @ -")],
+    role: Annotated[
+        Literal["viewer", "editor"], typer.Option(help="A viewer looks, an editor changes.")
+    ] = "viewer",
+    password_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Its first line is the password; - is stdin. Asked for otherwise."
+        ),
+    ] = None,
+    users: UsersFile = None,
+) -> None:
+    """Adds a user of the dashboard, or gives one a new password and role."""
+    from tuner.access import write_user
+
+    path = users or DEFAULT_USERS_FILE
+    fresh = write_user(path, name, role, _password(password_file))
+    typer.echo(f"{'Added' if fresh else 'Changed'} {name}, {role}, in {path}.")
+
+
+def _password(file: Path | None) -> str:
+    if file is None:
+        return str(typer.prompt("Password", hide_input=True, confirmation_prompt=True))
+    try:
+        lines = (sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TunerError(f"--password-file {file}: {error}") from error
+    return lines[0] if lines else ""
+
+
+@dashboard_app.command("remove-user", epilog="Example: tuner dashboard remove-user ada")
+def remove_user(
+    name: Annotated[str, typer.Argument(metavar="NAME")], users: UsersFile = None
+) -> None:
+    """Removes a user of the dashboard; a running server ends that one's sessions at once."""
+    from tuner.access import remove_user as remove
+
+    remove(users or DEFAULT_USERS_FILE, name)
+    typer.echo(f"Removed {name}.")
+
+
+@dashboard_app.command("users", epilog="Example: tuner dashboard users")
+def list_users(users: UsersFile = None, as_json: AsJson = False) -> None:
+    """Lists who may log in, and as what."""
+    from tuner.access import read_users
+
+    found = {name: user.role for name, user in read_users(users or DEFAULT_USERS_FILE).items()}
+    if as_json:
+        _print_json(found)
+        return
+    for name, role in found.items():
+        typer.echo(f"{name}\t{role}")
+
+
+@dashboard_app.command("log", epilog="Example: tuner dashboard log --last 20")
+def log(
+    last: Annotated[int, typer.Option(min=1, help="So many.")] = 100,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Shows who changed what through the dashboard, and when, newest first."""
+    import dataclasses
 
     with _open(storage) as opened:
-        serve(opened, host=host, port=port, artifacts_root=artifacts)
+        changes = opened.changes(last=last)
+    if as_json:
+        _print_json([dataclasses.asdict(one) for one in changes])
+        return
+    for one in changes:
+        status = "never answered" if one.status is None else one.status
+        typer.echo(f"{one.at}  {one.who} ({one.address})  {one.action}  {status}  {one.detail}")
 
 
 # --- serve ---
@@ -852,35 +1016,55 @@ def serve(
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
-    host: Annotated[str, typer.Option(help="The dashboard's address.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="The dashboard's port; 0 takes a free one.")
-    ] = 8080,
-    trust_network: Annotated[
-        bool,
-        typer.Option(
-            "--trust-network",
-            help="Allow another --host than loopback: something else keeps strangers out.",
-        ),
-    ] = False,
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
+    users: UsersFile = None,
+    dashboard_tls_cert: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The dashboard's certificate, PEM."),
+    ] = None,
+    dashboard_tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its private key, PEM.")
+    ] = None,
+    behind_proxy: BehindProxy = False,
+    trust_network: TrustNetwork = False,
+    allow_host: AllowHosts = None,
+    studies: StudiesFolder = DEFAULT_STUDIES_FOLDER,
+    data: DataFolder = None,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
 ) -> None:
     """Drives every study that was launched with --detach, and shows the dashboard."""
     _refuse_two_places(cluster, workers)
     tls = _tls(tls_ca, tls_cert, tls_key, cluster)
+    settings = _dashboard_settings(
+        host=host,
+        port=port,
+        users=users,
+        certificate=dashboard_tls_cert,
+        key=dashboard_tls_key,
+        behind_proxy=behind_proxy,
+        trust_network=trust_network,
+        allow_hosts=allow_host,
+        studies=studies,
+        data=data,
+        artifacts=artifacts,
+    )
+    from tuner.dashboard import make_policy, make_server
+
+    make_policy(settings)  # what is wrong is said before a database is waited for
     # Until the service listens, SIGTERM ends it as Ctrl-C does: what was opened is closed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _open(storage, patience_seconds=None, say=_log).close()  # waits for one that is not up yet
     with (
         # It gives up on a database that is away, so that a signal is heard meanwhile.
         _open(storage, patience_seconds=2.0, say=lambda _: None) as shown,
-        _dashboard(shown, host, port, artifacts, trust_network=trust_network) as url,
+        make_server(shown, settings) as server,
     ):
         from tuner.cluster import Cluster
         from tuner.service import Service
 
-        _log(f"Serving {shown.masked_url}; the dashboard is on {url}")
+        _log(f"Serving {shown.masked_url}; the dashboard is on {server.url} ({server.login})")
         with (
             _connect(cluster, tls, workers, threads or 1, _log) as connection,
             _open(storage, patience_seconds=2.0, say=lambda _: None) as queue,
@@ -898,42 +1082,6 @@ def serve(
             )
             _stop_on_signals(service.stop)
             service.run(queue)
-
-
-@contextmanager
-def _dashboard(
-    storage: Storage, host: str, port: int, artifacts: Path, *, trust_network: bool
-) -> Iterator[str]:
-    """The dashboard on a thread of its own; gives its address."""
-    import threading
-
-    from tuner.dashboard import LOOPBACK_HOSTS, make_server
-
-    if host not in LOOPBACK_HOSTS:
-        if not trust_network:
-            raise TunerError(
-                f"--host {host}: the dashboard has no logins yet, so whoever reaches that address "
-                "sees every study. Leave --host out and take an SSH tunnel; or, where something "
-                "else keeps strangers out (a container whose port is published on 127.0.0.1 of "
-                "its machine), say so with --trust-network."
-            )
-        _warn(
-            f"THE DASHBOARD LISTENS ON {host} WITHOUT A LOGIN: whoever reaches its port sees every "
-            "study.\nSee to it that only this machine does. It answers to the names 127.0.0.1 and "
-            "localhost alone."
-        )
-    with make_server(
-        storage, host=host, port=port, trust_network=trust_network, artifacts_root=artifacts
-    ) as server:
-        thread = threading.Thread(
-            target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="dashboard"
-        )
-        thread.start()
-        try:
-            yield server.url
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @data_app.command("fetch", epilog="Example: tuner data fetch")

@@ -1,101 +1,172 @@
-"""The Optuna dashboard over the storage: on this machine only, and only to look.
+"""The Optuna dashboard and the tuner's own pages over one storage, behind one guard.
 
-There is no login yet, so it listens on the loopback interface, answers to no other name, and
-lets nothing through that writes: Optuna's dashboard could rename a study (which breaks it),
-delete it, or tell its trials.
+The guard asks of every request: is it for us (Host), from us (Origin), from whom (session), may
+they (role), is it one of the changes that a study survives? Only then does Optuna's dashboard
+or a page of ours see it. Whatever is not on a list here is refused.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
+import json
 import re
+import signal
+import socket
+import ssl
 import sys
-from collections.abc import Callable, Collection, Iterable
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from socketserver import TCPServer, ThreadingMixIn
-from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote
 
 import optuna_dashboard
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
+from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPServerRequest
+from tornado.wsgi import WSGIContainer
+from werkzeug.http import parse_cookie
 
-from tuner.artifacts import DEFAULT_ROOT, artifact_store
-from tuner.errors import TunerError
+from tuner import pages
+from tuner.access import (
+    COOKIE,
+    READING,
+    WRITING,
+    Policy,
+    Sessions,
+    Users,
+    Visitor,
+    allowed_hosts,
+    is_loopback,
+)
+from tuner.artifacts import artifact_store
+from tuner.errors import StorageError, TunerError
 from tuner.storage import Storage
+from tuner.study import RECORD_KEY, load
+from tuner.study import delete as delete_study
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost")
-#: Names under which a browser on this machine, or at the other end of an SSH tunnel, asks.
-ALLOWED_HOSTS = frozenset(("127.0.0.1", "localhost", "[::1]"))
-
 #: These plots draw every pair of parameters; the contour of 2,000 trials with 10 parameters was
 #: answered with 4.46 GB after 107 s.
-_PLOT_OF_PAIRS = re.compile(r"/api/studies/(\d+)/plot/(contour|rank)/*")
+_PLOT_OF_PAIRS = re.compile(r"/api/studies/(\d+)/plot/(contour|rank)")
 #: A contour needs about 20 bytes a cell.
 _MAX_CELLS = 1_000_000
 
+_DELETE_STUDY = re.compile(r"/api/studies/(\d+)")
+#: What Optuna's dashboard may change: what people write about a study, and files beside it.
+#: Not on this list: creating and renaming studies (a renamed one is another study), telling
+#: trials and their attributes (the coordinator's business), and what is still to come.
+_CHANGES = (
+    ("PUT", re.compile(r"/api/studies/\d+/note")),
+    ("PUT", re.compile(r"/api/studies/\d+/\d+/note")),
+    ("POST", re.compile(r"/api/artifacts/\d+(/\d+)?")),
+    ("DELETE", re.compile(r"/api/artifacts/\d+(/\d+)?/[0-9a-fA-F-]+")),
+    ("DELETE", _DELETE_STUDY),
+)
+
+#: Answers that many browsers ask for again and again, and for how many seconds one is given out.
+_KEPT = (
+    (re.compile(r"/api/studies(/\d+)?"), 2.0),
+    (re.compile(r"/api/studies/\d+/(param_importances|plot/\w+)"), 10.0),
+)
+_KEPT_BYTES = 128 * 1024 * 1024  #: of all such answers together
+
+_MAX_BODY_BYTES = 16 * 1024 * 1024
+_MAX_HEADER_BYTES = 32 * 1024
+_IDLE_SECONDS = 75.0  #: a connection that sends no request, or takes so long over its headers
+_BODY_SECONDS = 60.0  #: for the body of a request
+_THREADS = 16  #: requests answered at once; the storage answers one at a time anyway
+_LAST_SECONDS = 5.0  #: for requests that are being answered when the server ends
+_CLOSE_SECONDS = 2.0
+
+#: Optuna's dashboard draws with WebGL, which compiles functions, and styles its elements inline.
+_DASHBOARD_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-src 'self'; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+#: A file that somebody uploaded runs in an origin of its own: no cookie, no request, no frame of
+#: another site around it.
+SANDBOX_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'unsafe-inline'; img-src data: blob:; font-src data:; media-src 'self'; "
+    "frame-ancestors 'self'"
+)
+
+
+_LINK = (
+    b'<a href="/tuner" style="position:fixed;left:50%;top:14px;z-index:2000;padding:4px 14px;'
+    b"border-radius:16px;background:#fff;color:#1f5fbf;font:600 14px system-ui,sans-serif;"
+    b'text-decoration:none;box-shadow:0 1px 4px #0006">launch and export</a>'
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How the dashboard is served."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080  #: 0 takes a free one
+    users_file: Path | None = None  #: None: no login, on a loopback address alone
+    certificate: Path | None = None  #: PEM, with its key in `key`: the server speaks TLS itself
+    key: Path | None = None
+    behind_proxy: bool = False  #: a proxy that speaks TLS stands before it and says who asks
+    trust_network: bool = False  #: nobody listens on the way: plain HTTP although not loopback
+    allow_hosts: Sequence[str] = ()  #: further names that browsers ask for
+    places: pages.Places = field(default_factory=pages.Places)
+
 
 def serve(
-    storage: Storage,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8080,
-    artifacts_root: Path = DEFAULT_ROOT,
-    say: Callable[[str], None] | None = None,
+    storage: Storage, settings: Settings, *, say: Callable[[str], None] | None = None
 ) -> None:
-    """Shows the dashboard until Ctrl-C.
+    """Shows the dashboard until Ctrl-C or SIGTERM.
 
     Args:
         storage: What to show.
-        host: A loopback address.
-        port: 0 takes a free one.
-        artifacts_root: Where the files are that hang on studies and trials.
-        say: Takes the line with the URL; stderr by default.
+        settings: Where and to whom.
+        say: Takes the lines about it; stderr by default.
 
     Raises:
-        TunerError: The host is another machine's business, or the port is taken.
+        TunerError: The settings do not fit together, or the port is taken.
     """
     say = say or _say
-    with make_server(storage, host=host, port=port, artifacts_root=artifacts_root) as server:
-        say(f"The dashboard is on {server.url} (to look only; Ctrl-C ends it).")
-        try:
-            server.serve_forever(poll_interval=0.1)
-        except KeyboardInterrupt:
-            say("The dashboard ended; studies go on.")
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with make_server(storage, settings) as server:
+            say(f"The dashboard is on {server.url} ({server.login}; Ctrl-C ends it).")
+            try:
+                while True:
+                    time.sleep(3600)
+            except KeyboardInterrupt:
+                say("The dashboard ended; studies go on.")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
-def make_server(
-    storage: Storage,
-    *,
-    host: str,
-    port: int,
-    trust_network: bool = False,
-    artifacts_root: Path = DEFAULT_ROOT,
-) -> DashboardServer:
-    """A server that listens already; `serve_forever` answers.
-
-    Args:
-        storage: What to show.
-        host: A loopback address, unless `trust_network`.
-        port: 0 takes a free one.
-        trust_network: Somebody else sees to it that only this machine reaches the port.
-        artifacts_root: Where the files are that hang on studies and trials.
+def make_server(storage: Storage, settings: Settings) -> DashboardServer:
+    """A server that listens already; it answers within its `with` block.
 
     Raises:
         TunerError: See `serve`.
     """
-    if host not in LOOPBACK_HOSTS and not trust_network:
-        raise TunerError(
-            f"--host {host}: the dashboard has no logins yet, so it listens on 127.0.0.1 alone. "
-            "From another machine, take an SSH tunnel (ssh -L 8080:127.0.0.1:8080 USER@MACHINE) "
-            "and open http://127.0.0.1:8080 there."
-        )
+    policy = make_policy(settings)
+    context = _tls_context(settings)
+    app = make_app(storage, policy, settings.places)
     try:
-        return DashboardServer(host, port, make_app(storage, ALLOWED_HOSTS, artifacts_root))
+        return DashboardServer(app, settings, context, policy)
     except OSError as error:
+        host, port = settings.host, settings.port
         if error.errno == errno.EADDRINUSE:
             raise TunerError(
                 f"Port {port} on {host} is taken by another program; name another one "
@@ -107,67 +178,409 @@ def make_server(
         ) from error
 
 
-def make_app(
-    storage: Storage, hosts: Collection[str], artifacts_root: Path = DEFAULT_ROOT
-) -> WSGIApplication:
-    """Optuna's dashboard behind its guard, as a WSGI application.
+def make_policy(settings: Settings) -> Policy:
+    """Who may come in, from where.
 
-    Args:
-        storage: What to show.
-        hosts: Names that the `Host` header may have, lower case, without a port. A page of
-            somebody else's whose name was pointed at this machine (DNS rebinding) has another.
-        artifacts_root: Where the files are that hang on studies and trials.
+    Raises:
+        TunerError: Strangers could reach a dashboard that asks for no login, or could listen.
     """
-    dashboard = optuna_dashboard.wsgi(storage.optuna, artifact_store=artifact_store(artifacts_root))
-
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        path = environ.get("PATH_INFO", "")
-        if path == "/healthz":
-            return _answer(start_response, "200 OK", "ok")
-        if _host_of(environ) not in hosts:
-            message = "This dashboard answers to 127.0.0.1 and localhost only."
-            return _answer(start_response, "421 Misdirected Request", message)
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            message = "This dashboard is only to look: use the `tuner` command to change things."
-            return _answer(start_response, "403 Forbidden", message)
-        plot = _PLOT_OF_PAIRS.fullmatch(path)
-        if plot and _is_too_large(storage.optuna, int(plot[1])):
-            message = (
-                f"The {plot[2]} plot of this study would be too large to draw: it shows every "
-                "pair of parameters. The other plots are there."
+    host = settings.host
+    if not is_loopback(host):
+        if settings.users_file is None:
+            raise TunerError(
+                f"--host {host}: whoever reaches that address would see and change every study, "
+                "so it needs a login: `tuner dashboard add-user NAME --role editor` makes the "
+                "users file. Without one, leave --host out and take an SSH tunnel "
+                "(ssh -L 8080:127.0.0.1:8080 USER@MACHINE)."
             )
-            return _answer(start_response, "413 Content Too Large", message)
+        if settings.certificate is None and not (settings.behind_proxy or settings.trust_network):
+            raise TunerError(
+                f"--host {host}: passwords would cross the network in the clear. Give a "
+                "certificate (--tls-cert and --tls-key), or say what protects it: --behind-proxy "
+                "(a proxy that speaks TLS stands before it), or --trust-network (nobody can "
+                "listen on the way: a container whose port is published on 127.0.0.1)."
+            )
+    if settings.behind_proxy and settings.users_file is None:
+        raise TunerError(
+            "--behind-proxy: whoever reaches the proxy would see and change every study. "
+            "`tuner dashboard add-user NAME --role editor` makes the users file."
+        )
+    return Policy(
+        users=None if settings.users_file is None else Users(settings.users_file),
+        hosts=allowed_hosts(host, settings.allow_hosts),
+        secure=settings.certificate is not None or settings.behind_proxy,
+        behind_proxy=settings.behind_proxy,
+    )
+
+
+def _tls_context(settings: Settings) -> ssl.SSLContext | None:
+    certificate, key = settings.certificate, settings.key
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise TunerError("A certificate and its key go together: name both files.")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # Without a callback, OpenSSL would ask the terminal for the password of a key.
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        reason = getattr(error, "strerror", None) or error
+        raise TunerError(
+            f"Certificate {certificate} with key {key}: {reason}. Both are PEM files, the key "
+            "without a password."
+        ) from error
+    return context
+
+
+# --- the guard ---
+
+
+def make_app(
+    storage: Storage, policy: Policy | None = None, places: pages.Places | None = None
+) -> WSGIApplication:
+    """Optuna's dashboard and the tuner's pages behind their guard, as a WSGI application."""
+    policy, places = policy or Policy(), places or pages.Places()
+    return _Guard(storage, policy, places)
+
+
+class _Refused(Exception):  # noqa: N818 - an answer, no error
+    def __init__(self, status: str, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, list(headers)
+
+
+class _Guard:
+    def __init__(self, storage: Storage, policy: Policy, places: pages.Places) -> None:
+        self._storage = storage
+        self._policy = policy
+        self._places = places
+        self._sessions = None if policy.users is None else Sessions(policy.users)
+        self._shown = _Shown(storage, places.artifacts)
+        self._pages = pages.Pages(storage, policy, self._sessions, places)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = _path(environ)
+        if path == "/healthz":
+            return _answer(start_response, "200 OK", "ok", environ)
+        answer = _Secured(start_response, path, environ)
+        try:
+            return self._answer(environ, answer, path)
+        except _Refused as refused:
+            return answer.refuse(refused)
+        except (StorageError, OSError) as error:
+            return answer.refuse(_Refused("503 Service Unavailable", str(error)))
+        except TunerError as error:
+            return answer.refuse(_Refused("409 Conflict", str(error)))
+        except Exception as error:  # noqa: BLE001 - a request without an answer hangs the browser
+            _say(f"{environ.get('REQUEST_METHOD')} {path!r}: {type(error).__name__}: {error}")
+            return answer.refuse(_Refused("500 Internal Server Error", "Something broke here."))
+
+    def _answer(self, environ: WSGIEnvironment, answer: _Secured, path: str) -> Iterable[bytes]:
+        method = environ["REQUEST_METHOD"]
+        if not self._policy.names_host(environ):
+            raise _Refused(
+                "421 Misdirected Request",
+                "This dashboard does not answer to that name; --allow-host gives it one more.",
+            )
+        if method not in READING | WRITING:
+            allow = ", ".join(sorted(READING | WRITING))
+            raise _Refused("405 Method Not Allowed", f"Use {allow}.", [("Allow", allow)])
+        if method in WRITING and not self._policy.is_same_origin(environ):
+            raise _Refused("403 Forbidden", "That came from another site's page.")
+        if path in pages.PUBLIC or path.startswith(f"{pages.ROOT}/static/"):
+            return self._pages(environ, answer)
+        visitor = self._visitor(environ)
+        if visitor is None:
+            raise self._login_first(environ, path)
+        environ[pages.VISITOR_KEY] = visitor
+        if method in WRITING:
+            return self._change(environ, answer, path, visitor)
+        if pages.is_ours(path):
+            return self._pages(environ, answer)
+        self._refuse_a_large_plot(path)
         # The dashboard fails on a request that does not say what encodings it takes.
         environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
-        return dashboard(environ, start_response)  # type: ignore[no-any-return]
+        return self._shown.read(environ, answer, path)
 
-    return app
+    def _visitor(self, environ: WSGIEnvironment) -> Visitor | None:
+        if self._sessions is None:
+            return Visitor(name=self._policy.local_name, role="editor", logged_in=False)
+        token = parse_cookie(environ).get(COOKIE)
+        return self._sessions.visitor(token) if token else None
+
+    def _login_first(self, environ: WSGIEnvironment, path: str) -> _Refused:
+        message = f"Log in first: {pages.ROOT}/login"
+        if environ["REQUEST_METHOD"] in READING and not _is_api(path):
+            query = environ.get("QUERY_STRING", "")
+            there = quote(path + (f"?{query}" if query else ""), safe="/")
+            return _Refused("303 See Other", message, [("Location", f"{pages.LOGIN}?next={there}")])
+        return _Refused("401 Unauthorized", message)
+
+    def _refuse_a_large_plot(self, path: str) -> None:
+        plot = _PLOT_OF_PAIRS.fullmatch(path)
+        if plot and _is_too_large(self._storage.optuna, int(plot[1])):
+            raise _Refused(
+                "413 Content Too Large",
+                f"The {plot[2]} plot of this study would be too large to draw: it shows every "
+                "pair of parameters. The other plots are there.",
+            )
+
+    def _change(
+        self, environ: WSGIEnvironment, answer: _Secured, path: str, visitor: Visitor
+    ) -> Iterable[bytes]:
+        """A request that changes something: only an editor's, only a known one, and recorded."""
+        method = environ["REQUEST_METHOD"]
+        if path in pages.LOGOUTS:
+            return self._pages(environ, answer)
+        if visitor.role != "editor":
+            raise _Refused(
+                "403 Forbidden", f"{visitor.name} is a viewer: only an editor may change things."
+            )
+        ours = pages.is_ours(path)
+        if not ours and not any(
+            method == known and pattern.fullmatch(path) for known, pattern in _CHANGES
+        ):
+            raise _Refused(
+                "403 Forbidden",
+                "The dashboard must not change that: it would break the study. Use the pages "
+                f"under {pages.ROOT} or the `tuner` command.",
+            )
+        entry = self._storage.begin_change(
+            who=visitor.name,
+            address=str(environ.get("REMOTE_ADDR", "")),
+            action=f"{method} {path}",
+        )
+        detail, status = "", 500
+        try:
+            if ours:
+                body = list(self._pages(environ, answer))
+                detail = str(environ.get(pages.DETAIL_KEY, ""))
+            elif method == "DELETE" and (found := _DELETE_STUDY.fullmatch(path)):
+                detail = self._delete(int(found[1]))
+                body = answer.nothing()
+            else:
+                detail = self._shown.name(path)
+                body = list(self._shown.write(environ, answer))
+            status = answer.status
+        except _Refused as refused:
+            status, detail = int(refused.status[:3]), refused.message
+            raise
+        except StorageError as error:
+            status, detail = 503, str(error)
+            raise
+        except TunerError as error:
+            status, detail = 409, str(error)
+            raise
+        finally:
+            self._shown.forget()
+            self._storage.end_change(entry, status=status, detail=detail)
+        return body
+
+    def _delete(self, study_id: int) -> str:
+        """Deletes as `tuner delete` does: the ledger's rows stay, a running study is refused."""
+        names = {one._study_id: one.study_name for one in self._storage.optuna.get_all_studies()}
+        if study_id not in names:
+            raise _Refused("404 Not Found", "There is no such study (any more).")
+        tuned = load(self._storage, names[study_id], artifacts_root=self._places.artifacts)
+        trials = len(tuned.trials())
+        delete_study(tuned)
+        return f"deleted {names[study_id]} with {trials} trials"
 
 
-class DashboardServer(ThreadingMixIn, WSGIServer):
-    """One thread a request: a slow plot does not hold up the page."""
+@dataclass(slots=True)
+class _Kept:
+    """One answer of Optuna's dashboard that is given out for a moment."""
 
-    daemon_threads = True
-
-    def __init__(self, host: str, port: int, app: WSGIApplication) -> None:
-        self._host = host
-        super().__init__((host, port), _QuietHandler)
-        self.set_app(app)
-
-    @property
-    def url(self) -> str:
-        return f"http://{self._host}:{self.server_port}/"
-
-    def server_bind(self) -> None:
-        # Python's own looks the host's name up, which takes seconds where there is no DNS.
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = self._host, int(self.server_address[1])
-        self.setup_environ()
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    until: float = 0.0
+    status: str = ""
+    headers: list[tuple[str, str]] = field(default_factory=list)
+    body: bytes = b""
 
 
-class _QuietHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
-        """A line for every request is no help to anybody."""
+class _Shown:
+    """Optuna's dashboard, asked once for what many browsers want at once.
+
+    Fifty browsers that poll a study cost as much as one. Its caches, and Optuna's, know a study
+    by its id, which SQLite gives again once a study is deleted: they begin anew whenever an id
+    stands for another study than before.
+    """
+
+    def __init__(self, storage: Storage, artifacts: Path) -> None:
+        self._storage = storage
+        self._store = artifact_store(artifacts)
+        self._lock = threading.Lock()
+        self._looked = 0.0
+        self._identities: dict[int, tuple[str, str]] = {}
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._app = self._make()
+
+    def _make(self) -> Any:
+        return optuna_dashboard.wsgi(self._storage.optuna, artifact_store=self._store)
+
+    def read(self, environ: WSGIEnvironment, answer: _Secured, path: str) -> Iterable[bytes]:
+        seconds = next((keep for pattern, keep in _KEPT if pattern.fullmatch(path)), None)
+        if path.startswith(("/api/", "/csv/", "/artifacts/")):
+            self._notice_other_studies()
+        if path == "/":  # Optuna's own names scheme and host, which a proxy may have changed
+            answer("302 Found", [("Location", "/dashboard"), ("Content-Length", "0")])
+            return []
+        if path.startswith("/dashboard") and environ["REQUEST_METHOD"] == "GET":
+            return self._page_with_a_link(environ, answer)
+        if seconds is None or environ["REQUEST_METHOD"] != "GET":
+            return self._app(environ, answer)  # type: ignore[no-any-return]
+        kept = self._place_for(f"{path}?{environ.get('QUERY_STRING', '')}")
+        with kept.lock:  # the others wait for the one that asks
+            if time.monotonic() >= kept.until:
+                self._ask(environ, kept)
+                if kept.status.startswith("200"):
+                    kept.until = time.monotonic() + seconds
+            answer(kept.status, list(kept.headers))
+            return [kept.body]
+
+    def _page_with_a_link(self, environ: WSGIEnvironment, answer: _Secured) -> Iterable[bytes]:
+        """Optuna's one page, with the way to ours on it."""
+        for header in ("HTTP_IF_MODIFIED_SINCE", "HTTP_IF_NONE_MATCH", "HTTP_RANGE"):
+            environ.pop(header, None)
+        page = _Kept()
+        self._ask(environ, page)
+        body = page.body.replace(b"</body>", _LINK + b"</body>", 1)
+        other = ("content-length", "last-modified", "etag", "accept-ranges")
+        headers = [(name, value) for name, value in page.headers if name.lower() not in other]
+        answer(page.status, [*headers, ("Content-Length", str(len(body)))])
+        return [body]
+
+    def _ask(self, environ: WSGIEnvironment, kept: _Kept) -> None:
+        def note(status: str, headers: list[tuple[str, str]], *_: object) -> None:
+            kept.status, kept.headers = status, list(headers)
+
+        chunks = self._app(environ, note)
+        try:
+            kept.body = b"".join(chunks)
+        finally:
+            if hasattr(chunks, "close"):
+                chunks.close()
+
+    def _place_for(self, key: str) -> _Kept:
+        with self._lock:
+            kept = self._kept.setdefault(key, _Kept())
+            self._kept.move_to_end(key)
+            size = sum(len(one.body) for one in self._kept.values())
+            while len(self._kept) > 1 and (size > _KEPT_BYTES or len(self._kept) > 256):
+                size -= len(self._kept.popitem(last=False)[1].body)
+            return kept
+
+    def write(self, environ: WSGIEnvironment, answer: _Secured) -> Iterable[bytes]:
+        return self._app(environ, answer)  # type: ignore[no-any-return]
+
+    def name(self, path: str) -> str:
+        """The study that a path of Optuna's is about, for the record of changes."""
+        found = re.match(r"/api/(?:studies|artifacts)/(\d+)", path)
+        names = {one._study_id: one.study_name for one in self._storage.optuna.get_all_studies()}
+        return names.get(int(found[1]), "") if found else ""
+
+    def forget(self) -> None:
+        """Something was changed: the next answer shows it."""
+        with self._lock:
+            self._kept.clear()
+            self._looked = 0.0
+            self._app = self._make()
+
+    def _notice_other_studies(self) -> None:
+        with self._lock:
+            if time.monotonic() - self._looked < 1.0:
+                return
+            self._looked = time.monotonic()
+            found = {
+                one._study_id: (one.study_name, _key_of(one.user_attrs))
+                for one in self._storage.optuna.get_all_studies()
+            }
+            known, self._identities = self._identities, found
+            if any(found.get(study_id) != identity for study_id, identity in known.items()):
+                self._storage.optuna.forget_names()
+                self._kept.clear()
+                self._app = self._make()
+
+
+def _key_of(attributes: dict[str, Any]) -> str:
+    record = attributes.get(RECORD_KEY)
+    return str(record.get("folder", "")) if isinstance(record, dict) else ""
+
+
+class _Secured:
+    """A `start_response` that adds the security headers, and remembers the status."""
+
+    def __init__(self, start_response: StartResponse, path: str, environ: WSGIEnvironment) -> None:
+        self._start = start_response
+        self._path = path
+        self._environ = environ
+        self.status = 0
+
+    def __call__(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], object]:
+        self.status = int(status[:3])
+        return self._start(status, [*self._kept(headers), *self._added(headers)], exc_info)
+
+    def _kept(self, headers: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        ours = pages.is_ours(self._path)
+        for name, value in headers:
+            lower = name.lower()
+            # Optuna lets every site read the artifacts; its policy has no frame-ancestors.
+            if lower.startswith("access-control-"):
+                continue
+            if lower == "content-security-policy" and not ours:
+                continue
+            if lower == "content-encodings":  # the dashboard's spelling
+                continue
+            yield name, value
+
+    def _added(self, headers: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        given = {name.lower() for name, _ in headers}
+        yield "X-Content-Type-Options", "nosniff"
+        yield "Referrer-Policy", "same-origin"
+        yield "Cross-Origin-Opener-Policy", "same-origin"
+        yield "Permissions-Policy", "camera=(), geolocation=(), microphone=()"
+        if self._path.startswith("/artifacts/"):
+            yield "Content-Security-Policy", SANDBOX_POLICY
+            yield "X-Frame-Options", "SAMEORIGIN"
+        else:
+            yield "X-Frame-Options", "DENY"
+            yield "Cross-Origin-Resource-Policy", "same-origin"
+            if not pages.is_ours(self._path) or "content-security-policy" not in given:
+                yield "Content-Security-Policy", _DASHBOARD_POLICY
+        static = self._path.startswith(("/static/", f"{pages.ROOT}/static/"))
+        if not static and "cache-control" not in given:
+            # What one user saw must not come out of a shared machine's cache.
+            yield "Cache-Control", "no-store"
+
+    def refuse(self, refused: _Refused) -> Iterable[bytes]:
+        if _is_api(self._path):
+            body = json.dumps({"reason": refused.message})
+            kind = "application/json"
+        else:
+            body, kind = f"{refused.message}\n", "text/plain; charset=utf-8"
+        content = body.encode()
+        headers = [("Content-Type", kind), ("Content-Length", str(len(content)))]
+        self(refused.status, [*headers, *refused.headers])
+        return [] if self._environ.get("REQUEST_METHOD") == "HEAD" else [content]
+
+    def nothing(self) -> list[bytes]:
+        """204: done, and nothing to say."""
+        self("204 No Content", [])
+        return []
+
+
+def _path(environ: WSGIEnvironment) -> str:
+    """The path as Optuna's dashboard sees it, which takes slashes off its end."""
+    path = str(environ.get("PATH_INFO", "")).rstrip("/")
+    environ["PATH_INFO"] = path or "/"
+    return path or "/"
+
+
+def _is_api(path: str) -> bool:
+    return path.startswith(("/api/", f"{pages.ROOT}/api/"))
 
 
 def _is_too_large(storage: BaseStorage, study_id: int) -> bool:
@@ -180,19 +593,132 @@ def _is_too_large(storage: BaseStorage, study_id: int) -> bool:
     return (len(parameters) * len(trials)) ** 2 > _MAX_CELLS
 
 
-def _host_of(environ: WSGIEnvironment) -> str:
-    """The name in the Host header, lower case, without its port."""
-    host = str(environ.get("HTTP_HOST", "")).lower()
-    return re.sub(r":\d*$", "", host)
-
-
-def _answer(start_response: StartResponse, status: str, message: str) -> Iterable[bytes]:
+def _answer(
+    start_response: StartResponse, status: str, message: str, environ: WSGIEnvironment
+) -> Iterable[bytes]:
     body = f"{message}\n".encode()
     headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
-    start_response(status, headers)
-    return [body]
+    start_response(status, [*headers, ("X-Content-Type-Options", "nosniff")])
+    return [] if environ.get("REQUEST_METHOD") == "HEAD" else [body]
 
 
 def _say(message: str) -> None:
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
+
+
+# --- the server ---
+
+
+class _Container(WSGIContainer):
+    """Tornado's bridge to WSGI."""
+
+    def environ(self, request: HTTPServerRequest) -> dict[str, Any]:
+        # Tornado takes the port out of the Host header without a look, and a request that fails
+        # there is never answered. The guard judges the header itself.
+        if not re.fullmatch(r"[^:]*|[^:]*:\d{1,5}|\[[0-9a-fA-F:]*\](:\d{1,5})?", request.host):
+            request.host = "invalid"
+        return super().environ(request)
+
+    def _log(self, status_code: int, request: HTTPServerRequest) -> None:
+        """A line for every request is no help to anybody."""
+
+
+class DashboardServer:
+    """Tornado's HTTP server on a thread of its own.
+
+    Connections wait on one event loop, so that slow and silent ones, also in the middle of TLS'
+    handshake, cost a socket and no thread; whole requests are answered by a few threads.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        settings: Settings,
+        context: ssl.SSLContext | None,
+        policy: Policy,
+    ) -> None:
+        """Listens.
+
+        Raises:
+            OSError: It cannot listen there.
+        """
+        self._app = app
+        self._context = context
+        self._behind_proxy = settings.behind_proxy
+        self._policy = policy
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        self._socket = socket.create_server(
+            (settings.host, settings.port), family=family, backlog=128
+        )
+        self._socket.setblocking(False)
+        self.port = int(self._socket.getsockname()[1])
+        shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+        self.url = f"{'http' if context is None else 'https'}://{shown}:{self.port}/"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Event | None = None
+        self._ready = threading.Event()
+        self._busy = 0
+        self._count = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="dashboard")
+
+    @property
+    def login(self) -> str:
+        """Who may come in, in words."""
+        if self._policy.users is None:
+            return "no login: whoever works on this machine may change things"
+        return f"users of {self._policy.users.path}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        loop, ending = self._loop, self._ending
+        if loop is not None and ending is not None:
+            with contextlib.suppress(RuntimeError):  # it ended by itself
+                loop.call_soon_threadsafe(ending.set)
+        self._thread.join()
+        self._socket.close()
+
+    def _counted(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        with self._count:
+            self._busy += 1
+        try:
+            return self._app(environ, start_response)
+        finally:
+            with self._count:
+                self._busy -= 1
+
+    def _run(self) -> None:
+        with ThreadPoolExecutor(_THREADS, "dashboard") as executor:
+            asyncio.run(self._answer_until_the_end(executor))
+
+    async def _answer_until_the_end(self, executor: ThreadPoolExecutor) -> None:
+        self._loop, self._ending = asyncio.get_running_loop(), asyncio.Event()
+        server = HTTPServer(
+            _Container(self._counted, executor),
+            ssl_options=self._context,
+            xheaders=self._behind_proxy,
+            max_header_size=_MAX_HEADER_BYTES,
+            max_body_size=_MAX_BODY_BYTES,
+            max_buffer_size=_MAX_BODY_BYTES + _MAX_HEADER_BYTES,
+            idle_connection_timeout=_IDLE_SECONDS,
+            body_timeout=_BODY_SECONDS,
+        )
+        server.add_sockets([self._socket])
+        self._ready.set()
+        await self._ending.wait()
+        server.stop()
+        last = time.monotonic() + _LAST_SECONDS
+        while self._busy and time.monotonic() < last:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)  # what was answered just now is being written
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(server.close_all_connections(), _CLOSE_SECONDS)

@@ -36,7 +36,7 @@ from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError, SQLA
 from tuner.artifacts import DEFAULT_STORAGE_URL
 from tuner.errors import LeaseLostError, StorageError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 #: A file with the password of a PostgreSQL URL that has none: secrets stay out of argv.
 PASSWORD_FILE_VARIABLE = "TUNER_STORAGE_PASSWORD_FILE"  # noqa: S105 - a name, no password
 
@@ -128,6 +128,20 @@ development = sa.Table(
     metadata,
     sa.Column("sha256", sa.String(64), primary_key=True),
     sa.Column("content", sa.LargeBinary, nullable=False),
+)
+
+# What was changed through the dashboard, and by whom. Rows outlive their study.
+audit = sa.Table(
+    "tuner_audit",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.String(40), nullable=False),  # ISO 8601, UTC
+    sa.Column("who", sa.String(64), nullable=False),
+    sa.Column("address", sa.String(64), nullable=False),
+    sa.Column("action", sa.String(256), nullable=False),  # method and path
+    sa.Column("detail", sa.Text, nullable=False),
+    # What it was answered with; NULL while it is done, or where the server died meanwhile.
+    sa.Column("status", sa.Integer, nullable=True),
 )
 
 P = ParamSpec("P")
@@ -628,7 +642,7 @@ def _create_tables(engine: sa.Engine, url: sa.URL) -> None:
                 "--storage."
             )
         elif version < SCHEMA_VERSION:
-            if had_lease:  # the one table that version 2 changed; the others came new
+            if had_lease and version < 2:  # the one table that was changed; the others came new
                 connection.exec_driver_sql(
                     "ALTER TABLE tuner_lease ADD COLUMN batches INTEGER NOT NULL DEFAULT 0"
                 )

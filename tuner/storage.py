@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -31,6 +32,7 @@ from tuner.database import (
     Calls,
     FencedStorage,
     SchemaState,
+    audit,
     closed_engine,
     decisions,
     development,
@@ -52,7 +54,15 @@ from tuner.database import (
 from tuner.driven import DrivenStorage
 from tuner.errors import StorageError, StudyInUseError
 
-__all__ = ["COORDINATOR_KEY", "Decision", "Lease", "LeaseHolder", "LedgerEntry", "Storage"]
+__all__ = [
+    "COORDINATOR_KEY",
+    "AuditEntry",
+    "Decision",
+    "Lease",
+    "LeaseHolder",
+    "LedgerEntry",
+    "Storage",
+]
 
 LEASE_SECONDS = 30.0  #: a lease not renewed for this long may be taken over
 _LAST_LOOK_SECONDS = 5.0  #: who renews it within this time is alive, whatever the clock says
@@ -144,6 +154,19 @@ class LedgerEntry:
     spec_hash: str
     split_id: str
     report: dict[str, Any] | None  #: None where the evaluation never finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditEntry:
+    """One change through the dashboard."""
+
+    id: int
+    at: str  #: ISO 8601, UTC
+    who: str
+    address: str
+    action: str  #: method and path
+    detail: str
+    status: int | None  #: of the answer; None where the server died before it answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -518,6 +541,35 @@ class Storage:
         )
         rows = self._transaction(lambda connection: connection.execute(query).mappings().all())
         return tuple(Decision(**row) for row in rows)
+
+    # --- audit ---
+
+    def begin_change(self, *, who: str, address: str, action: str, detail: str = "") -> int:
+        """Writes down a change before it is made; returns the entry's id."""
+        insert = (
+            audit.insert()
+            .values(
+                at=datetime.now(UTC).isoformat(timespec="seconds"),
+                who=who[:64],
+                address=address[:64],
+                action=action[:256],
+                detail=detail[:2000],
+            )
+            .returning(audit.c.id)
+        )
+        return self._transaction(lambda connection: int(connection.execute(insert).scalar_one()))
+
+    def end_change(self, entry: int, *, status: int, detail: str) -> None:
+        """Writes down how a change ended."""
+        update = audit.update().where(audit.c.id == entry)
+        values = {"status": status, "detail": detail[:2000]}
+        self._transaction(lambda connection: connection.execute(update.values(values)))
+
+    def changes(self, *, last: int = 100) -> tuple[AuditEntry, ...]:
+        """The last changes through the dashboard, newest first."""
+        query = sa.select(audit).order_by(audit.c.id.desc()).limit(last)
+        rows = self._transaction(lambda connection: connection.execute(query).mappings().all())
+        return tuple(AuditEntry(**row) for row in rows)
 
     # --- ledger ---
 

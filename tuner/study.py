@@ -23,7 +23,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.artifacts import HUNG_PREFIX, StudyArtifacts, study_folder_name
+from tuner.artifacts import HUNG_PREFIXES, StudyArtifacts, study_folder_name
 from tuner.data import DataIdentity
 from tuner.errors import StudyError
 from tuner.spec import StudySpec, spec_from_document
@@ -397,7 +397,7 @@ def _take_down_what_hangs(tuned: TunedStudy) -> None:
     on_study = tuned.storage.optuna.get_study_system_attrs(tuned.id)
     for attributes in (on_study, *(trial.system_attrs for trial in trials)):
         for key, value in attributes.items():
-            if key.startswith(HUNG_PREFIX) and (described := json.loads(value)):
+            if key.startswith(HUNG_PREFIXES) and (described := json.loads(value)):
                 tuned.artifacts.take_down(described["artifact_id"])
 
 

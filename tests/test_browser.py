@@ -1,0 +1,193 @@
+"""The dashboard in a real browser: log in, watch a study live, launch, stop, export, log out."""
+
+from __future__ import annotations
+
+import re
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from browsers import headless
+from fakes import ready_sqlite
+from finished_study import finished_study
+from lab import PASSWORDS, write_study_file, write_users
+from selenium.common.exceptions import WebDriverException
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tuner.dashboard import DashboardServer, Settings, make_server
+from tuner.objective import CURVE_KEY
+from tuner.pages import Places
+from tuner.storage import Storage
+
+SECONDS = 60  # longest wait for a page; the browser itself takes long on a busy machine
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[DashboardServer]:
+    write_study_file(tmp_path)
+    places = Places(artifacts=tmp_path / "artifacts", studies=tmp_path / "studies")
+    settings = Settings(port=0, users_file=write_users(tmp_path), places=places)
+    with Storage(ready_sqlite(tmp_path)) as storage:
+        finished_study(storage, tmp_path, trials=9)
+        with make_server(storage, settings) as server:
+            yield server
+
+
+@pytest.fixture
+def chrome(tmp_path: Path) -> Iterator[Chrome]:
+    folder = tmp_path / "browser"
+    folder.mkdir()
+    with headless(folder) as browser:
+        yield browser
+
+
+def wait(chrome: Chrome, what: Callable[[Chrome], object]) -> None:
+    def tried(browser: Chrome) -> bool:
+        try:
+            return bool(what(browser))
+        except WebDriverException:  # the page changed meanwhile
+            return False
+
+    WebDriverWait(chrome, SECONDS, poll_frequency=0.1).until(
+        tried, f"{chrome.current_url}: {text_of(chrome)[:600]}"
+    )
+
+
+def text_of(chrome: Chrome) -> str:
+    return str(chrome.execute_script("return document.body.innerText"))
+
+
+def shows(text: str) -> Callable[[Chrome], bool]:
+    return lambda chrome: text in text_of(chrome)
+
+
+def press(chrome: Chrome, text: str) -> None:
+    buttons = chrome.find_elements(By.XPATH, f"//button[normalize-space()='{text}']")
+    next(one for one in buttons if one.is_displayed()).click()
+
+
+def log_in(chrome: Chrome, name: str, password: str) -> None:
+    chrome.find_element(By.ID, "name").clear()
+    chrome.find_element(By.ID, "name").send_keys(name)
+    chrome.find_element(By.ID, "password").send_keys(password)
+    press(chrome, "Log in")
+
+
+def complaints(chrome: Chrome) -> list[str]:
+    """What the console says: a policy that is too strict, a script that broke, a 404."""
+    return [
+        entry["message"]
+        for entry in chrome.get_log("browser")
+        if entry["level"] == "SEVERE" and "401" not in entry["message"]
+    ]
+
+
+def test_a_person_s_round_through_the_dashboard(
+    server: DashboardServer, chrome: Chrome, tmp_path: Path
+) -> None:
+    # Whoever opens a page without a session is asked who they are, and led on to the page.
+    chrome.get(f"{server.url}tuner/studies/demo")
+    assert "/tuner/login?next=" in chrome.current_url
+    log_in(chrome, "ada", "a wrong password")
+    wait(chrome, shows("do not fit together"))
+    log_in(chrome, "ada", PASSWORDS["ada"])
+    wait(chrome, lambda page: page.current_url.endswith("/tuner/studies/demo"))
+    assert "ada (editor)" in text_of(chrome)
+
+    # A value that a coordinator reports shows by itself.
+    with Storage(ready_sqlite(tmp_path)) as coordinator:
+        study = optuna.load_study(study_name="demo", storage=coordinator.optuna)
+        trial = study.ask(
+            {"learning_rate": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)}
+        )
+        trial.set_user_attr(CURVE_KEY, [[1, 0.2, 0.9, 0.125, 0.9, 1.0]])
+        trial.report(0.125, step=1)
+        chrome.execute_script("window.sameDocument = true")
+        study.tell(trial, 0.125)
+        wait(chrome, lambda page: "0.1250" in page.find_element(By.ID, "best").text)
+        assert chrome.execute_script("return window.sameDocument") is True
+
+        # Optuna's dashboard shows its trials and their curves, and follows a running one.
+        chrome.find_element(By.PARTIAL_LINK_TEXT, "Every trial and its curves").click()
+        wait(chrome, shows("demo"))
+        wait(chrome, lambda page: page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot"))
+        running = study.ask(
+            {"learning_rate": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)}
+        )
+        running.set_user_attr(CURVE_KEY, [[1, 0.1, 0.9, 0.0625, 0.9, 1.0]])
+        running.report(0.0625, step=1)
+        chrome.get(f"{server.url}dashboard/studies/1/trials?numbers={running.number}")
+        wait(chrome, shows(f"Trial {running.number}"))
+        wait(chrome, shows("0.0625"))
+        study.tell(running, 0.0625)
+    assert complaints(chrome) == []
+
+    # Launch, stop, resume, stop.
+    chrome.find_element(By.LINK_TEXT, "launch and export").click()
+    wait(chrome, lambda page: page.find_element(By.LINK_TEXT, "Launch"))
+    chrome.find_element(By.LINK_TEXT, "Launch").click()
+    chrome.find_element(By.ID, "trials").send_keys("7")
+    press(chrome, "Check only")
+    wait(chrome, shows("tiny can be launched"))
+    press(chrome, "Launch")
+    wait(chrome, lambda page: page.current_url.endswith("/tuner/studies/tiny"))
+    wait(chrome, shows("0 of 7"))
+    press(chrome, "Stop")
+    wait(chrome, lambda page: page.find_element(By.CSS_SELECTOR, ".state.stopped"))
+    press(chrome, "Resume")
+    wait(chrome, lambda page: page.find_element(By.CSS_SELECTOR, ".state.queued"))
+    with Storage(ready_sqlite(tmp_path)) as service:
+        assert len(service.queued()) == 1
+    press(chrome, "Stop")
+    wait(chrome, lambda page: page.find_element(By.CSS_SELECTOR, ".state.stopped"))
+
+    # Export.
+    chrome.get(f"{server.url}tuner/studies/demo")
+    press(chrome, "Download")
+    file = tmp_path / "browser" / "demo-1-trial-6.toml"
+    deadline = time.monotonic() + SECONDS
+    while not file.exists() or file.with_suffix(".toml.crdownload").exists():
+        assert time.monotonic() < deadline, list(file.parent.iterdir())
+        time.sleep(0.1)
+    assert tomllib.loads(file.read_text())["provenance"]["trial"] == 6
+
+    # What was done is written down; then out, and the way back is closed.
+    chrome.get(f"{server.url}tuner/log")
+    assert re.search(r"ada\s+127\.0\.0\.1\s+POST /tuner/launch", text_of(chrome))
+    assert complaints(chrome) == []
+    press(chrome, "Log out")
+    wait(chrome, lambda page: page.current_url.endswith("/tuner/login"))
+    chrome.back()
+    chrome.refresh()
+    assert "Log in" in text_of(chrome)
+    chrome.get(f"{server.url}dashboard")
+    assert "/tuner/login" in chrome.current_url
+
+
+def test_a_viewer_is_offered_nothing_to_press_and_a_file_s_mistakes_are_shown(
+    server: DashboardServer, chrome: Chrome, tmp_path: Path
+) -> None:
+    chrome.get(f"{server.url}tuner")
+    log_in(chrome, "vic", PASSWORDS["vic"])
+    wait(chrome, shows("vic (viewer)"))
+    wait(chrome, shows("demo"))
+    buttons = [one.text for one in chrome.find_elements(By.TAG_NAME, "button")]
+    assert buttons == ["Log out"]
+    assert not chrome.find_elements(By.LINK_TEXT, "Launch")
+    press(chrome, "Log out")
+    wait(chrome, lambda page: page.find_element(By.ID, "password"))
+    log_in(chrome, "ada", PASSWORDS["ada"])
+    wait(chrome, shows("ada (editor)"))
+    chrome.get(f"{server.url}tuner/launch")
+    bad = tmp_path / "bad.toml"
+    lines = ('name = "bad"', "trials = 0", "[data]", 'source = "x.csv"', "[space]", "blocs = 2")
+    bad.write_text("\n".join(lines))
+    chrome.find_element(By.ID, "upload").send_keys(str(bad))
+    press(chrome, "Launch")
+    wait(chrome, shows("bad.toml:2: trials:"))
+    assert "bad.toml:6: space.blocs" in text_of(chrome)

@@ -1,0 +1,328 @@
+"""The pages under /tuner and the same as JSON: launch, stop, resume, export, report."""
+
+from __future__ import annotations
+
+import io
+import json
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from fakes import ready_sqlite
+from finished_study import finished_study, write_rows
+from lab import Browser, Lab, study_file, write_study_file
+
+from tuner import orders
+from tuner.errors import SpecError
+from tuner.storage import Storage
+from tuner.study import TunedStudy, load
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[Storage]:
+    with Storage(ready_sqlite(tmp_path)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def lab(storage: Storage, tmp_path: Path) -> Lab:
+    write_study_file(tmp_path)
+    return Lab(storage, tmp_path)
+
+
+@pytest.fixture
+def ada(lab: Lab) -> Browser:
+    return lab.browser("ada")
+
+
+@pytest.fixture
+def tuned(storage: Storage, tmp_path: Path) -> TunedStudy:
+    return finished_study(storage, tmp_path)
+
+
+# --- launch, stop, resume ---
+
+
+def test_a_launched_study_waits_in_the_queue_with_its_rows(lab: Lab, ada: Browser) -> None:
+    answer = ada.post("/tuner/launch", data={"file": "tiny.toml", "name": "mine", "trials": "5"})
+    assert (answer.status_code, answer.location) == (303, "/tuner/studies/mine")
+    tuned = load(lab.storage, "mine", artifacts_root=lab.places.artifacts)
+    assert lab.storage.queued() == (tuned.id,)
+    assert tuned.budget == 5
+    assert lab.storage.development(tuned.record.development_sha256)
+    assert lab.storage.changes()[0].detail.startswith("launched Study mine is queued")
+
+
+def test_stop_and_resume_take_it_out_of_the_queue_and_back(lab: Lab, ada: Browser) -> None:
+    ada.post("/tuner/launch", data={"file": "tiny.toml"})
+    assert ada.post("/tuner/studies/tiny/stop").location == "/tuner/studies/tiny"
+    assert lab.storage.queued() == ()
+    assert "stopped" in ada.get("/tuner/studies/tiny").text
+    document = ada.post("/tuner/api/studies/tiny/resume").json
+    assert document["outcome"] == "queued"
+    assert ada.post("/tuner/api/studies/tiny/resume").json["outcome"] == "queued already"
+    assert ada.post("/tuner/api/studies/tiny/stop").json == {
+        "study": "tiny", "asked": False, "dequeued": True,
+    }  # fmt: skip
+
+
+def test_a_running_study_is_asked_to_stop(lab: Lab, ada: Browser, tmp_path: Path) -> None:
+    ada.post("/tuner/launch", data={"file": "tiny.toml"})
+    tuned = load(lab.storage, "tiny", artifacts_root=lab.places.artifacts)
+    with Storage(ready_sqlite(tmp_path)) as coordinator:
+        coordinator.take_lease(tuned.id)
+        assert ada.get("/tuner/api/studies/tiny").json["state"] == "running"
+        document = ada.post("/tuner/api/studies/tiny/resume").json
+        assert document["outcome"] == "running"
+        assert ada.post("/tuner/api/studies/tiny/stop").json["asked"] is True
+        assert coordinator.heartbeat() is True
+        coordinator.release_lease()
+
+
+def test_the_same_verbs_as_json(ada: Browser) -> None:
+    assert ada.get("/tuner/api/me").json == {"name": "ada", "role": "editor"}
+    assert ada.get("/tuner/api/files").json == {"files": ["tiny.toml"]}
+    check = ada.post("/tuner/api/check", json={"file": "tiny.toml", "trials": 8}).json
+    assert (check["valid"], check["trials"]) == (True, 8)
+    assert check["data"]["rows"]["test"] > 0
+    assert ada.get("/tuner/api/studies").json == {"studies": []}
+    answer = ada.post("/tuner/api/studies", json={"toml": study_file("sent")})
+    assert (answer.status_code, answer.json["outcome"]) == (202, "queued")
+    assert answer.json["synthetic"] is True
+    assert [one["study"] for one in ada.get("/tuner/api/studies").json["studies"]] == ["sent"]
+    assert ada.delete("/tuner/api/studies/sent").json == {"study": "sent", "deleted": True}
+    assert ada.get("/tuner/api/studies/sent").status_code == 404
+    actions = [one["action"] for one in ada.get("/tuner/api/log").json["changes"]]
+    assert actions[:2] == ["DELETE /tuner/api/studies/sent", "POST /tuner/api/studies"]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {},
+        [],
+        {"file": "tiny.toml", "toml": "x"},
+        {"file": 3},
+        {"file": "tiny.toml", "trials": "5"},
+        {"file": "tiny.toml", "trials": True},
+        {"file": "tiny.toml", "name": 5},
+        {"file": "tiny.toml", "set": "data.source=/etc/passwd"},
+    ],
+)
+def test_a_document_that_is_none_is_refused(ada: Browser, document: object) -> None:
+    for path in ("/tuner/api/studies", "/tuner/api/check"):
+        assert ada.post(path, json=document).status_code == 400
+    deep = "[" * 100_000
+    kind = {"Content-Type": "application/json"}
+    assert ada.post("/tuner/api/studies", data=deep, headers=kind).status_code == 400
+
+
+def test_mistakes_are_told_as_tuner_check_tells_them(ada: Browser) -> None:
+    text = study_file().replace("trials = 3", "trials = 0").replace("learning_rate", "lerning_rate")
+    answer = ada.post("/tuner/api/studies", json={"toml": text})
+    assert answer.status_code == 422
+    assert [(one["file"], one["line"], one["key"]) for one in answer.json["errors"]] == [
+        ("upload.toml", 2, "trials"),
+        ("upload.toml", 8, "space.lerning_rate"),
+    ]
+    assert "did you mean 'learning_rate'" in answer.json["reason"].replace('"', "'")
+    upload = {"upload": (io.BytesIO(text.encode()), "mine.toml"), "action": "launch"}
+    page = ada.post("/tuner/launch", data=upload)
+    assert page.status_code == 422
+    assert "mine.toml:2: trials:" in page.text
+    assert "/tmp" not in page.text
+
+
+def test_markup_in_names_and_files_stays_text(ada: Browser) -> None:
+    name = "<script>alert(1)</script>"
+    for data in ({"file": name}, {"file": "tiny.toml", "name": name},
+                 {"upload": (io.BytesIO(b"x = '" + name.encode()), f"{name}.toml")}):  # fmt: skip
+        page = ada.post("/tuner/launch", data=data)
+        assert page.status_code == 422
+        assert "<script>alert" not in page.text
+    assert "<script>alert" not in ada.get(f"/tuner/studies/{name}").text
+    assert "<script>alert" not in ada.post("/tuner/login", data={"name": name}).text
+
+
+# --- what an uploaded study file may make the server read ---
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["/etc/passwd.csv", "../users.csv", "rows.csv", "~/rows.csv", "data/../../rows.csv",
+     "a\\rows.csv", "/dev/stdin.csv", "..csv"],
+)  # fmt: skip
+def test_an_uploaded_file_makes_the_server_read_no_file(
+    ada: Browser, tmp_path: Path, source: str
+) -> None:
+    write_rows(tmp_path)
+    (tmp_path / "studies" / "rows.csv").write_text("sequence,label\nAAAA,1\n")
+    text = study_file(source=source)
+    for path in ("/tuner/api/check", "/tuner/api/studies"):
+        answer = ada.post(path, json={"toml": text})
+        assert answer.status_code == 422
+        (problem,) = answer.json["errors"]
+        assert problem["key"] == "data.source"
+        assert 'may name "solubility" or "synthetic"' in problem["message"]
+
+
+def test_of_a_fasta_pair_both_files_are_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "a.fasta").write_text(">a\nMA\n")
+    pair = '{ soluble = "a.fasta", insoluble = "/etc/passwd" }'
+    text = study_file().replace('"synthetic"', pair)
+    with pytest.raises(SpecError, match="by its name alone"):
+        orders.spec_of_an_upload(text.encode(), "x.toml", (), data_folder=tmp_path)
+
+
+def test_a_file_of_the_data_folder_is_read_and_a_link_out_of_it_is_not(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(folder)
+    text = study_file(source="rows.csv").encode()
+    spec = orders.spec_of_an_upload(text, "x.toml", (), data_folder=folder)
+    assert spec.folder == folder
+    (tmp_path / "outside.csv").write_text("secret")
+    (folder / "link.csv").symlink_to(tmp_path / "outside.csv")
+    (folder / "folder.csv").mkdir()
+    for source in ("link.csv", "folder.csv", "missing.csv", "../outside.csv"):
+        with pytest.raises(SpecError, match="by its name alone"):
+            orders.spec_of_an_upload(
+                study_file(source=source).encode(), "x.toml", (), data_folder=folder
+            )
+
+
+@pytest.mark.parametrize("name", ["../tiny.toml", "/etc/passwd", "studies/tiny.toml", "", "."])
+def test_only_the_study_files_of_the_folder_are_launched(ada: Browser, name: str) -> None:
+    answer = ada.post("/tuner/api/studies", json={"file": name})
+    assert answer.status_code == 422
+    assert "it has: tiny.toml" in answer.json["reason"]
+
+
+def test_a_file_that_is_too_long_or_too_deep_is_refused(ada: Browser) -> None:
+    long = b"# " + b"x" * orders.MAX_UPLOAD_BYTES
+    page = ada.post("/tuner/launch", data={"upload": (io.BytesIO(long), "long.toml")})
+    assert page.status_code == 422
+    assert "a study file has at most" in page.text
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert ada.post("/tuner/launch", data=long * 8, headers=kind).status_code == 413
+    deep = f"{study_file()}\nx = {'[' * 50_000}"
+    answer = ada.post("/tuner/api/studies", json={"toml": deep})
+    assert answer.status_code == 422
+    assert "nested too deeply" in answer.json["reason"]
+    assert ada.post("/tuner/api/studies", json={"toml": "\0"}).status_code == 422
+
+
+def test_a_service_without_the_data_set_takes_the_rows_of_an_earlier_study(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_data(*_: object, **__: object) -> None:
+        raise AssertionError("it looked for the data set")
+
+    finished_study(storage, tmp_path)
+    earlier = load(storage, "demo", artifacts_root=tmp_path / "artifacts")
+    # As if the study had been launched over the published data set.
+    record = dict(earlier.study.user_attrs["tuner"])
+    record["spec"] = json.loads(json.dumps(record["spec"]))
+    record["spec"]["data"]["source"] = "solubility"
+    earlier.study.set_user_attr("tuner", record)
+    split = "{ seed = 1, validation = 0.2, test = 0.2 }"
+    text = study_file("next", "solubility").replace("[training]", f"split = {split}\n[training]")
+    spec = orders.spec_of_an_upload(text.encode(), "x.toml", (), data_folder=None)
+    monkeypatch.setattr(orders, "prepare", no_data)
+    placed = orders.place(storage, spec, artifacts_root=tmp_path / "artifacts")
+    assert placed.queued.outcome == "queued"
+    tuned = load(storage, "next", artifacts_root=tmp_path / "artifacts")
+    assert tuned.record.data == earlier.record.data
+    assert tuned.record.development_sha256 == earlier.record.development_sha256
+    other = spec.model_copy(
+        update={"data": spec.data.model_copy(update={"max_length": 100}), "name": "other"}
+    )
+    with pytest.raises(AssertionError, match="looked for"):
+        orders.place(storage, other, artifacts_root=tmp_path / "artifacts")
+
+
+# --- export and report ---
+
+
+@pytest.mark.parametrize(
+    ("form", "read"), [("toml", tomllib.loads), ("json", json.loads), ("yaml", yaml.safe_load)]
+)
+def test_the_best_configurations_come_in_every_format(
+    lab: Lab, tuned: TunedStudy, form: str, read: object
+) -> None:
+    vic = lab.browser("vic")  # looking is enough
+    answer = vic.get(f"/tuner/studies/demo/export?top=1&format={form}")
+    assert answer.headers["Content-Disposition"] == f"attachment; filename=demo-1-trial-1.{form}"
+    assert read(answer.text)["provenance"]["trial"] == 1
+    packed = vic.get(f"/tuner/studies/demo/export?top=9&format={form}")
+    with zipfile.ZipFile(io.BytesIO(packed.data)) as archive:
+        assert archive.namelist() == [f"demo-1-trial-1.{form}", f"demo-2-trial-0.{form}"]
+        assert read(archive.read(f"demo-2-trial-0.{form}").decode())["provenance"]["trial"] == 0
+    assert [
+        one["trial"] for one in vic.get("/tuner/api/studies/demo/export?top=2").json["configs"]
+    ] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "query", ["top=0", "top=101", "top=-1", "top=x", "top=1e9", "format=exe", "format=../x"]
+)
+def test_an_export_that_makes_no_sense_is_refused(lab: Lab, tuned: TunedStudy, query: str) -> None:
+    assert lab.browser("vic").get(f"/tuner/studies/demo/export?{query}").status_code == 400
+
+
+def test_a_study_without_a_trained_trial_says_so(lab: Lab, ada: Browser) -> None:
+    ada.post("/tuner/launch", data={"file": "tiny.toml"})
+    answer = ada.get("/tuner/studies/tiny/export")
+    assert answer.status_code == 409
+    assert "no fully trained trial yet" in answer.text
+
+
+def test_a_report_is_shown_in_an_origin_of_its_own_and_no_page_opens_the_test_split(
+    lab: Lab, tuned: TunedStudy
+) -> None:
+    ada = lab.browser("ada")
+    page = ada.get("/tuner/studies/demo/report")
+    assert page.status_code == 404
+    assert "there is no button for it" in page.text
+    for method in ("POST", "PUT"):
+        assert ada.open("/tuner/studies/demo/report", method=method).status_code == 405
+        assert ada.open("/tuner/api/studies/demo/report", method=method).status_code == 404
+    assert lab.storage.ledger() == ()
+    folder = tuned.artifacts.report_folder
+    folder.mkdir(parents=True)
+    (folder / "report.html").write_text("<script>1</script>")
+    page = lab.browser("vic").get("/tuner/studies/demo/report")
+    assert page.text == "<script>1</script>"
+    (policy,) = page.headers.getlist("Content-Security-Policy")
+    assert policy.startswith("sandbox allow-scripts")
+    assert "allow-same-origin" not in policy
+    assert "default-src 'none'" in policy
+
+
+def test_a_study_is_deleted_only_where_its_name_is_written_down(
+    lab: Lab, tuned: TunedStudy
+) -> None:
+    ada = lab.browser("ada")
+    assert ada.post("/tuner/studies/demo/delete", data={"confirm": "dem"}).status_code == 400
+    assert tuned.artifacts.folder.exists()
+    assert ada.post("/tuner/studies/demo/delete", data={"confirm": "demo"}).status_code == 303
+    assert not tuned.artifacts.folder.exists()
+
+
+def test_names_with_other_letters_work_everywhere(lab: Lab, ada: Browser) -> None:
+    name = "löslich 50% & mehr #1"
+    answer = ada.post("/tuner/launch", data={"file": "tiny.toml", "name": name})
+    assert answer.status_code == 303
+    assert ada.get(answer.location).status_code == 200
+    assert "l%C3%B6slich%2050%25" in ada.get("/tuner").text
+    assert ada.post(f"{answer.location}/stop").status_code == 303
+    assert lab.storage.queued() == ()
+
+
+def test_a_viewer_sees_no_record_of_changes(lab: Lab) -> None:
+    vic = lab.browser("vic")
+    for path in ("/tuner/log", "/tuner/api/log"):
+        assert vic.get(path).status_code == 403
