@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import math
 import os
 import signal
 import statistics
@@ -254,12 +255,14 @@ def measure(
                for epoch in range(before[trial] + 1, after[trial] + 1)]  # fmt: skip
         (loaded if polling else quiet).append({
             "seconds": round(lasted, 1), "epochs": len(new),
-            "epoch_seconds": round(statistics.mean(new), 4),
+            "epoch_seconds": round(statistics.mean(new), 4) if new else None,
                 "service_cores": round(spent, 4),
         })  # fmt: skip
 
     def mean(windows: list[dict[str, Any]], of: str) -> float:
-        return statistics.mean(one[of] for one in windows)
+        # On a machine so busy that no epoch ended in any window, there is nothing to compare.
+        known = [one[of] for one in windows if one[of] is not None]
+        return statistics.mean(known) if known else float("nan")
 
     slower = mean(loaded, "epoch_seconds") / mean(quiet, "epoch_seconds") - 1
     # Where every core trains, what the service takes is taken from the training: this bounds the
@@ -277,7 +280,8 @@ def measure(
                       "max": round(times_[-1], 1)},
         "quiet": quiet,
         "with_browsers": loaded,
-        "slower_percent": round(100 * slower, 2),
+        "slower_percent": None if math.isnan(slower) else round(100 * slower, 2),
+        "load_average": [round(one, 1) for one in os.getloadavg()],
         "cores_taken_by_the_browsers": round(taken, 4),
         "of_all_cores_percent": round(100 * taken / (os.cpu_count() or 1), 2),
     }  # fmt: skip
