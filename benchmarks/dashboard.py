@@ -122,9 +122,9 @@ def tuner(folder: Path, *arguments: str) -> Iterator[tuple[int, psutil.Process]]
         process.wait(60)
 
 
-def times() -> dict[str, Any]:
+def times(counts: list[int], plain: bool) -> dict[str, Any]:
     results = {}
-    for count in TRIALS:
+    for count in counts:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "runs").mkdir()
@@ -133,7 +133,10 @@ def times() -> dict[str, Any]:
                 study_id = make_trials(storage, count)
             with tuner(folder, "dashboard") as (port, _):
                 results[str(count)] = of_one(Asker(port), study_id, count)
-            results[str(count)]["optuna's own refresh, uncached storage"] = uncached(url, study_id)
+            if plain:
+                results[str(count)]["one look at all trials, plain storage"] = uncached(
+                    url, study_id
+                )
         print(json.dumps({str(count): results[str(count)]}, indent=1), flush=True)
     return results
 
@@ -146,6 +149,7 @@ def of_one(asker: Asker, study_id: int, count: int) -> dict[str, Any]:
         for _ in range(repeats):
             time.sleep(pause)
             found.append(asker.get(path))
+        print(count, path, found[-1], flush=True)
         return {"status": found[-1][0], "kB": round(found[-1][1] / 1000, 1),
                 "ms": round(statistics.median(one[2] for one in found), 1)}  # fmt: skip
 
@@ -327,14 +331,19 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=10.0, help="seconds; Optuna's default")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a window")
     parser.add_argument("--rounds", type=int, default=3, help="windows of each kind")
+    parser.add_argument("--trials", type=int, nargs="+", default=list(TRIALS))
+    parser.add_argument("--cached-only", action="store_true", help="skip the plain storage")
     given = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if given.what == "times":
-        found = times()
+        found = times(given.trials, not given.cached_only)
     else:
         found = load(given.browsers, given.every, given.seconds, given.rounds)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[given.what] = {"at": datetime.now(UTC).isoformat(timespec="minutes"), **found}
+    earlier = results.get("times", {}) if given.what == "times" else {}
+    now = {"at": datetime.now(UTC).isoformat(timespec="minutes")}
+    now["load_average"] = round(os.getloadavg()[1], 1)
+    results[given.what] = {**earlier, **now, **found}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
