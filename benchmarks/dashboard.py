@@ -1,9 +1,10 @@
 """How fast the dashboard answers, and what fifty browsers that poll it cost the training.
 
     python benchmarks/dashboard.py times     # 100, 2,000 and 10,000 trials, against Optuna's own
+    python benchmarks/dashboard.py polls --seconds 60    # what 50 browsers take of the server
     python benchmarks/dashboard.py load      # a real study on 2 workers, with and without browsers
 
-Both write into benchmarks/results/dashboard.json. `load` takes three minutes of a machine on
+All write into benchmarks/results/dashboard.json. `load` takes three minutes of a machine on
 which nothing else runs.
 """
 
@@ -186,6 +187,31 @@ def uncached(url: str, study_id: int) -> dict[str, Any]:
             "ratio": round(min(found) / cached)}  # fmt: skip
 
 
+def polls(browsers: int, every: float, seconds: float) -> dict[str, Any]:
+    """What so many browsers take of a server over a study of 100 trials, without training."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "runs").mkdir()
+        with Storage(f"sqlite:///{folder}/runs/tuner.db") as storage:
+            study_id = make_trials(storage, 100)
+        with tuner(folder, "dashboard") as (port, server):
+            before = cpu_seconds(server)
+            answers = poll(port, study_id, browsers, every, seconds)
+            spent = (cpu_seconds(server) - before) / seconds
+    times_ = sorted(one[2] for one in answers)
+    return {
+        "browsers": browsers,
+        "poll_every_seconds": every,
+        "seconds": seconds,
+        "requests": len(answers),
+        "failed": sum(one[0] != 200 for one in answers),
+        "answer_ms": {"median": round(statistics.median(times_), 1), "max": round(times_[-1], 1)},
+        "cores_taken": round(spent, 4),
+        "of_all_cores_percent": round(100 * spent / (os.cpu_count() or 1), 2),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
 STUDY = """
 name = "load"
 trials = 2
@@ -326,7 +352,7 @@ def poll(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("times", "load"))
+    parser.add_argument("what", choices=("times", "polls", "load"))
     parser.add_argument("--browsers", type=int, default=50)
     parser.add_argument("--every", type=float, default=10.0, help="seconds; Optuna's default")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a window")
@@ -337,6 +363,8 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if given.what == "times":
         found = times(given.trials, not given.cached_only)
+    elif given.what == "polls":
+        found = polls(given.browsers, given.every, given.seconds)
     else:
         found = load(given.browsers, given.every, given.seconds, given.rounds)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
