@@ -438,10 +438,10 @@ class _Shown:
                 self._ask(environ, kept)
                 took = time.monotonic() - began
                 if kept.status.startswith("200"):
-                    # The larger the study, the longer: polls never take more than a twentieth of
+                    # The larger the study, the longer: polls never take more than a fiftieth of
                     # a core. Optuna's dashboard keeps the trials of a large study as long.
                     longest = max(seconds, _LONGEST_KEPT_SECONDS)
-                    kept.until = time.monotonic() + min(max(seconds, 20 * took), longest)
+                    kept.until = time.monotonic() + min(max(seconds, 50 * took), longest)
             answer(kept.status, list(kept.headers))
             return [kept.body]
 
