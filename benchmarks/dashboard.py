@@ -1,9 +1,10 @@
 """How fast the dashboard answers, and what fifty browsers that poll it cost the training.
 
     python benchmarks/dashboard.py times     # 100, 2,000 and 10,000 trials, against Optuna's own
+    python benchmarks/dashboard.py polls --seconds 60    # what 50 browsers take of the server
     python benchmarks/dashboard.py load      # a real study on 2 workers, with and without browsers
 
-Both write into benchmarks/results/dashboard.json. `load` takes three minutes of a machine on
+All write into benchmarks/results/dashboard.json. `load` takes three minutes of a machine on
 which nothing else runs.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import math
 import os
 import signal
 import statistics
@@ -27,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import optuna_dashboard
 import psutil
 import sqlalchemy as sa
 from optuna.distributions import FloatDistribution, distribution_to_json
@@ -122,9 +123,9 @@ def tuner(folder: Path, *arguments: str) -> Iterator[tuple[int, psutil.Process]]
         process.wait(60)
 
 
-def times() -> dict[str, Any]:
+def times(counts: list[int], plain: bool) -> dict[str, Any]:
     results = {}
-    for count in TRIALS:
+    for count in counts:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "runs").mkdir()
@@ -133,7 +134,10 @@ def times() -> dict[str, Any]:
                 study_id = make_trials(storage, count)
             with tuner(folder, "dashboard") as (port, _):
                 results[str(count)] = of_one(Asker(port), study_id, count)
-            results[str(count)]["optuna's own refresh, uncached storage"] = uncached(url, study_id)
+            if plain:
+                results[str(count)]["one look at all trials, plain storage"] = uncached(
+                    url, study_id
+                )
         print(json.dumps({str(count): results[str(count)]}, indent=1), flush=True)
     return results
 
@@ -146,6 +150,7 @@ def of_one(asker: Asker, study_id: int, count: int) -> dict[str, Any]:
         for _ in range(repeats):
             time.sleep(pause)
             found.append(asker.get(path))
+        print(count, path, found[-1], flush=True)
         return {"status": found[-1][0], "kB": round(found[-1][1] / 1000, 1),
                 "ms": round(statistics.median(one[2] for one in found), 1)}  # fmt: skip
 
@@ -165,10 +170,8 @@ def of_one(asker: Asker, study_id: int, count: int) -> dict[str, Any]:
 
 
 def uncached(url: str, study_id: int) -> dict[str, Any]:
-    """Optuna's dashboard as `optuna-dashboard URL` would be without its cache of trials."""
+    """What one look at all trials costs with Optuna's plain storage, and with ours."""
     storage = RDBStorage(url)
-    app = optuna_dashboard.wsgi(storage)
-    app._inmemory_cache = None
     found = []
     for _ in range(2):
         start = time.perf_counter()
@@ -182,6 +185,31 @@ def uncached(url: str, study_id: int) -> dict[str, Any]:
         cached = 1000 * (time.perf_counter() - start)
     return {"ms": round(min(found), 1), "cached ms": round(cached, 2),
             "ratio": round(min(found) / cached)}  # fmt: skip
+
+
+def polls(browsers: int, every: float, seconds: float) -> dict[str, Any]:
+    """What so many browsers take of a server over a study of 100 trials, without training."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "runs").mkdir()
+        with Storage(f"sqlite:///{folder}/runs/tuner.db") as storage:
+            study_id = make_trials(storage, 100)
+        with tuner(folder, "dashboard") as (port, server):
+            before = cpu_seconds(server)
+            answers = poll(port, study_id, browsers, every, seconds)
+            spent = (cpu_seconds(server) - before) / seconds
+    times_ = sorted(one[2] for one in answers)
+    return {
+        "browsers": browsers,
+        "poll_every_seconds": every,
+        "seconds": seconds,
+        "requests": len(answers),
+        "failed": sum(one[0] != 200 for one in answers),
+        "answer_ms": {"median": round(statistics.median(times_), 1), "max": round(times_[-1], 1)},
+        "cores_taken": round(spent, 4),
+        "of_all_cores_percent": round(100 * spent / (os.cpu_count() or 1), 2),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
 
 
 STUDY = """
@@ -257,12 +285,14 @@ def measure(
                for epoch in range(before[trial] + 1, after[trial] + 1)]  # fmt: skip
         (loaded if polling else quiet).append({
             "seconds": round(lasted, 1), "epochs": len(new),
-            "epoch_seconds": round(statistics.mean(new), 4),
+            "epoch_seconds": round(statistics.mean(new), 4) if new else None,
                 "service_cores": round(spent, 4),
         })  # fmt: skip
 
     def mean(windows: list[dict[str, Any]], of: str) -> float:
-        return statistics.mean(one[of] for one in windows)
+        # On a machine so busy that no epoch ended in any window, there is nothing to compare.
+        known = [one[of] for one in windows if one[of] is not None]
+        return statistics.mean(known) if known else float("nan")
 
     slower = mean(loaded, "epoch_seconds") / mean(quiet, "epoch_seconds") - 1
     # Where every core trains, what the service takes is taken from the training: this bounds the
@@ -280,7 +310,8 @@ def measure(
                       "max": round(times_[-1], 1)},
         "quiet": quiet,
         "with_browsers": loaded,
-        "slower_percent": round(100 * slower, 2),
+        "slower_percent": None if math.isnan(slower) else round(100 * slower, 2),
+        "load_average": [round(one, 1) for one in os.getloadavg()],
         "cores_taken_by_the_browsers": round(taken, 4),
         "of_all_cores_percent": round(100 * taken / (os.cpu_count() or 1), 2),
     }  # fmt: skip
@@ -321,19 +352,26 @@ def poll(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("times", "load"))
+    parser.add_argument("what", choices=("times", "polls", "load"))
     parser.add_argument("--browsers", type=int, default=50)
     parser.add_argument("--every", type=float, default=10.0, help="seconds; Optuna's default")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a window")
     parser.add_argument("--rounds", type=int, default=3, help="windows of each kind")
+    parser.add_argument("--trials", type=int, nargs="+", default=list(TRIALS))
+    parser.add_argument("--cached-only", action="store_true", help="skip the plain storage")
     given = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if given.what == "times":
-        found = times()
+        found = times(given.trials, not given.cached_only)
+    elif given.what == "polls":
+        found = polls(given.browsers, given.every, given.seconds)
     else:
         found = load(given.browsers, given.every, given.seconds, given.rounds)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[given.what] = {"at": datetime.now(UTC).isoformat(timespec="minutes"), **found}
+    earlier = results.get("times", {}) if given.what == "times" else {}
+    now = {"at": datetime.now(UTC).isoformat(timespec="minutes")}
+    now["load_average"] = round(os.getloadavg()[1], 1)
+    results[given.what] = {**earlier, **now, **found}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

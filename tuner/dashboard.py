@@ -79,6 +79,7 @@ _KEPT = (
     (re.compile(r"/api/studies(/\d+)?"), 2.0),
     (re.compile(r"/api/studies/\d+/(param_importances|plot/\w+)"), 10.0),
 )
+_LONGEST_KEPT_SECONDS = 10.0  #: what took long to answer is given out for up to so long
 _KEPT_BYTES = 128 * 1024 * 1024  #: of all such answers together
 
 _MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -433,9 +434,14 @@ class _Shown:
         kept = self._place_for(f"{path}?{environ.get('QUERY_STRING', '')}")
         with kept.lock:  # the others wait for the one that asks
             if time.monotonic() >= kept.until:
+                began = time.monotonic()
                 self._ask(environ, kept)
+                took = time.monotonic() - began
                 if kept.status.startswith("200"):
-                    kept.until = time.monotonic() + seconds
+                    # The larger the study, the longer: polls never take more than a fiftieth of
+                    # a core. Optuna's dashboard keeps the trials of a large study as long.
+                    longest = max(seconds, _LONGEST_KEPT_SECONDS)
+                    kept.until = time.monotonic() + min(max(seconds, 50 * took), longest)
             answer(kept.status, list(kept.headers))
             return [kept.body]
 

@@ -344,7 +344,7 @@ def load(storage: Storage, name: str, *, artifacts_root: Path) -> TunedStudy:
     Raises:
         StudyError: There is none of this name, or it is no study of the tuner.
     """
-    names = [known.study_name for known in optuna.get_all_study_summaries(storage.optuna, False)]
+    names = [known.study_name for known in storage.optuna.get_all_studies()]
     if name not in names:
         listed = ", ".join(sorted(names)) or "none yet"
         raise StudyError(
@@ -422,10 +422,10 @@ def clear_error(tuned: TunedStudy) -> None:
 
 def list_names(storage: Storage) -> list[str]:
     """The studies of the tuner in this storage, by name."""
-    summaries = optuna.get_all_study_summaries(storage.optuna, include_best_trial=False)
+    # Not Optuna's summaries: they copy every trial of every study.
     return sorted(
         known.study_name
-        for known in summaries
+        for known in storage.optuna.get_all_studies()
         if RECORD_KEY in known.user_attrs and not known.study_name.startswith(_MAKING)
     )
 
