@@ -1,8 +1,15 @@
-"""What a worker does with a checkpoint that is none, with the real network."""
+"""A checkpoint that is none, with the real network; a training process that is asked to leave."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,3 +129,58 @@ def test_what_is_not_the_checkpoints_fault_is_not_blamed_on_it(error: Exception)
         open_from_checkpoint(task_of(None), fail)
     # Tried without it only where it might be to blame.
     assert len(opened) == (3 if isinstance(error, ValueError) else 2)
+
+
+LEAVER = """
+import asyncio
+from types import SimpleNamespace
+from tuner.attempt import GiveBack
+
+class Worker:
+    memory_manager = SimpleNamespace(memory_limit=0)
+
+    async def close(self, **_how):
+        print("leaving", flush=True)
+        await asyncio.sleep(1.5)
+        print("left", flush=True)
+        gone.set()
+
+async def work():
+    GiveBack().setup(Worker())
+    print("ready", flush=True)
+    await gone.wait()
+
+gone = asyncio.Event()
+asyncio.run(work())
+"""
+
+
+@pytest.fixture
+def leaver() -> Iterator[subprocess.Popen[str]]:
+    """A process that hears signals as a training process does, and takes 1.5 s to leave."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEAVER],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "leaving\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_training_process_that_hears_a_signal_twice_at_once_leaves_in_peace(leaver) -> None:
+    leaver.send_signal(signal.SIGTERM)
+    assert leaver.communicate(timeout=30) == ("left\n", None)
+    assert leaver.returncode == 0
+
+
+def test_a_training_process_that_hears_a_second_signal_later_ends_at_once(leaver) -> None:
+    time.sleep(0.7)
+    leaver.send_signal(signal.SIGTERM)
+    assert leaver.communicate(timeout=30) == ("", None)
+    assert leaver.returncode == -signal.SIGTERM

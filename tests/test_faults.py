@@ -6,10 +6,12 @@ import contextlib
 import os
 import re
 import resource
+import shutil
 import signal
 import sqlite3
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -105,8 +107,8 @@ def test_kill_9_of_the_coordinator(plan: MakePlan) -> None:
 
 
 def test_a_frozen_coordinator_that_was_replaced_does_no_harm(plan: MakePlan) -> None:
-    """the coordinator frozen (SIGSTOP) until its lease lapsed, another one started, the first one
-    continued."""
+    """the coordinator frozen (SIGSTOP; on SQLite outside a transaction) until its lease lapsed,
+    another one started, the first one continued."""
     mine = plan(lease_seconds=3.0, spec={"trials": 10, "seed": 150, "hyperband": None})
     with Launch(mine) as first:
         first.wait_for("epoch 1 4")
@@ -160,7 +162,8 @@ def test_two_launches_at_once_run_the_study_once(plan: MakePlan) -> None:
 
 
 def test_a_clock_that_jumps_an_hour(plan: MakePlan, tmp_path: Path) -> None:
-    """the wall clock an hour forward, two hours back, right again; meanwhile a second launch."""
+    """the wall clock of Python (`time.time`, and SQLite's through it) an hour forward, two hours
+    back, right again; meanwhile a second launch."""
     clock = tmp_path / "clock"
     set_clock(clock, 0)
     mine = plan(spec={"trials": 10, "seed": 150, "hyperband": None})
@@ -186,7 +189,7 @@ def set_clock(clock: Path, seconds_off: int) -> None:
 
 
 def test_a_full_disk_under_the_database_is_waited_for(plan_of_sqlite: MakePlan) -> None:
-    """no room for the database (SQLite), then room again."""
+    """no room for the database (SQLite; a limit on the size of files, EFBIG), then room again."""
     mine = plan_of_sqlite(spec=LONG)
     with Launch(mine) as launch:
         launch.wait_for("epoch 1 4")
@@ -199,7 +202,8 @@ def test_a_full_disk_under_the_database_is_waited_for(plan_of_sqlite: MakePlan) 
 
 
 def test_a_full_disk_under_the_artifacts_is_waited_for(plan_of_sqlite: MakePlan) -> None:
-    """no room for checkpoints and weights, then room again."""
+    """no room for checkpoints and weights (a limit on the size of files, EFBIG), then room
+    again."""
     mine = plan_of_sqlite(weights_bytes=8 << 20, checkpoint_seconds=0.3, spec=LONG)
     with Launch(mine) as launch:
         launch.wait_for("epoch 1 4")
@@ -211,6 +215,43 @@ def test_a_full_disk_under_the_artifacts_is_waited_for(plan_of_sqlite: MakePlan)
         free_disk(launch)
         assert "ending finished" in launch.end()
     assert not resumed(assert_whole(mine))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, check=False).returncode != 0:
+        pytest.skip("a disk that can be filled needs the right to mount one")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_without_a_byte_left_is_waited_for(small_disk: Path) -> None:
+    """a disk of 8 MB with the database (SQLite) and the artifacts filled to its last byte (ENOSPC),
+    then room again."""
+    mine = plan_for(
+        f"sqlite:///{small_disk}/tuner.db", small_disk, checkpoint_seconds=0.3, spec=LONG
+    )
+    filler = small_disk / "filler"
+    with Launch(mine) as launch:
+        launch.wait_for("epoch 1 4")
+        with pytest.raises(OSError, match="No space left"):
+            take_all_room(filler)
+        launch.wait_for("cannot be written (No space left on device)")
+        launch.wait_for("The database does not answer")
+        filler.unlink()
+        launch.wait_for("The database is back")
+        assert "ending finished" in launch.end()
+    assert not resumed(assert_whole(mine))
+
+
+def take_all_room(path: Path) -> None:
+    with path.open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 def fill_disk(launch: Launch, most_bytes: int) -> None:
