@@ -9,6 +9,8 @@ rung, tell; its training costs nothing. The study already holds so many finished
 are cores, each running `study.optimize` with the same sampler settings, pruner and objective
 against the same database, "memory" plain Optuna in one process without a database. Cells of one
 row run one after the other, in a random order; each is repeated, and the median is shown.
+`report_lag_seconds` is the longest that a report took until another connection saw
+it in the database, looked at twice a second.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -172,6 +175,45 @@ def fill(url: str, study_id: int, trials: list[FrozenTrial]) -> None:
 # --- what is measured: trials a second ---
 
 
+class Lag:
+    """How long after an epoch its report stands in the database, for everybody to see."""
+
+    def __init__(self, url: str) -> None:
+        self.longest = 0.0  #: seconds
+        self._url = parse_url(url)
+        self._said: list[float] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def epoch(self) -> None:
+        self._said.append(time.monotonic())
+
+    def __enter__(self) -> Lag:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        table = models.TrialIntermediateValueModel.__table__
+        count = sa.select(sa.func.count()).select_from(table)
+        with closed_engine(self._url) as engine:
+            before = None
+            while not self._ended.wait(0.5):
+                said = list(self._said)
+                with engine.connect() as connection:
+                    seen = connection.scalar(count)
+                before = seen if before is None else before
+                if seen - before < len(said):
+                    waited = time.monotonic() - said[seen - before]
+                    self.longest = max(self.longest, waited)
+
+
+LAGS: dict[tuple[str, int], list[float]] = {}
+
+
 def ours(url: str, sampler: str, before: list[FrozenTrial], slots: int, count: int) -> float:
     spec = spec_of(f"ours-{time.monotonic_ns()}", sampler, len(before) + count)
     with tempfile.TemporaryDirectory() as folder, Storage(url) as storage:
@@ -184,13 +226,19 @@ def ours(url: str, sampler: str, before: list[FrozenTrial], slots: int, count: i
         notes.trial_ended = lambda trial: ends.append(time.monotonic())  # type: ignore[method-assign]
         began: list[float] = []
 
+        lag = Lag(url)
+
         def timed(config, *, seed, trial, rungs):
             began.append(time.monotonic())
-            yield from train(config, seed=seed, trial=trial, rungs=rungs)
+            for epoch in train(config, seed=seed, trial=trial, rungs=rungs):
+                lag.epoch()
+                yield epoch
 
         # Loading the study happens once a launch and is no part of a trial.
         coordinator = Coordinator(tuned, FakeWorkers(slots, timed), notes)
-        coordinator.run()
+        with lag:
+            coordinator.run()
+        LAGS.setdefault((url, slots), []).append(lag.longest)
         assert len(ends) == count, (len(ends), count)
         return count / (max(ends) - min(began))
 
@@ -330,6 +378,8 @@ def main() -> None:
                         "most": round(max(rates), 2),
                         "repeats": len(rates),
                     }
+                    if who == "ours":
+                        row["report_lag_seconds"] = round(max(LAGS.pop((urls[database], slots))), 2)
                     rows.append(row)
                     print(json.dumps(row), flush=True)
             document = {
