@@ -45,6 +45,7 @@ def guide_commands() -> Iterator[list[str]]:
             words = words[1:]
         if words[:4] == ["docker", "compose", "run", "--rm"] and words[4] == "tuner":
             words = words[4:]
+        words = words[: words.index("&&")] if "&&" in words else words
         # A column of words beside it says what it does.
         line_end = re.search(r" {2,}", line.partition("#")[0].strip())
         if line_end:

@@ -117,6 +117,7 @@ class Coordinator:
         self._heartbeat: Future[bool] | None = None
         self._silent_since = 0.0  # when the heartbeat began that is still awaited
         self._stopping_since = 0.0
+        self._held_at = 0.0  # when the lease was certainly ours, last
 
     @property
     def running(self) -> int:
@@ -153,6 +154,7 @@ class Coordinator:
                 split of this study was opened.
             TunerError: The workers are unusable.
         """
+        self._held_at = time.monotonic()
         self._tuned.storage.take_lease(self._tuned.id)
         try:
             refuse_a_reported_study(self._tuned)
@@ -207,6 +209,7 @@ class Coordinator:
             heartbeat, self._heartbeat = self._heartbeat, None
             if heartbeat.result():
                 self.stop("stopped")
+            self._held_at = self._silent_since
         elif self._stopping:
             waited = now - max(self._silent_since, self._stopping_since)
             if waited > _PATIENCE_AFTER_STOP_SECONDS:
@@ -224,6 +227,10 @@ class Coordinator:
 
     def _begin_overview(self, state: State) -> None:
         self._overview = begin_overview(self._tuned, state)
+
+    def _holds_lease(self) -> bool:
+        """Whether nobody can have taken the study over: files are not fenced, as rows are."""
+        return time.monotonic() - self._held_at < self._tuned.storage.lease_seconds / 2
 
     def _stopped_without_it(self) -> str:
         return (
@@ -375,7 +382,11 @@ class Coordinator:
 
     def _tell(self, trial: optuna.Trial, state: TrialState, value: float | None) -> None:
         page = self._pages.get(trial.number)
-        said = {} if page is None else page.end(state)
+        said: dict[str, str] = {}
+        if page is not None:
+            if not self._holds_lease():
+                self._tuned.storage.heartbeat()  # waits for the database; raises if it is lost
+            said = page.end(state)
         with self._together():
             for key, words in said.items():
                 trial.set_user_attr(key, words)
@@ -438,7 +449,7 @@ class Coordinator:
             for result in epochs:
                 self._running[trial] = max(self._running[trial], result.epoch)
                 self._watcher.epoch(trial, result)
-                self._pages[trial].epoch(result)
+                self._pages[trial].epoch(result, may_draw=self._holds_lease())
                 yield result
 
     def _record_verdict(self, trial: FrozenTrial, prunes: bool) -> None:

@@ -371,6 +371,11 @@ class Storage:
             lambda connection: connection.execute(lease.delete().where(lease.c.token == token))
         )
 
+    @property
+    def lease_seconds(self) -> float:
+        """For so long after it was renewed nobody takes a lease over."""
+        return LEASE_SECONDS
+
     def heartbeat(self) -> bool:
         """Renews the lease; True when somebody asked this coordinator to stop.
 

@@ -60,11 +60,16 @@ class TrialPage:
                 self._trial.set_user_attr(key, value)
         self._hang(NETWORK_FILE, network_table(self._config, max_length))
 
-    def epoch(self, result: EpochResult) -> None:
-        """Takes in an epoch; one that was told before, by a lost worker, is replaced."""
+    def epoch(self, result: EpochResult, *, may_draw: bool = True) -> None:
+        """Takes in an epoch; one that was told before, by a lost worker, is replaced.
+
+        Args:
+            result: The epoch.
+            may_draw: No other coordinator can be drawing this trial by now.
+        """
         del self._curve[result.epoch - 1 :]
         self._curve.append(result)
-        if time.monotonic() - self._drawn_at > _DRAW_SECONDS:
+        if may_draw and time.monotonic() - self._drawn_at > _DRAW_SECONDS:
             self._draw(TrialState.RUNNING)
 
     def end(self, state: TrialState) -> dict[str, str]:
