@@ -274,7 +274,7 @@ def check(
         "planned_epochs": _planned_epochs(spec),
         "trials": spec.trials,
         "parameter_count": {"min": low, "max": high},
-        "data": _data_document(prepared),
+        "data": prepared.identity.check_document(),
         "warnings": list(prepared.warnings),
         "spec_hash": spec.spec_hash,
         "spec": spec.to_document(),
@@ -313,31 +313,7 @@ def _invalid(path: Path, error: ProblemsError) -> dict[str, Any]:
     return {
         "study": path.stem,
         "valid": False,
-        "errors": [
-            {
-                "file": problem.file,
-                "line": problem.line,
-                "key": problem.key,
-                "value": problem.value,
-                "message": problem.message,
-            }
-            for problem in error.problems
-        ],
-    }
-
-
-def _data_document(prepared: Prepared) -> dict[str, Any]:
-    identity = prepared.identity
-    return {
-        "source": identity.source,
-        "synthetic": identity.synthetic,
-        "sha256": identity.sha256,
-        "split_id": identity.split_id,
-        "rows": {
-            "train": identity.training_rows,
-            "validation": identity.validation_rows,
-            "test": identity.test_rows,
-        },
+        "errors": error.to_document(),
     }
 
 

@@ -70,6 +70,20 @@ class DataIdentity:
         """Plain values, ready for JSON."""
         return asdict(self)
 
+    def check_document(self) -> dict[str, Any]:
+        """The same for whoever checks a study file: `tuner check --json` and the dashboard."""
+        return {
+            "source": self.source,
+            "synthetic": self.synthetic,
+            "sha256": self.sha256,
+            "split_id": self.split_id,
+            "rows": {
+                "train": self.training_rows,
+                "validation": self.validation_rows,
+                "test": self.test_rows,
+            },
+        }
+
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> DataIdentity:
         """The identity that `to_document` wrote."""

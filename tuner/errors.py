@@ -7,8 +7,8 @@ place that catches `TunerError`; nothing else turns an error into an exit code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 
 class TunerError(Exception):
@@ -37,6 +37,10 @@ class ProblemsError(TunerError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def to_document(self) -> list[dict[str, Any]]:
+        """Plain values, ready for JSON: file, line, key, value and message of each mistake."""
+        return [asdict(problem) for problem in self.problems]
 
 
 class SpecError(ProblemsError):

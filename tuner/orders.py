@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from tuner.artifacts import development_path
 from tuner.data import Prepared, prepare
-from tuner.errors import DataError, Problem, SpecError, StudyError
+from tuner.errors import Problem, SpecError, StudyError
 from tuner.spec import StudySpec, load_spec
 from tuner.storage import LeaseHolder, Storage
 from tuner.study import (
@@ -329,17 +329,3 @@ def _as_named(error: SpecError, path: Path, name: str) -> SpecError:
             for problem in error.problems
         ]
     )
-
-
-def problems_document(error: SpecError | DataError) -> list[Mapping[str, Any]]:
-    """The mistakes as `tuner check --json` prints them."""
-    return [
-        {
-            "file": problem.file,
-            "line": problem.line,
-            "key": problem.key,
-            "value": problem.value,
-            "message": problem.message,
-        }
-        for problem in error.problems
-    ]

@@ -483,7 +483,7 @@ class Pages:
             spec = self._spec_of(_document(request))
             return _json(self._check(request, spec))
         except (SpecError, DataError) as error:
-            found = {"valid": False, "errors": orders.problems_document(error)}
+            found = {"valid": False, "errors": error.to_document()}
             return _json(found, 422)
 
     def _launch_api(self, request: Request) -> Response:
@@ -555,17 +555,7 @@ class Pages:
             "brackets": [list(bracket) for bracket in spec.brackets],
             "searched": list(spec.space.parameters),
             "parameter_count": {"min": low, "max": high},
-            "data": {
-                "source": identity.source,
-                "synthetic": identity.synthetic,
-                "sha256": identity.sha256,
-                "split_id": identity.split_id,
-                "rows": {
-                    "train": identity.training_rows,
-                    "validation": identity.validation_rows,
-                    "test": identity.test_rows,
-                },
-            },
+            "data": identity.check_document(),
             "warnings": list(prepared.warnings),
             "spec_hash": spec.spec_hash,
         }
@@ -617,7 +607,7 @@ class Pages:
     ) -> Response:
         request.environ[DETAIL_KEY] = f"refused: {error}"
         if is_api:
-            return _json({"reason": str(error), "errors": orders.problems_document(error)}, 422)
+            return _json({"reason": str(error), "errors": error.to_document()}, 422)
         return self._message(request, "That cannot be done", str(error), 422)
 
 
