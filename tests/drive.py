@@ -57,6 +57,7 @@ class Plan:
     checkpoint_seconds: float = 60.0  # between two checkpoints of a training
     weights_bytes: int = 7
     holds: dict[str, Phase] = field(default_factory=dict)  # trial number: where it waits, once
+    rung: int = 1  # epoch of the hold "at a rung"
     spec: dict[str, Any] = field(default_factory=dict)
 
     def held(self, trial: int) -> Path:
@@ -135,7 +136,9 @@ class Tell:
 
     def epoch(self, trial: int, result: EpochResult) -> None:
         line(f"epoch {trial} {result.epoch} {result.seconds:.0f}")
-        if result.epoch == 1 and self._plan.hold(trial, "at a rung", int(result.seconds)):
+        if result.epoch == self._plan.rung and self._plan.hold(
+            trial, "at a rung", int(result.seconds)
+        ):
             self._plan.wait(trial)
 
     def trial_ended(self, trial: FrozenTrial) -> None:

@@ -59,3 +59,20 @@ def test_a_disk_that_fails_leaves_the_old_file_and_no_half_of_a_new_one(
     with pytest.raises(OSError, match="No space left"):
         publish(tmp_path / "7.npz", b"new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"7.npz": b"old"}
+
+
+def test_who_may_no_longer_write_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "7.npz"
+    publish(file, b"old")
+    asked: list[set[str]] = []
+
+    def may_write(answer: bool) -> bool:
+        asked.append({path.read_bytes().decode() for path in tmp_path.iterdir()})
+        return answer
+
+    publish(file, b"new", only_if=lambda: may_write(False))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"7.npz": b"old"}
+    publish(file, b"newer", only_if=lambda: may_write(True))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"7.npz": b"newer"}
+    # Asked when all was written, so that nothing but the new name comes after.
+    assert asked == [{"old", "new"}, {"old", "newer"}]

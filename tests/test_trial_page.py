@@ -148,6 +148,31 @@ def test_a_running_trial_is_drawn_now_and_then(
     assert "fully trained" in hung(tuned, tuned.trials()[0], CURVES_FILE)
 
 
+def test_a_coordinator_that_was_frozen_while_it_draws_replaces_no_drawing(
+    study: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one may have ended the trial meanwhile, and drawn all of its epochs."""
+    monkeypatch.setattr(trial_page, "_DRAW_SECONDS", -1.0)
+    tuned = study(trials=1)
+    seen: list[int] = []
+
+    def look(trial: int, result: EpochResult) -> None:
+        if result.epoch > 1:
+            seen.append(drawn_epochs(hung(tuned, tuned.trials()[trial], CURVES_FILE)))
+
+    def draw(shown: list[EpochResult], *arguments: object, **names: object) -> str:
+        if len(shown) >= 4:  # an hour passes while the process is frozen
+            coordinator._held_at -= 3600.0
+        return draw_curves(shown, *arguments, **names)
+
+    monkeypatch.setattr(trial_page, "draw_curves", draw)
+    coordinator = Coordinator(tuned, FakeWorkers(1), Notes(look))
+    assert coordinator.run() == "finished"
+    assert seen[:4] == [1, 2, 3, 3]
+    # The last drawing waits until the lease is surely held.
+    assert drawn_epochs(hung(tuned, tuned.trials()[0], CURVES_FILE)) == 9
+
+
 def test_a_disk_without_room_for_a_page_costs_no_trial(
     study: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import mimetypes
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,11 +54,18 @@ class StudyArtifacts:
     def report_folder(self) -> Path:
         return self.folder / "report"
 
-    def hang(self, name: str, content: bytes, *, trial: int | None = None) -> tuple[str, str]:
+    def hang(
+        self,
+        name: str,
+        content: bytes,
+        *,
+        trial: int | None = None,
+        only_if: Callable[[], bool] | None = None,
+    ) -> tuple[str, str]:
         """Writes a file that the dashboard shows with the study, or with one of its trials.
 
         The same name again replaces the file, also after a restart: its id follows from the
-        study, the trial and the name.
+        study, the trial and the name. `only_if` is as `publish` has it.
 
         Returns:
             The system attribute of the study or the trial that hangs it there: key and value.
@@ -67,7 +74,9 @@ class StudyArtifacts:
             OSError: It cannot be written.
         """
         identity = self._hung(name, trial)
-        publish(dashboard_folder(self.folder.parent) / identity, content, durable=False)
+        publish(
+            dashboard_folder(self.folder.parent) / identity, content, durable=False, only_if=only_if
+        )
         mimetype, encoding = mimetypes.guess_type(name)
         described = {
             "artifact_id": identity,
@@ -155,11 +164,22 @@ def study_folder_name(name: str) -> str:
     return f"{name}-{uuid.uuid4().hex[:8]}"
 
 
-def publish(path: Path, content: bytes, *, durable: bool = True) -> None:
+def publish(
+    path: Path,
+    content: bytes,
+    *,
+    durable: bool = True,
+    only_if: Callable[[], bool] | None = None,
+) -> None:
     """Writes a file whole: a reader sees the old content or the new, never a part.
 
-    Nor does a power cut leave a part, if `durable`: what is on the disk gets the name, and nothing
-    else. That takes milliseconds of a disk, which a drawing is not worth.
+    Args:
+        path: Where to.
+        content: All of it.
+        durable: Nor does a power cut leave a part: what is on the disk gets the name, and nothing
+            else. That takes milliseconds of a disk, which a drawing is not worth.
+        only_if: Asked last of all, so that a process that was frozen meanwhile does not replace
+            what came since; False: the old content stays.
     """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_UNFINISHED}")
     try:
@@ -173,7 +193,10 @@ def publish(path: Path, content: bytes, *, durable: bool = True) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(beside, path)
+        if only_if is None or only_if():
+            os.replace(beside, path)
+        else:
+            beside.unlink()
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

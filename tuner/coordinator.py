@@ -232,6 +232,14 @@ class Coordinator:
         """Whether nobody can have taken the study over: files are not fenced, as rows are."""
         return time.monotonic() - self._held_at < self._tuned.storage.lease_seconds / 2
 
+    def _renews_lease(self) -> bool:
+        """The same, made sure of: waits for the database, and raises where the lease is lost."""
+        if not self._holds_lease():
+            began = time.monotonic()
+            self._tuned.storage.heartbeat()
+            self._held_at = max(self._held_at, began)
+        return True
+
     def _stopped_without_it(self) -> str:
         return (
             f"{self._tuned.storage.masked_url} does not answer, so the study stopped without it. "
@@ -384,9 +392,7 @@ class Coordinator:
         page = self._pages.get(trial.number)
         said: dict[str, str] = {}
         if page is not None:
-            if not self._holds_lease():
-                self._tuned.storage.heartbeat()  # waits for the database; raises if it is lost
-            said = page.end(state)
+            said = page.end(state, may_draw=self._renews_lease)
         with self._together():
             for key, words in said.items():
                 trial.set_user_attr(key, words)
@@ -449,7 +455,7 @@ class Coordinator:
             for result in epochs:
                 self._running[trial] = max(self._running[trial], result.epoch)
                 self._watcher.epoch(trial, result)
-                self._pages[trial].epoch(result, may_draw=self._holds_lease())
+                self._pages[trial].epoch(result, may_draw=self._holds_lease)
                 yield result
 
     def _record_verdict(self, trial: FrozenTrial, prunes: bool) -> None:

@@ -12,7 +12,7 @@ import io
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 import optuna
@@ -60,21 +60,21 @@ class TrialPage:
                 self._trial.set_user_attr(key, value)
         self._hang(NETWORK_FILE, network_table(self._config, max_length))
 
-    def epoch(self, result: EpochResult, *, may_draw: bool = True) -> None:
+    def epoch(self, result: EpochResult, *, may_draw: Callable[[], bool]) -> None:
         """Takes in an epoch; one that was told before, by a lost worker, is replaced.
 
         Args:
             result: The epoch.
-            may_draw: No other coordinator can be drawing this trial by now.
+            may_draw: Whether no other coordinator can be drawing this trial by now.
         """
         del self._curve[result.epoch - 1 :]
         self._curve.append(result)
-        if may_draw and time.monotonic() - self._drawn_at > _DRAW_SECONDS:
-            self._draw(TrialState.RUNNING)
+        if time.monotonic() - self._drawn_at > _DRAW_SECONDS:
+            self._draw(TrialState.RUNNING, may_draw)
 
-    def end(self, state: TrialState) -> dict[str, str]:
+    def end(self, state: TrialState, *, may_draw: Callable[[], bool]) -> dict[str, str]:
         """Draws the whole curve; returns the attributes to write with the trial's end."""
-        self._draw(state)
+        self._draw(state, may_draw)
         spec = self._tuned.record.spec
         return notes(
             state,
@@ -85,7 +85,7 @@ class TrialPage:
             attributes=self._attributes(),
         )
 
-    def _draw(self, state: TrialState) -> None:
+    def _draw(self, state: TrialState, may_draw: Callable[[], bool]) -> None:
         spec = self._tuned.record.spec
         bracket = bracket_of(self._tuned, self._trial.number)
         drawing = draw_curves(
@@ -95,12 +95,15 @@ class TrialPage:
             max_epochs=spec.training.max_epochs,
             rungs=() if bracket is None else spec.brackets[bracket],
         )
-        self._hang(CURVES_FILE, drawing)
+        self._hang(CURVES_FILE, drawing, may_draw)
         self._drawn_at = time.monotonic()
 
-    def _hang(self, name: str, text: str) -> None:
+    def _hang(self, name: str, text: str, only_if: Callable[[], bool] | None = None) -> None:
+        number = self._trial.number
         try:
-            key, value = self._tuned.artifacts.hang(name, text.encode(), trial=self._trial.number)
+            key, value = self._tuned.artifacts.hang(
+                name, text.encode(), trial=number, only_if=only_if
+            )
         except OSError:  # a full disk must not cost the trial, and it is told of elsewhere
             return
         storage, trial_id = self._trial.storage, self._trial._trial_id
