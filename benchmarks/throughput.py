@@ -11,10 +11,14 @@ by 2 processes: three networks, and three who train them.
     plain     benchmarks/plain_keras.py: what a user writes from the docs of Optuna and Keras
     prefetch  the same with the improvements that TensorFlow's guide to tf.data and Keras suggest
 
-The rate is that of finished epochs from the first trial's start to the last one's end: building
-and tracing the network counts, importing TensorFlow once a process does not. Runs of a case are
-interleaved. `--quality` trains five seeds to the tenth epoch instead, and compares validation
-losses.
+The first trial of each process is left out, since it may hold the import of TensorFlow; from its
+end to the last one's end a process makes so many epochs a second, and the rates of all processes
+are added up. Asking, building and tracing a network count. Runs of a case are interleaved.
+`--quality` trains five seeds to the tenth epoch instead, and compares validation losses.
+
+The share of the machine's peak is what a step's multiply-adds take at the speed of a large matrix
+product in the same precision (2,048 x 2,048, one thread, the same run), as a part of the time that
+the epoch took on one thread; of the tuner's runs with one process.
 """
 
 from __future__ import annotations
@@ -33,11 +37,13 @@ from typing import Any
 import optuna
 from machine import processor
 
-from tuner.data import prepare
+from tuner.data import DataIdentity, prepare
 from tuner.objective import curve_of
+from tuner.precision import BFLOAT16_FROM, multiply_adds, multiply_adds_a_value
+from tuner.processes import has_fast_bfloat16
 from tuner.spec import StudySpec, load_spec, spec_from_document
 from tuner.storage import Storage
-from tuner.study import load
+from tuner.study import WORKER_KEY, load, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPICAL = {
@@ -67,6 +73,20 @@ LARGE = TYPICAL | {
     "batch_size": 128,
 }
 WHO = ("tuner", "plain", "prefetch")
+EPOCHS = {"a": 6, "b": 3, "c": 2}  # of a trial
+PEAK = """
+import json, time, tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(1)
+for dtype in ("float32", "bfloat16"):
+    x = tf.cast(tf.random.normal((2048, 2048)), dtype)
+    tf.matmul(x, x)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        tf.matmul(x, x).numpy()
+        times.append(time.perf_counter() - began)
+    print(json.dumps({dtype: 2048**3 / min(times) / 1e9}))
+"""
 
 
 def spec_of(case: str, *, trials: int, epochs: int) -> StudySpec:
@@ -102,7 +122,7 @@ def tuner(spec: StudySpec, processes: int, folder: Path) -> list[dict[str, Any]]
         trials = load(storage, spec.name, artifacts_root=folder / "artifacts").trials()
     return [
         {
-            "began": trial.datetime_start.timestamp(),
+            "process": trial.user_attrs[WORKER_KEY],
             "ended": trial.datetime_complete.timestamp(),
             "validation_losses": [epoch.validation_loss for epoch in curve_of(trial)],
         }
@@ -134,7 +154,11 @@ def plain(
     said = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise SystemExit(f"plain_keras.py ended with {[p.returncode for p in running]}")
-    return [json.loads(line) for lines in said for line in lines.splitlines()]
+    return [
+        {"process": number} | json.loads(line)
+        for number, lines in enumerate(said)
+        for line in lines.splitlines()
+    ]
 
 
 def measured(who: str, spec: StudySpec, processes: int, rows: Path) -> list[dict[str, Any]]:
@@ -146,9 +170,49 @@ def measured(who: str, spec: StudySpec, processes: int, rows: Path) -> list[dict
 
 
 def rate(trials: list[dict[str, Any]]) -> float:
-    """Epochs a second, from the first start to the last end."""
-    seconds = max(t["ended"] for t in trials) - min(t["began"] for t in trials)
-    return sum(len(trial["validation_losses"]) for trial in trials) / seconds
+    """Epochs a second of all processes, each from the end of its first trial to its last one's."""
+    total = 0.0
+    for process in {trial["process"] for trial in trials}:
+        first, *others = sorted(
+            (trial for trial in trials if trial["process"] == process),
+            key=lambda trial: float(trial["ended"]),
+        )
+        if others:
+            epochs = sum(len(trial["validation_losses"]) for trial in others)
+            total += epochs / (others[-1]["ended"] - first["ended"])
+    return total
+
+
+def measured_peak() -> dict[str, float]:
+    """Giga multiply-adds a second of a large matrix product on one thread, by precision."""
+    said = subprocess.run(
+        [sys.executable, "-c", PEAK], check=True, capture_output=True, text=True
+    ).stdout
+    found: dict[str, float] = {}
+    for line in said.splitlines():
+        found |= json.loads(line)
+    return {precision: round(speed, 1) for precision, speed in found.items()}
+
+
+def share_of_the_peak(
+    spec: StudySpec, data: DataIdentity, epochs_a_second: float, peak: dict[str, float]
+) -> dict[str, Any]:
+    """What an epoch needs, and how much of the peak it was done with.
+
+    A training step takes three products where inference takes one: the output, and the gradients
+    towards the weights and the inputs.
+    """
+    config = spec.space.suggest(optuna.create_study().ask())
+    rows = 3 * data.training_rows + data.validation_rows
+    needs = multiply_adds(config, data.max_length) * rows / 1e9
+    fast = has_fast_bfloat16()
+    enough = multiply_adds_a_value(config, data.max_length) >= BFLOAT16_FROM
+    precision = "bfloat16" if fast and enough else "float32"
+    return {
+        "precision": precision,
+        "giga_multiply_adds_an_epoch": round(needs, 1),
+        "share_of_the_peak": round(needs * epochs_a_second / peak[precision], 3),
+    }
 
 
 def main() -> None:
@@ -156,7 +220,6 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["a", "b", "c"], choices=["a", "b", "c"])
     parser.add_argument("--who", nargs="+", default=list(WHO), choices=WHO)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--epochs", type=int, default=3, help="of each trial")
     parser.add_argument("--trials", type=int, default=2, help="of each run and process")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quality", action="store_true", help="five seeds to the tenth epoch")
@@ -164,19 +227,21 @@ def main() -> None:
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if options.quality:
-        options.epochs, options.trials, options.processes, options.repeats = 10, 5, [1], 1
+        options.trials, options.processes, options.repeats = 5, [1], 1
     output = options.output or ROOT / "benchmarks/results" / (
         "throughput-quality.json" if options.quality else "throughput.json"
     )
     rows: list[dict[str, Any]] = []
+    peak = measured_peak()
     for case in options.cases:
-        spec = spec_of(case, trials=1, epochs=options.epochs)
+        epochs = 10 if options.quality else EPOCHS[case]
+        spec = spec_of(case, trials=1, epochs=epochs)
         prepared = prepare(spec.data, folder=ROOT, artifacts=ROOT / "runs/artifacts")
         runs: dict[tuple[str, int], list[float]] = {}
         losses: dict[str, list[float]] = {}
         for _ in range(options.repeats):
             for processes in options.processes:
-                spec = spec_of(case, trials=options.trials * processes, epochs=options.epochs)
+                spec = spec_of(case, trials=options.trials * processes, epochs=epochs)
                 for who in options.who:
                     trials = measured(who, spec, processes, prepared.development_file)
                     runs.setdefault((who, processes), []).append(rate(trials))
@@ -195,13 +260,17 @@ def main() -> None:
             if options.quality:
                 row["mean_best_validation_loss"] = round(statistics.mean(losses[who]), 4)
                 row["best_validation_losses"] = [round(loss, 4) for loss in losses[who]]
+            if who == "tuner" and processes == 1:
+                row |= share_of_the_peak(spec, prepared.identity, row["epochs_a_second"], peak)
             rows.append(row)
             print(json.dumps(row), flush=True)
         document = {
             "command": "benchmarks/throughput.py " + " ".join(sys.argv[1:]),
             "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": processor(),
-            "epochs_a_trial": options.epochs,
+            "versions": versions(),
+            "peak_giga_multiply_adds_a_second": peak,
+            "epochs_a_trial": 10 if options.quality else EPOCHS,
             "rows": rows,
         }
         output.parent.mkdir(parents=True, exist_ok=True)

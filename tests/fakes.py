@@ -131,12 +131,16 @@ class FakeWorkers:
         self._slots = slots
         self._train = train
         self.pausing = threading.Event()
+        self.fast_bfloat16 = False
         self.most_at_once = 0
         self._now = 0
         self._lock = threading.Lock()
 
     def slots(self) -> int:
         return self._slots
+
+    def has_fast_bfloat16(self) -> bool:
+        return self.fast_bfloat16
 
     def pause(self) -> None:
         self.pausing.set()

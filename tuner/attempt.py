@@ -30,6 +30,7 @@ from distributed import Status, Worker, WorkerPlugin, get_client, get_worker
 from tuner.curves import EpochResult
 from tuner.delivery import development_file
 from tuner.errors import EndReason, TrialEndedError
+from tuner.precision import Precision
 from tuner.processes import SAME_SIGNAL_SECONDS, THREADS_VARIABLE, silence_dask
 from tuner.space import ModelConfig
 from tuner.spec import TrainingSettings
@@ -54,7 +55,7 @@ class TrainingTask:
     trial: int
     rungs: tuple[int, ...]
     training: TrainingSettings
-    precision: Literal["float32", "bfloat16"]
+    precision: Precision
     threads: int
     development_file: str
     development_sha256: str

@@ -41,7 +41,14 @@ from tuner.errors import (
     WorkerLeftError,
     WorkerLostError,
 )
-from tuner.processes import SLOT, children_deaf_to_interrupts, silence_dask, training_environment
+from tuner.processes import (
+    BFLOAT16,
+    SLOT,
+    children_deaf_to_interrupts,
+    silence_dask,
+    training_environment,
+    training_resources,
+)
 from tuner.scheduler import (
     TlsFiles,
     exposure,
@@ -111,6 +118,7 @@ class Connection:
         self._offers: dict[str, Path] = {}
         self._on_loss: list[Callable[[], None]] = []
         self._slots = 0
+        self._has_fast_bfloat16 = False
         self._slots_seen_at = time.monotonic()
         self._are_workers_missed = False
         self._closed = threading.Event()
@@ -144,6 +152,10 @@ class Connection:
     def slots(self) -> int:
         """How many trainings the workers of this moment run at once, as of a second ago."""
         return self._slots if self.is_up else 0
+
+    def has_fast_bfloat16(self) -> bool:
+        """Whether every worker of this moment says that it is fast in bfloat16."""
+        return self._has_fast_bfloat16
 
     def require_workers(self) -> None:
         """Waits until a worker offers a slot.
@@ -261,7 +273,8 @@ class Connection:
         # A network may swallow what is sent: ask first in a way that has a limit.
         identity = self._client.scheduler.identity  # type: ignore[union-attr] # it is connected
         self._client.sync(identity, n_workers=0, callback_timeout=_SILENCE_SECONDS)
-        self._slots = int(self._client.run_on_scheduler(_glance(), topics))
+        glance = _glance()
+        self._slots, self._has_fast_bfloat16 = self._client.run_on_scheduler(glance, topics)
         if self._slots:
             self._slots_seen_at = time.monotonic()
 
@@ -325,19 +338,21 @@ class Connection:
             self._client.close(timeout=2)
 
 
-def _glance() -> Callable[..., int]:
-    """What a look at the scheduler runs there.
+def _glance() -> Callable[..., tuple[int, bool]]:
+    """What a look at the scheduler runs there: the slots, and whether all are fast in bfloat16.
 
     A function in a function travels by value: a scheduler need not have the tuner installed.
     """
-    resource = SLOT
+    slot, bfloat16 = SLOT, BFLOAT16
 
-    def glance(topics: Sequence[str], dask_scheduler: Any) -> int:
+    def glance(topics: Sequence[str], dask_scheduler: Any) -> tuple[int, bool]:
         for topic in topics:
             dask_scheduler._broker.truncate(topic)  # noqa: SLF001 - it has no public name
         workers = dask_scheduler.workers.values()
-        running = [worker for worker in workers if worker.status.name == "running"]
-        return int(sum(worker.resources.get(resource, 0) for worker in running))
+        offers = [worker.resources for worker in workers if worker.status.name == "running"]
+        offers = [resources for resources in offers if resources.get(slot)]
+        slots = int(sum(resources[slot] for resources in offers))
+        return slots, all(resources.get(bfloat16) for resources in offers)
 
     return glance
 
@@ -397,6 +412,10 @@ class Cluster:
     def slots(self) -> int:
         """How many trainings the workers of this moment run at once."""
         return self._connection.slots()
+
+    def has_fast_bfloat16(self) -> bool:
+        """Whether every worker of this moment is fast in bfloat16."""
+        return self._connection.has_fast_bfloat16()
 
     def pause(self) -> None:
         """Makes every running training save a checkpoint and end at its next epoch."""
@@ -487,7 +506,7 @@ class Cluster:
             trial=record.spec.training.seeded_as(trial),
             rungs=rungs,
             training=record.spec.training,
-            precision=record.precision,
+            precision=self._tuned.precision_of(config),
             threads=self._threads,
             development_file=str(self._development_file.absolute()),
             development_sha256=record.development_sha256,
@@ -772,7 +791,7 @@ def local_connection(workers: int, *, threads: int = 1, say: Say) -> Iterator[Co
                 dashboard_address=None,
                 # It serves HTTP all the same, at a port that another launch may have by default.
                 scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-                resources={SLOT: 1},
+                resources=training_resources(),
                 local_directory=folder,
                 env=environment,
                 silence_logs=logging.CRITICAL,

@@ -67,6 +67,10 @@ class Workers(Protocol):
         """How many trainings can run at once, now."""
         ...
 
+    def has_fast_bfloat16(self) -> bool:
+        """Whether all who train multiply bfloat16 in hardware, as of now."""
+        ...
+
     def pause(self) -> None:
         """Makes every running training end soon, with TrainingPausedError."""
         ...
@@ -112,6 +116,7 @@ class Coordinator:
         self._overview: Future[None] | None = None
         self._overview_due = 0.0
         self._slots = 0  # as the workers last said
+        self._is_precision_decided = False
         self._told_workers: int | None = None
         self._told_workers_at = 0.0
         self._heartbeat: Future[bool] | None = None
@@ -340,6 +345,9 @@ class Coordinator:
                     continue
                 if COORDINATOR_KEY in trial.user_attrs:
                     return self._adopt(trial)
+            if not self._is_precision_decided:  # there is a slot now, and so a worker to judge by
+                self._tuned.decide_precision(fast_bfloat16=self._workers.has_fast_bfloat16())
+                self._is_precision_decided = True
             asked = self._tuned.study.ask()
             self._tuned.record.spec.space.suggest(asked)
             if COORDINATOR_KEY not in asked.user_attrs:  # enqueued by the user

@@ -108,7 +108,7 @@ def _exported(tuned: TunedStudy, rank: int | None, trial: FrozenTrial) -> Export
         "seed": spec.seed,
         "spec_hash": spec.spec_hash,
         "config_hash": config_hash(config),
-        "precision": record.precision,
+        "precision": tuned.precision_of(config),
         "data": record.data.to_document(),
         "development_sha256": record.development_sha256,
         "versions": dict(record.versions),
@@ -145,7 +145,7 @@ def _study_file(
     }
     document["training"] |= {
         "as_trial": record.spec.training.seeded_as(trial.number),
-        "precision": record.precision,
+        "precision": tuned.precision_of(config),
     }
     document["data"].pop("fallback", None)
     document["data"]["source"] = _source(record)

@@ -7,8 +7,11 @@ What takes the time of a training step on a CPU is moving memory and a few slow 
   is needed at every position for the embedding;
 - a convolution's gradient towards its input is a convolution again, and TensorFlow's forward
   kernel computes it in half the time of its backward one;
-- the maximum over a window is one of its strided slices, again a fraction of TensorFlow's time;
-- batch normalisation under a mask has a gradient of three sums, written out here.
+- the maximum over a window is one of its strided slices, and its gradient goes the way back;
+- batch normalisation under a mask has a gradient of three sums, written out here;
+- dropout needs no 32 random bits an element, and no more than a product either way;
+- gelu and swish pass over the values as seldom as they can, and in float32: TensorFlow computes in
+  bfloat16 by converting there and back in every pass.
 
 `benchmarks/layers.py` measures each beside Keras' own. Exported networks have Keras' layers.
 """
@@ -16,6 +19,7 @@ What takes the time of a training step on a CPU is moving memory and a few slow 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -71,10 +75,30 @@ class MaximumPooling(layers.MaxPooling1D):
 
     def call(self, inputs: Tensor) -> Tensor:
         (size,) = self.pool_size
-        windows, rest = divmod(inputs.shape[1], size)
-        kept = inputs[:, : windows * size] if rest else inputs
-        within = tf.reshape(kept, [-1, windows, size, inputs.shape[-1]])
-        return functools.reduce(tf.maximum, tf.unstack(within, axis=2))
+        (pooled,) = _with_gradient(functools.partial(_pooled, size=size), inputs)
+        return pooled
+
+
+class Dropout(layers.Dropout):
+    """Keras' `Dropout`; the rate is rounded to 1 / 65,536."""
+
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        if not training:
+            return inputs
+        # Two elements share a random number of 32 bits: drawing them is most of the work.
+        shape = tf.shape(inputs)
+        elements = math.prod(inputs.shape[1:])
+        pairs = tf.random.stateless_uniform(
+            [shape[0], (elements + 1) // 2],
+            self.seed_generator.next(),
+            minval=None,
+            maxval=None,
+            dtype=tf.uint32,
+        )
+        drawn = tf.reshape(tf.bitcast(pairs, tf.uint16), [shape[0], -1])[:, :elements]
+        dropped = round(self.rate * 2**16)
+        kept = tf.cast(tf.reshape(drawn, shape) >= dropped, inputs.dtype)
+        return inputs * (kept * (2**16 / (2**16 - dropped)))
 
 
 class BatchNormalization(layers.BatchNormalization):
@@ -95,6 +119,19 @@ class BatchNormalization(layers.BatchNormalization):
         return ops.cast(outputs, self.compute_dtype)
 
 
+class SmoothActivation(layers.Layer):
+    """Keras' activation "gelu" or "swish"."""
+
+    def __init__(self, activation: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.supports_masking = True
+        self._recipe = {"gelu": _gelu, "swish": _swish}[activation]
+
+    def call(self, inputs: Tensor) -> Tensor:
+        (outputs,) = _with_gradient(self._recipe, inputs)
+        return outputs
+
+
 def _convolution(inputs: Tensor, kernel: Tensor, padding: str) -> Tensor:
     """Positions [n, length, channels] * [width, channels, filters] -> [n, length, filters]."""
     width = kernel.shape[0]
@@ -107,7 +144,7 @@ def _convolution(inputs: Tensor, kernel: Tensor, padding: str) -> Tensor:
         def gradient(dy: Tensor) -> tuple[Tensor, Tensor]:
             turned = tf.transpose(tf.reverse(w, [0]), [0, 2, 1])
             dx = _correlated(dy, turned, width - 1 - left, width - 1 - right)
-            return dx, _kernel_gradient(x, dy, w, left, right)
+            return dx, _kernel_gradient(x, dy, w, padding)
 
         return [y], gradient
 
@@ -122,16 +159,61 @@ def _correlated(x: Tensor, w: Tensor, left: int, right: int) -> Tensor:
     return tf.squeeze(y, 1)
 
 
-def _kernel_gradient(x: Tensor, dy: Tensor, w: Tensor, left: int, right: int) -> Tensor:
+def _kernel_gradient(x: Tensor, dy: Tensor, w: Tensor, padding: str) -> Tensor:
+    # oneDNN runs named paddings alone; an explicit one takes twice as long, in bfloat16 50 times.
     dw = tf.raw_ops.Conv2DBackpropFilter(
         input=tf.expand_dims(x, 1),
         filter_sizes=[1, *w.shape],
         out_backprop=tf.expand_dims(dy, 1),
         strides=[1, 1, 1, 1],
-        padding="EXPLICIT",
-        explicit_paddings=[0, 0, 0, 0, left, right, 0, 0],
+        padding=padding.upper(),
     )
     return tf.squeeze(dw, 0)
+
+
+def _pooled(x: Tensor, size: int) -> _Recipe:
+    """Positions [n, length, channels] -> their maxima [n, length // size, channels]."""
+    windows, rest = divmod(x.shape[1], size)
+    channels = x.shape[2]
+    within = tf.reshape(x[:, : windows * size] if rest else x, [-1, windows, size, channels])
+    best, *others = tf.unstack(within, axis=2)
+    leads = []  # of each position over the best before it; equal ones do not lead, as in Keras
+    for other in others:
+        leads.append(other - best)
+        best = tf.maximum(best, other)
+
+    def gradient(dy: Tensor) -> tuple[Tensor]:
+        shares: list[Tensor] = []
+        for lead in reversed(leads):
+            share = tf.raw_ops.ReluGrad(gradients=dy, features=lead)  # dy where it leads, else 0
+            shares.insert(0, share)
+            dy = dy - share
+        dx = tf.reshape(tf.stack([dy, *shares], axis=2), [-1, windows * size, channels])
+        return (tf.pad(dx, [[0, 0], [0, rest], [0, 0]]) if rest else dx,)
+
+    return [best], gradient
+
+
+def _gelu(x: Tensor) -> _Recipe:
+    v = tf.cast(x, tf.float32)
+    share = 0.5 + 0.5 * tf.math.erf(v * math.sqrt(0.5))  # of a normal distribution below v
+
+    def gradient(dy: Tensor) -> tuple[Tensor]:
+        density = math.sqrt(0.5 / math.pi) * tf.exp(-0.5 * v * v)
+        return (tf.cast(tf.cast(dy, tf.float32) * (share + v * density), x.dtype),)
+
+    return [tf.cast(v * share, x.dtype)], gradient
+
+
+def _swish(x: Tensor) -> _Recipe:
+    v = tf.cast(x, tf.float32)
+    share = tf.sigmoid(v)
+    y = v * share
+
+    def gradient(dy: Tensor) -> tuple[Tensor]:
+        return (tf.cast(tf.cast(dy, tf.float32) * (share + y * (1.0 - share)), x.dtype),)
+
+    return [tf.cast(y, x.dtype)], gradient
 
 
 def _normalized(
@@ -183,5 +265,5 @@ def _with_gradient(recipe: Callable[..., _Recipe], *inputs: Tensor) -> list[Tens
     """
     with record.stop_recording():
         outputs, gradient = recipe(*inputs)
-    record.record_operation(recipe.__name__, outputs, list(inputs), gradient)
+    record.record_operation("tuner", outputs, list(inputs), gradient)
     return outputs

@@ -20,11 +20,12 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from tuner.precision import Precision
 from tuner.space import (
     TOKENS,
     Activation,
@@ -43,7 +44,9 @@ def _quiet_import() -> Iterator[None]:
     Some lines cannot be switched off (TensorFlow 2.19 on, its issue 100442). A failing import
     still raises.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # from here on, warnings and info
+    # From here on nothing but what ends the process: what went wrong is raised as well, and oneDNN
+    # calls it an error that it leaves an operation to another kernel.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"
     stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -63,7 +66,6 @@ with _quiet_import():
     from tuner import fast_layers
 
 __all__ = [
-    "Precision",
     "build_model",
     "keras",
     "load_weights",
@@ -79,7 +81,6 @@ BATCH_NORMALIZATION_MOMENTUM = 0.9
 #: An embedding of fewer channels is faster convolved as it is (`benchmarks/layers.py`).
 LEAST_TOKEN_CONVOLUTION = 16
 
-Precision: TypeAlias = Literal["float32", "bfloat16"]
 Tensor: TypeAlias = Any  # a KerasTensor; Keras has no types
 Weights: TypeAlias = npt.NDArray[Any]
 
@@ -214,11 +215,11 @@ class _Builder:
             x = layers.LayerNormalization(dtype=self._policy, name=f"{name}_norm")(x)
         if self._fast and self._may_pool_first(block):
             pooled = self._pooled(_Positions(x, real), block, name)
-            pooled = replace(pooled, values=_activated(pooled.values, block.activation, name))
+            pooled = replace(pooled, values=self._activated(pooled.values, block.activation, name))
         else:
             # All activations keep 0 at 0, and so do both residuals: zeroing once, here, undoes
             # what bias and normalisation put on padding.
-            x = _zeroed(_activated(x, block.activation, name), real)
+            x = _zeroed(self._activated(x, block.activation, name), real)
             x = self._activity_penalty(x)
             x = self._residual(x, positions.values[:, :length], block, name)
             pooled = self._pooled(_Positions(x, real), block, name)
@@ -269,9 +270,7 @@ class _Builder:
         length = values.shape[1] // size
         first_real = real[:, : length * size : size]
         if maximum:
-            return _Positions(
-                ops.where(first_real, pool(_without_padding(positions)), 0), first_real
-            )
+            return _Positions(_zeroed(pool(_without_padding(positions)), first_real), first_real)
         # The mean over the window, padding included as 0, times size / real positions.
         share = pool(ops.cast(real, values.dtype))
         return _Positions(ops.divide(pool(values), ops.maximum(share, 1 / size)), first_real)
@@ -302,7 +301,18 @@ class _Builder:
             dtype=self._policy,
             name=name,
         )(x)
-        return self._activity_penalty(_activated(x, dense.activation, name))
+        return self._activity_penalty(self._activated(x, dense.activation, name))
+
+    def _activated(self, x: Tensor, activation: Activation, name: str) -> Tensor:
+        if self._fast and activation in ("gelu", "swish"):
+            return fast_layers.SmoothActivation(
+                activation, dtype=self._policy, name=f"{name}_activation"
+            )(x)
+        if activation == "swish":
+            # Keras' own registers a gradient function with TensorFlow for good, and with it keeps
+            # the graph of every network in memory.
+            return ops.multiply(x, ops.sigmoid(x))
+        return layers.Activation(activation, dtype=x.dtype, name=f"{name}_activation")(x)
 
     def _activity_penalty(self, x: Tensor) -> Tensor:
         if self._config.activity_l2 == 0.0:
@@ -314,7 +324,8 @@ class _Builder:
     def _dropout(self, x: Tensor, rate: float, name: str) -> Tensor:
         if rate == 0.0:
             return x
-        return layers.Dropout(rate, seed=self._layer_seed(name), dtype=self._policy, name=name)(x)
+        dropout = (fast_layers if self._fast else layers).Dropout
+        return dropout(rate, seed=self._layer_seed(name), dtype=self._policy, name=name)(x)
 
     def _glorot(self, name: str) -> keras.Initializer:
         return keras.initializers.GlorotUniform(seed=self._layer_seed(name))
@@ -329,14 +340,6 @@ def _l1_l2(l1: float, l2: float) -> keras.Regularizer | None:
     return keras.regularizers.L1L2(l1=l1, l2=l2) if l1 or l2 else None
 
 
-def _activated(x: Tensor, activation: Activation, name: str) -> Tensor:
-    if activation == "swish":
-        # Keras' own registers a gradient function with TensorFlow for good, and with it keeps the
-        # graph of every trial in memory.
-        return ops.multiply(x, ops.sigmoid(x))
-    return layers.Activation(activation, dtype=x.dtype, name=f"{name}_activation")(x)
-
-
 def _zeroed(values: Tensor, real: Tensor | None) -> Tensor:
     """`values` [n, length, channels] with padding set to 0."""
     # Not a product: 0 times infinity is no 0.
@@ -345,7 +348,10 @@ def _zeroed(values: Tensor, real: Tensor | None) -> Tensor:
 
 def _without_padding(positions: _Positions) -> Tensor:
     """The values with -inf at padding, which no maximum takes."""
-    return ops.where(positions.real, positions.values, -np.inf)
+    # Unlike a choice, a difference has nothing to compute in the gradient; a sum is none, as Keras
+    # takes one of as many positions as channels, in a batch of one, for that with a bias.
+    below = ops.cast(ops.where(positions.real, 0.0, np.inf), positions.values.dtype)
+    return ops.subtract(positions.values, below)
 
 
 def _head(positions: _Positions, head: Head) -> Tensor:

@@ -7,6 +7,8 @@ import logging
 import multiprocessing.resource_tracker
 import signal
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 from tuner.steady import keep_steady
 
@@ -14,6 +16,10 @@ keep_steady()  # coordinator, `tuner worker` and training processes alike import
 
 SAME_SIGNAL_SECONDS = 0.5  #: a signal that comes so soon after the first is the same wish
 SLOT = "slot"  #: the Dask resource: one training at a time for each
+BFLOAT16 = "bfloat16"  #: the Dask resource of workers whose processor multiplies bfloat16
+#: Flags of processors for which TensorFlow's oneDNN multiplies in bfloat16.
+_FAST_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+_PROCESSOR = Path("/proc/cpuinfo")
 THREADS_VARIABLE = "TUNER_WORKER_THREADS"  #: set by `tuner worker --threads`; wins over the task's
 
 
@@ -25,6 +31,26 @@ def training_environment(threads: int) -> dict[str, str]:
         "TF_NUM_INTEROP_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
+
+
+@cache
+def has_fast_bfloat16() -> bool:
+    """Whether this machine's processor multiplies bfloat16 in hardware.
+
+    What cannot be told (another system than Linux, another architecture) counts as no.
+    """
+    try:
+        lines = _PROCESSOR.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return not _FAST_FLAGS.isdisjoint(flags.split())
+
+
+def training_resources(*, has_gpu: bool = False) -> dict[str, int]:
+    """The Dask resources of a process that trains; what a GPU gains from bfloat16 is not known."""
+    fast = has_fast_bfloat16() and not has_gpu
+    return {SLOT: 1} | ({BFLOAT16: 1} if fast else {})
 
 
 def is_dask_heard() -> bool:

@@ -197,7 +197,7 @@ def _winner_document(
         "config": dataclasses.asdict(config),
         "config_hash": config_hash(config),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "precision": tuned.record.precision,
+        "precision": tuned.precision_of(config),
     }
 
 
@@ -316,7 +316,7 @@ def _validation_metrics(
     Weights that do not give the validation loss for which they were chosen (another file,
     another version of Keras) would waste the one opening.
     """
-    record, path = tuned.record, tuned.artifacts.weights(winner.number)
+    path = tuned.artifacts.weights(winner.number)
     development = _development(tuned)
     try:
         probabilities = _predict(evaluate, config, weights, development.validation_tokens)
@@ -327,7 +327,7 @@ def _validation_metrics(
             f"({error}). Was the file damaged, or written by another version? Put a sound copy "
             "there. Nothing was opened."
         ) from error
-    if abs(metrics.loss - (winner.value or 0.0)) > _LOSS_TOLERANCE[record.precision]:
+    if abs(metrics.loss - (winner.value or 0.0)) > _LOSS_TOLERANCE[tuned.precision_of(config)]:
         raise StudyError(
             f"{path}: these weights have a validation loss of {metrics.loss:.4f}, but trial "
             f"{winner.number} is recorded with {winner.value:.4f}. Are they another trial's, or "

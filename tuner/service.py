@@ -190,6 +190,9 @@ class Turn:
         wish = study.unfinished()  # may wait for the database: not under the lock of all
         return self._turns._grant(self, study, self._workers.slots(), wish)  # noqa: SLF001
 
+    def has_fast_bfloat16(self) -> bool:
+        return self._workers.has_fast_bfloat16()
+
     def pause(self) -> None:
         self._turns._give_back(self)  # noqa: SLF001
         self._workers.pause()

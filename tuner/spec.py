@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tuner.errors import SpecError
+from tuner.precision import Precision
 from tuner.space import KEYS, ParameterValue, SearchSpace
 from tuner.space_file import (
     check_lengths,
@@ -190,8 +191,8 @@ class TrainingSettings(_Table):
     as_trial: int | None = Field(default=None, ge=0, le=2**31 - 1)
     """weights, shuffling and dropout are those of this trial number, in every trial"""
 
-    def decided_precision(self) -> Literal["float32", "bfloat16"]:
-        """What "auto" means: float32, which is right everywhere. A study stores what it was."""
+    def precision_alone(self) -> Precision:
+        """What "auto" means where no study decides it (`TunedStudy.precision_of`): float32."""
         return "float32" if self.precision == "auto" else self.precision
 
     def seeded_as(self, trial: int) -> int:

@@ -26,6 +26,8 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.artifacts import HUNG_PREFIXES, StudyArtifacts, study_folder_name
 from tuner.data import DataIdentity
 from tuner.errors import StudyError
+from tuner.precision import BFLOAT16_FROM, Precision, multiply_adds_a_value
+from tuner.space import ModelConfig
 from tuner.spec import StudySpec, spec_from_document
 from tuner.storage import COORDINATOR_KEY, Storage
 
@@ -34,6 +36,8 @@ RECORD_KEY = "tuner"
 #: Study attributes that change while it lives.
 BUDGET_KEY = "trials"
 WORKERS_KEY = "workers"
+#: What precision "auto" means in this study: `tuner.precision.BFLOAT16_FROM`, or None for never.
+BFLOAT16_FROM_KEY = "bfloat16_from"
 ERROR_KEY = "error"  # why the service gave the study up; None once it is launched again
 #: The trial attribute that counts how often a trial was taken up again.
 RESUMED_KEY = "resumed"
@@ -60,7 +64,7 @@ class StudyRecord:
     spec: StudySpec
     data: DataIdentity
     development_sha256: str  #: of the development file, under artifacts/development
-    precision: Literal["float32", "bfloat16"]  #: what "auto" was decided to be
+    precision: Literal["auto", "float32", "bfloat16"]  #: see `TunedStudy.precision_of`
     sampler: Mapping[str, Any]  #: class and settings
     pruner: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -93,6 +97,25 @@ class TunedStudy:
     @property
     def budget(self) -> int:
         return int(self.study.user_attrs[BUDGET_KEY])
+
+    def precision_of(self, config: ModelConfig) -> Precision:
+        """In which precision the study trains this network."""
+        asked = self.record.precision
+        if asked != "auto":
+            return asked
+        fewest = self.study.user_attrs.get(BFLOAT16_FROM_KEY)
+        enough = multiply_adds_a_value(config, self.record.data.max_length)
+        return "bfloat16" if fewest is not None and enough >= fewest else "float32"
+
+    def decide_precision(self, *, fast_bfloat16: bool) -> None:
+        """Decides what "auto" means, once: also for who takes the study up on other machines.
+
+        Args:
+            fast_bfloat16: Every worker of this moment multiplies bfloat16 in hardware.
+        """
+        if self.record.precision == "auto" and BFLOAT16_FROM_KEY not in self.study.user_attrs:
+            fewest = BFLOAT16_FROM if fast_bfloat16 else None
+            self.study.set_user_attr(BFLOAT16_FROM_KEY, fewest)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or None)
@@ -302,7 +325,7 @@ def _create(
         spec=spec,
         data=data,
         development_sha256=development_sha256,
-        precision=spec.training.decided_precision(),
+        precision=spec.training.precision,
         sampler=_sampler_document(spec),
         pruner=_pruner_document(spec),
         versions=versions(),

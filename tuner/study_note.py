@@ -15,7 +15,14 @@ from typing import Any
 from optuna.trial import TrialState
 
 from tuner.objective import curve_of
-from tuner.study import State, StudyStatus, TunedStudy, bracket_of, status
+from tuner.study import (
+    BFLOAT16_FROM_KEY,
+    State,
+    StudyStatus,
+    TunedStudy,
+    bracket_of,
+    status,
+)
 from tuner.trial_page import AGAIN_KEY, storage_option
 
 _STATE_WORDS: dict[State, str] = {
@@ -155,10 +162,19 @@ def _data(tuned: TunedStudy) -> str:
         ("split", f"{_escaped(split.rule)}, seed {data.split_seed}"),
         ("split identity", f"`{data.split_id[:16]}`"),
         ("study file", f"`{record.spec.spec_hash[:16]}`, seed {record.spec.seed}"),
-        ("precision", record.precision),
+        ("precision", _precision(tuned)),
     ]
     lines = [f"| {name} | {value} |" for name, value in rows]
     return "### Data and split\n\n" + "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+def _precision(tuned: TunedStudy) -> str:
+    if tuned.record.precision != "auto":
+        return tuned.record.precision
+    fewest = tuned.study.user_attrs.get(BFLOAT16_FROM_KEY)
+    if fewest is None:
+        return "float32"
+    return f"bfloat16 for networks of {fewest:g} multiply-adds a value or more, else float32"
 
 
 def _next(tuned: TunedStudy, now: StudyStatus, state: State) -> str:

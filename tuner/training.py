@@ -23,7 +23,6 @@ from tuner.curves import EpochResult
 from tuner.data import DevelopmentData
 from tuner.errors import TrialEndedError
 from tuner.model import (
-    Precision,
     build_model,
     keras,
     load_weights,
@@ -31,6 +30,7 @@ from tuner.model import (
     named_weights,
     tf,
 )
+from tuner.precision import Precision
 from tuner.space import ModelConfig
 from tuner.spec import TrainingSettings
 
@@ -335,7 +335,7 @@ class LocalTraining:
             trial=self._training.seeded_as(trial),
             max_epochs=self._training.max_epochs,
             patience=self._training.patience,
-            precision=self._training.decided_precision(),
+            precision=self._training.precision_alone(),
             max_trial_seconds=self._training.max_trial_seconds,
         )
         yield from run.epochs()

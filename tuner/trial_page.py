@@ -50,7 +50,7 @@ class TrialPage:
         known = {
             NOTE_KEY: "In training.",
             "seed": f"{record.spec.seed}, as trial {record.spec.training.seeded_as(number)}",
-            "precision": record.precision,
+            "precision": self._tuned.precision_of(self._config),
             "parameters": parameter_count(self._config, max_length),
             AGAIN_KEY: train_again(self._tuned, number),
         }

@@ -36,12 +36,12 @@ from distributed.system import MEMORY_LIMIT
 from tuner.errors import ClusterError
 from tuner.processes import (
     SAME_SIGNAL_SECONDS,
-    SLOT,
     THREADS_VARIABLE,
     children_deaf_to_interrupts,
     is_dask_heard,
     silence_dask,
     training_environment,
+    training_resources,
 )
 from tuner.scheduler import (
     SchedulerFileMissingError,
@@ -312,7 +312,7 @@ class _Host:
             Nanny(
                 address,
                 nthreads=1,
-                resources={SLOT: 1},
+                resources=training_resources(has_gpu="CUDA_VISIBLE_DEVICES" in environment),
                 memory_limit=memory_bytes,
                 local_directory=self._folder,
                 security=None if settings.tls is None else settings.tls.security(),
