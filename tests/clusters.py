@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 from ports import free_port
 
+from tuner.cluster import Connection
+
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULER = (
     *("-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1"),
@@ -106,6 +108,15 @@ def scheduler(port: int | None = None, more: Sequence[str] = ()) -> Iterator[str
     with program(*SCHEDULER, "--port", str(port), *more) as running:
         running.says("Scheduler at")
         yield f"{'tls' if more and '--tls-ca-file' in more else 'tcp'}://127.0.0.1:{port}"
+
+
+def assert_memory_is_kept(connection: Connection) -> None:
+    """Malloc of the training processes keeps what a step freed: it reads this as they start."""
+    started_with = connection.client.run(lambda: Path("/proc/self/environ").read_text().split("\0"))
+    assert started_with
+    for environment in started_with.values():
+        assert "MALLOC_TRIM_THRESHOLD_=1073741824" in environment
+        assert "MALLOC_MMAP_THRESHOLD_=33554432" in environment
 
 
 def eventually(is_true: Callable[[], bool], timeout: float = 30) -> bool:

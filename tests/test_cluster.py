@@ -16,7 +16,7 @@ from pathlib import Path
 import dask
 import psutil
 import pytest
-from clusters import eventually
+from clusters import assert_memory_is_kept, eventually
 from fakes import FakeRun, Notes, assert_whole, make_study, small_spec
 from optuna.trial import TrialState
 
@@ -60,6 +60,11 @@ def test_a_study_runs_on_workers_to_its_budget(tmp_path: Path, local: Connection
             process = int(curve_of(trial)[-1].seconds)
             assert trial.user_attrs[WORKER_KEY] == f"{socket.gethostname()}, process {process}"
             assert RESUMED_FROM_KEY not in trial.user_attrs
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc here")
+def test_a_training_process_keeps_the_memory_that_a_step_frees(local: Connection) -> None:
+    assert_memory_is_kept(local)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])

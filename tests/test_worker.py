@@ -26,6 +26,7 @@ from clusters import (
     SCHEDULER,
     TUNER_WORKER,
     Program,
+    assert_memory_is_kept,
     eventually,
     program,
     scheduler,
@@ -244,6 +245,8 @@ def test_workers_join_die_and_fetch_data_over_an_external_scheduler(
     pids: set[int] = set()
     with program(*TUNER_WORKER, address, environment=cache) as first:
         connection.require_workers()
+        if Path("/proc/self/environ").exists():
+            assert_memory_is_kept(connection)
         with Cluster(
             connection, tuned, development_file=rows, threads=1, open_run=DataRun
         ) as cluster:

@@ -44,6 +44,7 @@ from tuner.errors import (
 from tuner.processes import (
     BFLOAT16,
     SLOT,
+    TRAINING_SETTINGS,
     children_deaf_to_interrupts,
     silence_dask,
     training_environment,
@@ -769,7 +770,7 @@ def local_connection(workers: int, *, threads: int = 1, say: Say) -> Iterator[Co
     """
     silence_dask()
     environment = training_environment(threads)
-    settings: dict[str, Any] = {
+    settings: dict[str, Any] = TRAINING_SETTINGS | {
         # A task whose worker died comes back to us at once: the coordinator decides.
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": True,

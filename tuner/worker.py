@@ -37,6 +37,7 @@ from tuner.errors import ClusterError
 from tuner.processes import (
     SAME_SIGNAL_SECONDS,
     THREADS_VARIABLE,
+    TRAINING_SETTINGS,
     children_deaf_to_interrupts,
     is_dask_heard,
     silence_dask,
@@ -60,7 +61,7 @@ _JOIN_SECONDS = 30.0  #: for a worker process to start and register
 _LEAVE_SECONDS = 6.0  #: for a worker process to give its trial back and end
 _LEAST_MEMORY = "100MB"  #: a training process that does nothing takes about as much
 #: A worker that Dask pauses, or that spills, accepts trials and never trains them.
-_DASK_SETTINGS = {
+_DASK_SETTINGS = TRAINING_SETTINGS | {
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
