@@ -22,7 +22,7 @@ from tuner.errors import StudyError, TrialEndedError, WorkerLostError
 from tuner.export import config_of_trial, write_configs
 from tuner.space import parameter_count
 from tuner.spec import load_spec
-from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete
+from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete, status
 from tuner.trial_page import (
     AGAIN_KEY,
     COST_KEY,
@@ -280,6 +280,25 @@ def test_delete_takes_down_what_hangs_on_trials_of_this_study_alone(
     assert len(list(dashboard_folder(tmp_path / "artifacts").iterdir())) == len(kept) + 2 * 3 + 1
     delete(tuned)
     assert set(dashboard_folder(tmp_path / "artifacts").iterdir()) == kept
+
+
+def test_what_hangs_on_a_study_and_its_trials_counts_as_its_disk(
+    study: Make, tmp_path: Path
+) -> None:
+    tuned = study(trials=3)
+    assert status(tuned).bytes_on_disk == 0
+    Coordinator(tuned, FakeWorkers(1), Notes()).run()
+    key, value = tuned.artifacts.hang("report.html", b"x" * 1000)
+    tuned.storage.optuna.set_study_system_attr(tuned.id, key, value)
+    files = list(dashboard_folder(tmp_path / "artifacts").iterdir())
+    assert len(files) == 3 * 2 + 1
+    weights = sum(path.stat().st_size for path in tuned.artifacts.folder.rglob("*.npz"))
+    expected = weights + sum(path.stat().st_size for path in files)
+    assert status(tuned).bytes_on_disk == expected
+    # A user takes the file down in the dashboard; the attribute stays behind, empty.
+    tuned.artifacts.take_down(key.partition(":")[2])
+    tuned.storage.optuna.set_study_system_attr(tuned.id, key, "null")
+    assert status(tuned).bytes_on_disk == expected - 1000
 
 
 def test_a_drawing_takes_a_few_kilobytes() -> None:

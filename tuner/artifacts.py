@@ -7,9 +7,10 @@ import json
 import mimetypes
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class StudyArtifacts:
     """The files of one study."""
 
     folder: Path
+    _sizes: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     def checkpoint(self, trial: int) -> Path:
         """Where a running trial goes on from; removed when the trial ends."""
@@ -120,11 +122,17 @@ class StudyArtifacts:
             if path.stem.isdigit() and int(path.stem) not in open_trials:
                 path.unlink(missing_ok=True)
 
-    def bytes_on_disk(self) -> int:
-        total = 0
-        for path in self.folder.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # a trial ended just now
-                total += path.stat().st_size if path.is_file() else 0
+    def bytes_on_disk(self, hanging: Iterable[str] = ()) -> int:
+        """What its own files take, and those with these ids that hang in the dashboard.
+
+        The latter are looked at once: there are thousands, and each is a few kilobytes.
+        """
+        folder = dashboard_folder(self.folder.parent)
+        total = sum(map(_size, self.folder.rglob("*")))
+        for identity in hanging:
+            if identity not in self._sizes:
+                self._sizes[identity] = _size(folder / identity)
+            total += self._sizes[identity]
         return total
 
     def delete(self) -> None:
@@ -157,6 +165,15 @@ def artifact_store(root: Path) -> FileSystemArtifactStore:
 def development_path(root: Path, sha256: str) -> Path:
     """Training and validation rows, named by their content: studies may share them."""
     return root / "development" / f"{sha256}.npz"
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 of a folder, or of what is not there (any more)."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def study_folder_name(name: str) -> str:

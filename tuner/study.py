@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import math
 import platform
 import time
 import uuid
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -417,11 +416,17 @@ def _take_down_what_hangs(tuned: TunedStudy) -> None:
     """Removes the files that the dashboard shows with a study and its trials."""
     trials = tuned.trials()
     tuned.artifacts.take_down_pages(trial.number for trial in trials)
+    for identity in _hanging(tuned, trials):
+        tuned.artifacts.take_down(identity)
+
+
+def _hanging(tuned: TunedStudy, trials: Iterable[FrozenTrial]) -> Iterator[str]:
+    """The ids of the files that the dashboard shows with a study and its trials."""
     on_study = tuned.storage.optuna.get_study_system_attrs(tuned.id)
     for attributes in (on_study, *(trial.system_attrs for trial in trials)):
         for key, value in attributes.items():
-            if key.startswith(HUNG_PREFIXES) and (described := json.loads(value)):
-                tuned.artifacts.take_down(described["artifact_id"])
+            if key.startswith(HUNG_PREFIXES) and value != "null":  # what was taken down
+                yield key.rpartition(":")[2]
 
 
 def refuse_a_reported_study(tuned: TunedStudy) -> None:
@@ -515,7 +520,8 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
 
     Args:
         tuned: The study.
-        driven: This process drives it: everything is in memory, and no database is asked.
+        driven: This process drives it: everything is in memory, and no database is asked; the
+            thousands of small files that hang in the dashboard are not counted.
     """
     trials = tuned.trials()
     counts = {state.name: 0 for state in TrialState}
@@ -556,7 +562,7 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
         resumed_trials=sum(1 for trial in trials if trial.user_attrs.get(RESUMED_KEY)),
         brackets=tuple(brackets),
         synthetic=tuned.record.data.synthetic,
-        bytes_on_disk=tuned.artifacts.bytes_on_disk(),
+        bytes_on_disk=tuned.artifacts.bytes_on_disk(() if driven else _hanging(tuned, trials)),
         error=attributes.get(ERROR_KEY),
     )
 
