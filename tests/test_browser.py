@@ -14,15 +14,30 @@ from browsers import headless
 from fakes import ready_sqlite
 from finished_study import finished_study
 from lab import PASSWORDS, write_study_file, write_users
+from optuna.artifacts import upload_artifact
+from optuna.trial import TrialState
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tuner.artifacts import artifact_store
 from tuner.dashboard import DashboardServer, Settings, make_server
 from tuner.objective import CURVE_KEY
 from tuner.pages import Places
 from tuner.storage import Storage
+from tuner.trial_page import draw_curves
+
+#: What on Optuna's page changes something, by the names under which `dashboard.css` hides it.
+CHANGING = {
+    "create": '[data-testid="AddBoxIcon"]',
+    "rename": '[aria-label="rename study"]',
+    "delete": '[aria-label="delete study"]',
+    "fail": '[data-testid="StopCircleIcon"]',
+    "note": '[data-testid="EditIcon"]',
+    "remove file": '[aria-label="delete artifact"]',
+    "upload": '[data-testid="UploadFileIcon"]',
+}
 
 SECONDS = 60  # longest wait for a page; the browser itself takes long on a busy machine
 
@@ -167,6 +182,49 @@ def test_a_person_s_round_through_the_dashboard(
     assert "Log in" in text_of(chrome)
     chrome.get(f"{server.url}dashboard")
     assert "/tuner/login" in chrome.current_url
+
+
+def offered(chrome: Chrome) -> dict[str, bool]:
+    """Buttons of Optuna's page that change something, and whether one can see them."""
+    found = {name: chrome.find_elements(By.CSS_SELECTOR, one) for name, one in CHANGING.items()}
+    return {name: any(one.is_displayed() for one in all_) for name, all_ in found.items() if all_}
+
+
+def test_optuna_s_page_offers_no_button_that_is_refused_and_wraps_its_lines(
+    server: DashboardServer, chrome: Chrome, tmp_path: Path
+) -> None:
+    with Storage(ready_sqlite(tmp_path)) as coordinator:
+        study = optuna.load_study(study_name="demo", storage=coordinator.optuna)
+        running = study.ask()
+        running.set_user_attr("note", "a sentence that goes on and on " * 30)
+        file = tmp_path / "curves.svg"
+        file.write_text(draw_curves([], TrialState.RUNNING, title="", max_epochs=9, rungs=()))
+        upload_artifact(
+            artifact_store=artifact_store(tmp_path / "artifacts"), file_path=str(file),
+            study_or_trial=running, storage=coordinator.optuna,
+        )  # fmt: skip
+    trial = f"{server.url}dashboard/studies/1/trials?numbers={running.number}"
+    # A button that Optuna renamed would be none of these, and would be missed here.
+    for name, may in (("ada", True), ("vic", False)):
+        chrome.get(f"{server.url}tuner")
+        log_in(chrome, name, PASSWORDS[name])
+        wait(chrome, shows(f"{name} ("))
+        chrome.get(f"{server.url}dashboard")
+        wait(chrome, shows("1. demo"))
+        assert offered(chrome) == {"create": False, "rename": False, "delete": may}
+        chrome.get(trial)
+        wait(chrome, shows(f"Trial {running.number} ("))
+        wait(chrome, shows("curves.svg"))
+        changing = {"note": may, "remove file": may, "upload": may}
+        assert offered(chrome) == {"fail": False, **changing}
+        width = "return document.documentElement.scrollWidth - innerWidth"
+        assert chrome.execute_script(width) <= 0
+        drawing = chrome.find_element(By.CSS_SELECTOR, 'img[alt="curves.svg"]')
+        assert drawing.size["width"] > 600
+        assert complaints(chrome) == []
+        chrome.get(f"{server.url}tuner")
+        press(chrome, "Log out")
+        wait(chrome, lambda page: page.find_element(By.ID, "password"))
 
 
 def test_a_viewer_is_offered_nothing_to_press_and_a_file_s_mistakes_are_shown(

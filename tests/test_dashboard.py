@@ -112,7 +112,8 @@ def test_the_studies_of_the_storage_are_shown_with_a_way_to_the_pages(local: Bro
     assert [one["study_name"] for one in document["study_summaries"]] == ["demo"]
     page = local.get("/dashboard").text
     assert "<title>" in page
-    assert '<a href="/tuner"' in page
+    assert '<a href="/tuner" id="tuner-pages" class="editor">launch and export</a></body>' in page
+    assert local.get("/tuner/static/dashboard.css").mimetype == "text/css"
     assert local.get("/").location == "/dashboard"
 
 
@@ -437,12 +438,17 @@ def test_every_answer_carries_the_headers_that_keep_other_sites_out(local: Brows
         assert headers["X-Frame-Options"] == "DENY"
         assert headers["Referrer-Policy"] == "same-origin"
         assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert "camera=()" in headers["Permissions-Policy"]
         assert headers["Cache-Control"] == "no-store"
         (policy,) = headers.getlist("Content-Security-Policy")
         assert "frame-ancestors 'none'" in policy
         script = re.search(r"script-src ([^;]*)", policy)
         assert script
         assert "unsafe-inline" not in script[1]
+        if path.startswith("/tuner"):
+            assert policy.startswith("default-src 'none'")
+            assert "unsafe" not in policy
         assert "Access-Control-Allow-Origin" not in headers
 
 
@@ -463,6 +469,8 @@ def test_an_uploaded_page_runs_in_an_origin_of_its_own(lab: Lab) -> None:
     assert policy.startswith("sandbox allow-scripts; default-src 'none'")
     assert "allow-same-origin" not in policy
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["X-Frame-Options"] == "SAMEORIGIN"
+    assert answer.headers["Cache-Control"] == "no-store"
     # Optuna sends *, for every site on the web to read.
     assert "Access-Control-Allow-Origin" not in answer.headers
     assert not list(lab.folder.parent.rglob("evil.html"))
@@ -778,6 +786,8 @@ def test_a_signal_ends_it_without_a_traceback(
     storage: Storage, tmp_path: Path, how: signal.Signals
 ) -> None:
     code = (
+        # A shell starts what it runs in the background with SIGINT ignored, and so these tests.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, pathlib; from tuner.dashboard import Settings, serve\n"
         "from tuner.pages import Places; from tuner.storage import Storage\n"
         "with Storage(sys.argv[1]) as storage:\n"

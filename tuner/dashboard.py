@@ -106,10 +106,10 @@ SANDBOX_POLICY = (
 )
 
 
-_LINK = (
-    b'<a href="/tuner" style="position:fixed;left:50%;top:14px;z-index:2000;padding:4px 14px;'
-    b"border-radius:16px;background:#fff;color:#1f5fbf;font:600 14px system-ui,sans-serif;"
-    b'text-decoration:none;box-shadow:0 1px 4px #0006">launch and export</a>'
+#: What is added to Optuna's page: the way to ours, and what hides the buttons that are refused.
+_ADDED = (
+    '<link rel="stylesheet" href="{root}/static/dashboard.css">'
+    '<a href="{root}" id="tuner-pages" class="{role}">{text}</a></body>'
 )
 
 
@@ -451,7 +451,10 @@ class _Shown:
             environ.pop(header, None)
         page = _Kept()
         self._ask(environ, page)
-        body = page.body.replace(b"</body>", _LINK + b"</body>", 1)
+        role = environ[pages.VISITOR_KEY].role
+        text = "launch and export" if role == "editor" else "progress and export"
+        added = _ADDED.format(root=pages.ROOT, role=role, text=text)
+        body = page.body.replace(b"</body>", added.encode(), 1)
         other = ("content-length", "last-modified", "etag", "accept-ranges")
         headers = [(name, value) for name, value in page.headers if name.lower() not in other]
         answer(page.status, [*headers, ("Content-Length", str(len(body)))])

@@ -69,7 +69,7 @@ REPORT_POLICY = (
 
 MAX_TOP = 100  #: configurations in one export
 _FRESH_SECONDS = 2.0  #: so long a status is shown again; many browsers ask for it at once
-_STATIC = {"pages.css": "text/css", "pages.js": "text/javascript"}
+_STATIC = {"pages.css": "text/css", "dashboard.css": "text/css", "pages.js": "text/javascript"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
