@@ -187,7 +187,14 @@ def test_a_file_of_the_data_folder_is_read_and_a_link_out_of_it_is_not(tmp_path:
     (tmp_path / "outside.csv").write_text("secret")
     (folder / "link.csv").symlink_to(tmp_path / "outside.csv")
     (folder / "folder.csv").mkdir()
-    for source in ("link.csv", "folder.csv", "missing.csv", "../outside.csv"):
+    for source in (
+        "link.csv",
+        "folder.csv",
+        "missing.csv",
+        "../outside.csv",
+        "folder.csv/../rows.csv",
+        str(folder / "rows.csv"),  # the answer must not tell where the folder is
+    ):
         with pytest.raises(SpecError, match="by its name alone"):
             orders.spec_of_an_upload(
                 study_file(source=source).encode(), "x.toml", (), data_folder=folder
