@@ -828,6 +828,10 @@ def test_mistakes_of_file_and_overrides_come_together(problems):
         ("name = 'x\n", 1, "quotes that it began with"),
         ("x = 1 y = 2", 1, "one key a line"),
         ("a = " + "[" * 3000, None, "nested too deeply"),
+        ("a = " + "[" * 200 + "]" * 200, None, "nested too deeply"),
+        ("[data]\n" + "a." * 50_000 + "a = 1", 2, "keys of a few parts"),
+        ("[data]\n" + "'a b' . " * 50_000 + "a = 1", 2, "keys of a few parts"),
+        ("[data]\n" + f"{'a' * 120}." * 500 + "a = 1", None, "keys of a few parts"),
         ("a = 1" + "0" * 5000, None, "thousands of digits"),
     ],
 )

@@ -159,17 +159,18 @@ def _read_choices(
         message = f"must be a list of at least one value, not {shown(choices)}"
         mistakes.append(Mistake(path=path, value=choices, message=message))
         return None
-    seen: list[ParameterValue] = []
+    # As `same_value` compares, but not each with each: a file may list thousands.
+    seen: dict[tuple[bool, ParameterValue], ParameterValue] = {}
     for index, choice in enumerate(choices):
         if not key.allows(choice):
             message = must_be(key, choice)
-        elif any(same_value(choice, other) for other in seen):
+        elif (isinstance(choice, bool), choice) in seen:
             message = f"{shown(choice)} stands twice; remove one"
         else:
-            seen.append(choice)
+            seen[isinstance(choice, bool), choice] = choice
             continue
         mistakes.append(Mistake(path=(*path, index), value=choice, message=message))
-    return Choices(choices=tuple(seen)) if len(mistakes) == before else None
+    return Choices(choices=tuple(seen.values())) if len(mistakes) == before else None
 
 
 _RANGE_KEYS = ("low", "high", "step", "log")

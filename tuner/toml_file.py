@@ -17,6 +17,13 @@ from tuner.space import toml_value
 from tuner.toml_lines import KeyPath, key_lines
 
 MAX_FILE_BYTES = 1_000_000
+_MAX_DEPTH = 32  #: parts of a key such as `a.b.c`, and values within values
+#: A key of thousands of parts, over which `tomllib` takes minutes. The expression is bounded
+#: everywhere, or it would take as long itself; of parts that are longer a file has few.
+_LONG_KEY = re.compile(
+    r"""(?<![\w-])(?:(?:[\w-]{1,99}+|"(?:[^"\\\n]|\\.){0,99}+"|'[^'\n]{0,99}+')"""
+    rf"[ \t]{{0,99}}+\.[ \t]{{0,99}}+){{{_MAX_DEPTH}}}"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,8 +203,13 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     Raises:
         SpecError: The syntax is wrong; only the first mistake can be told.
     """
+    long = _LONG_KEY.search(text)
     try:
-        return tomllib.loads(text)
+        if long is not None:
+            raise RecursionError
+        document = tomllib.loads(text)
+        _refuse_depth(document)
+        return document
     except tomllib.TOMLDecodeError as error:
         place = re.search(r" ?\(at (?:line (\d+), column \d+|end of document)\)$", str(error))
         what = str(error)[: place.start()] if place else str(error)
@@ -206,8 +218,12 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         line = int(place[1] or text.rstrip().count("\n") + 1) if place else None
         cause: Exception = error
     except RecursionError as error:
-        message = "is nested too deeply for a study file; write fewer brackets in brackets"
-        line, cause = None, error
+        message = (
+            "is nested too deeply for a study file; write fewer brackets in brackets, and keys of "
+            "a few parts"
+        )
+        line = text.count("\n", 0, long.start()) + 1 if long else None
+        cause = error
     except ValueError as error:  # of int(): Python reads no more than 4300 digits
         message = "holds a number of thousands of digits; shorten it"
         line, cause = None, error
@@ -215,6 +231,21 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     value = lines[line - 1].strip() if line and line <= len(lines) else ""
     problem = Problem(file=str(path), line=line, key="", value=value[:60], message=message)
     raise SpecError([problem]) from cause
+
+
+def _refuse_depth(document: dict[str, Any]) -> None:
+    """Lets nothing through that a recursive function could fail on.
+
+    Raises:
+        RecursionError: Its values lie deeper in one another than any study file's.
+    """
+    level: list[Any] = [document]
+    for _ in range(_MAX_DEPTH):
+        inside = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [value for values in inside for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise RecursionError
 
 
 # Overrides.
