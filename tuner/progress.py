@@ -136,6 +136,10 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
+def _name(one: StudyStatus) -> str:
+    return escape(one.study) + (" [yellow](synthetic data)[/]" if one.synthetic else "")
+
+
 def status_table(studies: list[StudyStatus]) -> Table:
     """The studies of a storage, a row each."""
     table = Table(box=None, pad_edge=False)
@@ -144,7 +148,7 @@ def status_table(studies: list[StudyStatus]) -> Table:
     for one in studies:
         best = "-" if one.best is None else f"{one.best.value:.4f} (trial {one.best.number})"
         table.add_row(
-            one.study + (" [yellow](synthetic data)[/]" if one.synthetic else ""),
+            _name(one),
             one.state,
             f"{one.finished_trials}/{one.budget}: {counts_in_words(one)}",
             best,
@@ -158,7 +162,7 @@ def status_table(studies: list[StudyStatus]) -> Table:
 def status_details(one: StudyStatus) -> Table:
     """Everything about one study, a line each."""
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_row("study", one.study + (" [yellow](synthetic data)[/]" if one.synthetic else ""))
+    table.add_row("study", _name(one))
     table.add_row("state", one.state)
     if one.error:
         table.add_row("error", f"[red]{escape(one.error)}[/]")

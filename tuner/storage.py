@@ -557,8 +557,8 @@ class Storage:
                 at=datetime.now(UTC).isoformat(timespec="seconds"),
                 who=who[:64],
                 address=address[:64],
-                action=action[:256],
-                detail=detail[:2000],
+                action=_one_line(action)[:256],
+                detail=_one_line(detail)[:2000],
             )
             .returning(audit.c.id)
         )
@@ -567,7 +567,7 @@ class Storage:
     def end_change(self, entry: int, *, status: int, detail: str) -> None:
         """Writes down how a change ended."""
         update = audit.update().where(audit.c.id == entry)
-        values = {"status": status, "detail": detail[:2000]}
+        values = {"status": status, "detail": _one_line(detail)[:2000]}
         self._transaction(lambda connection: connection.execute(update.values(values)))
 
     def changes(self, *, last: int = 100) -> tuple[AuditEntry, ...]:
@@ -627,6 +627,12 @@ def _lock_development(connection: sa.Connection) -> None:
     lock_for_writing(connection)
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("LOCK TABLE tuner_development IN SHARE ROW EXCLUSIVE MODE")
+
+
+def _one_line(text: str) -> str:
+    """Text without what forges a line, commands a terminal, or is no text to a database."""
+    line = " ".join(text.split())
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in line)
 
 
 def _in_use(lease: Lease) -> str:
