@@ -16,6 +16,7 @@ from finished_study import finished_study
 from lab import PASSWORDS, write_study_file, write_users
 from optuna.artifacts import upload_artifact
 from optuna.trial import TrialState
+from optuna_dashboard import save_note
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
@@ -225,6 +226,39 @@ def test_optuna_s_page_offers_no_button_that_is_refused_and_wraps_its_lines(
         chrome.get(f"{server.url}tuner")
         press(chrome, "Log out")
         wait(chrome, lambda page: page.find_element(By.ID, "password"))
+
+
+def test_a_note_brings_no_script_frame_or_form_into_the_page(
+    server: DashboardServer, chrome: Chrome, tmp_path: Path
+) -> None:
+    note = """# a note
+<script>window.ran = 1</script> <img src="x" onerror="window.ran = 2">
+<svg onload="window.ran = 3"></svg> <iframe srcdoc="<script>parent.ran = 4</script>"></iframe>
+<form action="/tuner/studies/demo/delete" method="post"><button>press</button></form>
+<style>body { display: none }</style> <meta http-equiv="refresh" content="0;url=/tuner">
+
+[one](javascript:window.ran=5) [two](data:text/html,<script>1</script>)
+![three](javascript:window.ran=6) [last](https://example.org/)
+"""
+    with Storage(ready_sqlite(tmp_path)) as storage:
+        save_note(optuna.load_study(study_name="demo", storage=storage.optuna), note)
+    chrome.get(f"{server.url}tuner")
+    log_in(chrome, "vic", PASSWORDS["vic"])
+    wait(chrome, shows("vic ("))
+    there = f"{server.url}dashboard/studies/1/note"
+    chrome.get(there)
+    wait(chrome, lambda page: page.find_elements(By.LINK_TEXT, "last"))
+    assert "<script>window.ran = 1</script>" in text_of(chrome)  # it stays text
+    for tag in ("script", "iframe", "form", "style", "meta"):
+        assert not chrome.find_elements(By.CSS_SELECTOR, f"main {tag}"), tag
+    links = {
+        link.text: link.get_dom_attribute("href")
+        for link in chrome.find_elements(By.CSS_SELECTOR, "main a")
+    }
+    assert links == {"one": "", "two": "", "last": "https://example.org/"}
+    assert chrome.execute_script("return window.ran") is None
+    assert chrome.current_url == there
+    assert complaints(chrome) == []
 
 
 def test_a_viewer_is_offered_nothing_to_press_and_a_file_s_mistakes_are_shown(

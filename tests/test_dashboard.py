@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import html
 import http.client
 import json
 import re
@@ -160,6 +161,34 @@ def test_without_a_session_every_page_leads_to_the_login(lab: Lab) -> None:
         assert "demo" not in answer.text
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        "/tuner/static/../..",
+        "/tuner/static/%2e%2e/%2e%2e",
+        "/healthz/..",
+        "/tuner/static//",
+        "/tuner/login/..",
+        "/tuner/static/x?/..",
+    ],
+)
+def test_no_way_round_leads_from_what_is_public_to_what_is_not(lab: Lab, way: str) -> None:
+    for path in ("/api/studies", "/dashboard", "/tuner/studies/demo", "/csv/1"):
+        answer = lab.browser().get(f"{way}{path}")
+        assert answer.status_code in (303, 401, 404)
+        assert "demo" not in answer.text.replace("/tuner/studies/demo", "")
+
+
+def test_after_the_login_one_is_where_one_wanted_to_be(lab: Lab) -> None:
+    for path in ("/tuner/studies/l%C3%B6slich%2050%25%20%23x?a=%26&b=1", "/dashboard/studies/1"):
+        browser = lab.browser()
+        form = browser.get(browser.get(path).location).text
+        there = html.unescape(re.findall(r'name="next" value="([^"]*)"', form)[0])
+        assert there == path
+        login = {"name": "ada", "password": PASSWORDS["ada"], "next": there}
+        assert browser.post("/tuner/login", data=login).location == path
+
+
 def test_without_a_session_the_interfaces_tell_nothing(lab: Lab) -> None:
     for path in [
         "/api/studies",
@@ -303,6 +332,18 @@ def test_the_lists_here_hold_every_writing_route_of_optuna_s_dashboard(storage: 
     assert left == set(), "decide whether editors may do that"
 
 
+@pytest.mark.parametrize("header", ["X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override"])
+def test_a_method_in_a_header_or_a_form_is_none(lab: Lab, local: Browser, header: str) -> None:
+    for browser in (lab.browser("vic"), local):
+        assert browser.get("/api/studies/1?_method=DELETE", headers={header: "DELETE"}).json
+        form = {"_method": "DELETE"}
+        answer = browser.post("/api/studies/1", data=form, headers={header: "DELETE"})
+        assert answer.status_code == 403
+        answer = browser.post("/tuner/api/studies/demo", data=form, headers={header: "DELETE"})
+        assert answer.status_code in (403, 405)
+    assert optuna.get_all_study_names(lab.storage.optuna) == ["demo"]
+
+
 @pytest.mark.parametrize("method", ["OPTIONS", "PATCH", "TRACE", "CONNECT", "delete", "Post", "X"])
 def test_no_other_method_is_taken(local: Browser, method: str) -> None:
     environ = {"REQUEST_METHOD": method, "HTTP_HOST": HOST, "PATH_INFO": "/api/studies/1"}
@@ -417,6 +458,16 @@ def test_every_change_is_recorded_with_who_when_what_and_how_it_ended(lab: Lab) 
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first.at)
 
 
+def test_a_record_is_one_line_in_the_letters_that_were_asked_for(lab: Lab) -> None:
+    ada = lab.browser("ada")
+    forged = "%0a2026-01-01%20%20bob%1b%5b31m%00%E2%80%AE%ff"
+    assert ada.post(f"/tuner/studies/l%C3%B6slich{forged}/stop").status_code == 404
+    newest = lab.storage.changes()[0]
+    there = "löslich 2026-01-01 bob\ufffd[31m\ufffd\ufffd\ufffd"
+    assert newest.action == f"POST /tuner/studies/{there}/stop"
+    assert newest.detail.isprintable()
+
+
 def test_no_record_no_change(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     ada = lab.browser("ada")
 
@@ -435,6 +486,7 @@ def test_every_answer_carries_the_headers_that_keep_other_sites_out(local: Brows
     for path in ["/dashboard", "/tuner", "/tuner/launch", "/api/studies", "/csv/1"]:
         headers = local.get(path).headers
         assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Server"] == "tuner"  # and of which version is nobody's business
         assert headers["X-Frame-Options"] == "DENY"
         assert headers["Referrer-Policy"] == "same-origin"
         assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
@@ -484,8 +536,9 @@ SMUGGLED = (
 
 NAMES = (
     ["../../users.json", "..%2f..%2fusers.json", "..%5c..%5cusers.json", "%2e%2e/users.json",
-     "....//users.json", "/etc/passwd", "%00", "users.json", "..", "0/../../users.json",
-     "00000000-0000-0000-0000-000000000000"]
+     "....//users.json", "/etc/passwd", "%00", "users.json", "%c0%ae%c0%ae%2fusers.json",
+     "%EF%BC%8E%EF%BC%8E%EF%BC%8Fusers.json", "%252e%252e%252fusers.json", "..",
+     "0/../../users.json", "00000000-0000-0000-0000-000000000000"]
 )  # fmt: skip
 
 
@@ -675,14 +728,33 @@ def test_slow_and_silent_clients_hold_up_nobody(storage: Storage, tmp_path: Path
         assert time.monotonic() - start < 2
 
 
+def test_who_sends_nothing_or_a_byte_now_and_then_is_hung_up_on(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "_IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(dashboard, "_BODY_SECONDS", 0.5)
+    begun = b"POST /tuner/login HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n"
+    with make_server(storage, settings(tmp_path)) as server:
+        for sent in (b"", begun, begun + b"\r\nna"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+                client.sendall(sent)
+                assert client.recv(1000) == b""
+
+
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
         (b"GET /api/studies HTTP/1.1\r\nHost: a:b\r\n\r\n", b"421"),
         (b"GET /api/studies HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n", b"4"),
         (b"GET /api/studies HTTP/1.1\r\n\r\n", b"4"),
-        (b"POST /tuner/login HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\n\r\n", b"4"),
-        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", b""),
+        (b"POST /tuner/login HTTP/1.1\r\nHost: a\r\nContent-Length: 16777217\r\n\r\n", b"400"),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 33_000 + b"\r\n\r\n", b""),
+        (b"GET http://localhost/api/studies HTTP/1.1\r\nHost: evil\r\n\r\n", b"421"),
+        (b"GET /api/studies HTTP/1.1\r\nHost: evil\r\nHost_: localhost\r\n\r\n", b"421"),
+        (b"GET /api/studies HTTP/1.1\r\nHost: evil\r\nUpgrade: websocket\r\n\r\n", b"421"),
+        (b"CONNECT evil:443 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"405"),
+        (b"GET /api/studies HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n\r\n", b"400"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b""),
         (SMUGGLED, b"4"),
     ],
@@ -706,6 +778,9 @@ def test_it_speaks_tls_and_a_silent_handshake_holds_up_nobody(
     chosen = settings(tmp_path, certificate=cert, key=key, users_file=write_users(tmp_path))
     with make_server(storage, chosen) as server, contextlib.ExitStack() as held:
         assert server.url.startswith("https://127.0.0.1:")
+        assert server._context
+        # A library of today refuses the old ones by itself; on an older one this is what does.
+        assert server._context.minimum_version == ssl.TLSVersion.TLSv1_2
         for _ in range(50):
             held.enter_context(socket.create_connection(("127.0.0.1", server.port)))
         context = ssl.create_default_context(cafile=cert)

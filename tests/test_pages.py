@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ import yaml
 from fakes import ready_sqlite
 from finished_study import finished_study, write_rows
 from lab import Browser, Lab, study_file, write_study_file
+from rich.console import Console
 
 from tuner import orders
 from tuner.errors import SpecError
+from tuner.progress import status_details, status_table
 from tuner.storage import Storage
-from tuner.study import TunedStudy, load
+from tuner.study import TunedStudy, load, status
 
 
 @pytest.fixture
@@ -147,6 +150,15 @@ def test_markup_in_names_and_files_stays_text(ada: Browser) -> None:
     assert "<script>alert" not in ada.post("/tuner/login", data={"name": name}).text
 
 
+def test_markup_of_the_terminal_in_a_name_stays_text(lab: Lab, ada: Browser) -> None:
+    name = "[bold]x[red]"
+    assert ada.post("/tuner/api/studies", json={"file": "tiny.toml", "name": name}).json["study"]
+    now = status(load(lab.storage, name, artifacts_root=lab.places.artifacts))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(status_table([now]), status_details(now))
+    assert console.export_text().count(name) == 2
+
+
 # --- what an uploaded study file may make the server read ---
 
 
@@ -215,11 +227,35 @@ def test_a_file_that_is_too_long_or_too_deep_is_refused(ada: Browser) -> None:
     assert "a study file has at most" in page.text
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
     assert ada.post("/tuner/launch", data=long * 8, headers=kind).status_code == 413
+    megabyte = "x" * 4 * orders.MAX_UPLOAD_BYTES
+    assert ada.post("/tuner/api/studies", json={"toml": megabyte}).status_code == 413
+    head = b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\n'
+    form = head + b"x" * 3 * orders.MAX_UPLOAD_BYTES + b"\r\n--x--\r\n"
+    assert ada.post("/tuner/launch", data=form, headers=kind).status_code == 413
     deep = f"{study_file()}\nx = {'[' * 50_000}"
     answer = ada.post("/tuner/api/studies", json={"toml": deep})
     assert answer.status_code == 422
     assert "nested too deeply" in answer.json["reason"]
     assert ada.post("/tuner/api/studies", json={"toml": "\0"}).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "a." * 60_000 + "a = 1",  # `tomllib` alone took two minutes
+        f"{'a' * 120}." * 2_000 + "a = 1",
+        f"units = {{ choices = [{', '.join(map(str, range(1, 30_000)))}, 1] }}",
+        "".join(f"[a{number}]\n" for number in range(20_000)),
+        f"learning_rate = {'9' * 200_000}.0",
+    ],
+    ids=["long key", "long key of long parts", "choices", "tables", "digits"],
+)
+def test_a_small_file_does_not_keep_the_server_busy(ada: Browser, more: str) -> None:
+    began = time.monotonic()
+    answer = ada.post("/tuner/api/check", json={"toml": study_file() + more})
+    assert answer.status_code == 422
+    assert time.monotonic() - began < 20  # a second or two; all of them took a minute and more
+    assert len(ada.get("/tuner/log").data) < 10_000
 
 
 def test_a_service_without_the_data_set_takes_the_rows_of_an_earlier_study(
@@ -309,6 +345,16 @@ def test_a_report_is_shown_in_an_origin_of_its_own_and_no_page_opens_the_test_sp
     assert "default-src 'none'" in policy
 
 
+def test_a_page_says_sealed_until_the_test_split_was_opened(lab: Lab, tuned: TunedStudy) -> None:
+    vic = lab.browser("vic")
+    assert "test rows (sealed)" in vic.get("/tuner/studies/demo").text
+    lab.storage.open_ledger_entry(
+        opened_at="2026-01-01", opened_by="ada@lab", study="demo", study_key=tuned.key, trial=1,
+        config_hash="c", spec_hash="s", split_id="i",
+    )  # fmt: skip
+    assert "test rows (opened for the report)" in vic.get("/tuner/studies/demo").text
+
+
 def test_a_study_is_deleted_only_where_its_name_is_written_down(
     lab: Lab, tuned: TunedStudy
 ) -> None:
@@ -329,7 +375,7 @@ def test_names_with_other_letters_work_everywhere(lab: Lab, ada: Browser) -> Non
     assert lab.storage.queued() == ()
 
 
-def test_a_viewer_sees_no_record_of_changes(lab: Lab) -> None:
+def test_a_viewer_sees_no_record_of_changes_and_no_form_to_launch(lab: Lab) -> None:
     vic = lab.browser("vic")
-    for path in ("/tuner/log", "/tuner/api/log"):
+    for path in ("/tuner/log", "/tuner/api/log", "/tuner/launch"):
         assert vic.get(path).status_code == 403

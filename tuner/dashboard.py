@@ -314,7 +314,9 @@ class _Guard:
         message = f"Log in first: {pages.ROOT}/login"
         if environ["REQUEST_METHOD"] in READING and not _is_api(path):
             query = environ.get("QUERY_STRING", "")
-            there = quote(path + (f"?{query}" if query else ""), safe="/")
+            # Quoted as it was asked for, then as a part of another address.
+            asked = quote(path.encode("latin-1", "replace"))
+            there = quote(asked + (f"?{query}" if query else ""), safe="/")
             return _Refused("303 See Other", message, [("Location", f"{pages.LOGIN}?next={there}")])
         return _Refused("401 Unauthorized", message)
 
@@ -350,7 +352,7 @@ class _Guard:
         entry = self._storage.begin_change(
             who=visitor.name,
             address=str(environ.get("REMOTE_ADDR", "")),
-            action=f"{method} {path}",
+            action=f"{method} {path.encode('latin-1', 'replace').decode('utf-8', 'replace')}",
         )
         detail, status = "", 500
         try:
@@ -547,6 +549,7 @@ class _Secured:
 
     def _added(self, headers: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         given = {name.lower() for name, _ in headers}
+        yield "Server", "tuner"  # instead of Tornado's version
         yield "X-Content-Type-Options", "nosniff"
         yield "Referrer-Policy", "same-origin"
         yield "Cross-Origin-Opener-Policy", "same-origin"
@@ -607,7 +610,8 @@ def _answer(
 ) -> Iterable[bytes]:
     body = f"{message}\n".encode()
     headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
-    start_response(status, [*headers, ("X-Content-Type-Options", "nosniff")])
+    headers += [("Server", "tuner"), ("X-Content-Type-Options", "nosniff")]
+    start_response(status, headers)
     return [] if environ.get("REQUEST_METHOD") == "HEAD" else [body]
 
 

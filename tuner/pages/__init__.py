@@ -188,6 +188,7 @@ class Pages:
                 _rule("/api/studies/<name>/export", self._export_api),
             ],
             strict_slashes=False,
+            merge_slashes=False,
             redirect_defaults=False,
         )
 
@@ -238,6 +239,7 @@ class Pages:
         tuned = self._load(name)
         state = status(tuned)
         data = tuned.record.data
+        seal = "opened for the report" if state.state == "reported" else "sealed"
         facts = (
             ("Made", tuned.record.created_at),
             ("Data", f"{data.source}, sha256 {data.sha256[:12]}"),
@@ -246,7 +248,7 @@ class Pages:
                 (
                     f"seed {data.split_seed}, identity {data.split_id[:12]}: "
                     f"{data.training_rows:,} training, {data.validation_rows:,} validation, "
-                    f"{data.test_rows:,} test rows (sealed)"
+                    f"{data.test_rows:,} test rows ({seal})"
                 ),
             ),
             ("Study file", tuned.record.spec.spec_hash[:12]),
@@ -268,6 +270,7 @@ class Pages:
         )
 
     def _show_launch(self, request: Request) -> Response:
+        _editors_only(request, "launch studies")
         return self._launch_page(request)
 
     def _launch_page(self, request: Request, code: int = 200, /, **more: Any) -> Response:
@@ -311,7 +314,7 @@ class Pages:
         return _redirect(f"{ROOT}/studies/{quote(placed.queued.study, safe='')}")
 
     def _show_log(self, request: Request) -> Response:
-        _editors_only(request)
+        _editors_only(request, "see who changed what")
         return self._page(request, "log", changes=self._storage.changes(last=200))
 
     def _stop(self, request: Request, name: str) -> Response:
@@ -526,7 +529,7 @@ class Pages:
         return _json({"study": tuned.name, "configs": configs})
 
     def _log_api(self, request: Request) -> Response:
-        _editors_only(request)
+        _editors_only(request, "see who changed what")
         changes = self._storage.changes(last=1000)
         fields = ("id", "at", "who", "address", "action", "detail", "status")
         return _json({"changes": [{key: getattr(one, key) for key in fields} for one in changes]})
@@ -624,9 +627,9 @@ def _visitor(request: Request) -> Visitor:
     return visitor
 
 
-def _editors_only(request: Request) -> None:
+def _editors_only(request: Request, what: str) -> None:
     if _visitor(request).role != "editor":
-        error = HTTPException("Only editors see who changed what.")
+        error = HTTPException(f"Only editors {what}.")
         error.code = 403
         raise error
 
