@@ -4,16 +4,22 @@
 
 Optuna keeps the notes of all trials with their study, and its dashboard looks through all of them
 for each trial that it serializes: the time of a first look at a study grows with the square.
+Writes benchmarks/results/trial_notes.json.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import time
+from pathlib import Path
 
+from machine import processor
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, create_trial
 from optuna_dashboard._serializer import serialize_frozen_trial
 
+RESULTS = Path(__file__).resolve().parent / "results" / "trial_notes.json"
 NOTE = "Pruned at the rung after epoch 3 of 9. " * 12
 MOST_TRIALS_TIMED = 300  # of each study; the rest takes as long for each
 
@@ -43,6 +49,7 @@ def seconds(trials: list[FrozenTrial], on_study: dict[str, object]) -> float:
 
 
 def main() -> None:
+    found = {}
     print("trials   no note, s   attribute, s   Markdown note, s")
     for count in (100, 2_000, 10_000):
         on_study: dict[str, object] = {}
@@ -52,6 +59,15 @@ def main() -> None:
         plain, noted = trials_of(count), trials_of(count, note=NOTE)
         cells = (seconds(plain, {}), seconds(noted, {}), seconds(plain, on_study))
         print(f"{count:6}   {cells[0]:10.2f}   {cells[1]:12.2f}   {cells[2]:16.2f}")
+        names = ("no note", "attribute", "Markdown note")
+        found[str(count)] = dict(zip(names, (round(cell, 3) for cell in cells), strict=True))
+    document = {
+        "machine": processor(),
+        "load": round(os.getloadavg()[0], 1),
+        "unit": "seconds to serialize all trials",
+        "trials": found,
+    }
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
