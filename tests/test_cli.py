@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from tuner.data import synthetic_sequences
 from tuner.objective import curve_of
 from tuner.storage import Storage
 from tuner.study import ERROR_KEY, FINISHED, RESUMED_KEY, load
+from tuner.trial_page import AGAIN_KEY
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,11 +143,38 @@ def test_every_exported_format_passes_check(launched: dict, folder: Path, form: 
     assert document["trials"] == 1
 
 
-def test_an_exported_study_trains_the_same_network_again(launched: dict, folder: Path) -> None:
-    tuner(folder, "export", "tiny", "-o", "winner.toml", "--model", "--trials", "all.csv")
-    again = json.loads(tuner(folder, "launch", "winner.toml", "--workers", "1", "--json").stdout)
-    assert again["study"] == f"tiny-trial-{launched['best']['trial']}"
+def curves(folder: Path, study: str) -> list[list[tuple[float, ...]]]:
+    """What each epoch of each trial brought, but for the seconds that it took."""
+
+    def look(storage: Storage) -> list[list[tuple[float, ...]]]:
+        trials = load(storage, study, artifacts_root=folder).trials()
+        return [[astuple(result)[:-1] for result in curve_of(trial)] for trial in trials]
+
+    return in_storage(folder, look)
+
+
+def test_the_line_on_a_trial_s_page_trains_the_same_network_again(
+    launched: dict, folder: Path
+) -> None:
+    number = launched["best"]["trial"]
+
+    def the_line(storage: Storage) -> str:
+        return load(storage, "tiny", artifacts_root=folder).trials()[number].user_attrs[AGAIN_KEY]
+
+    # Pasted into a shell, where `tuner` is on the path.
+    script = f'tuner() {{ "{sys.executable}" -m tuner.cli "$@"; }}\n{in_storage(folder, the_line)}'
+    subprocess.run(
+        ["sh", "-c", script], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+        timeout=170,
+    )  # fmt: skip
+    again = json.loads(tuner(folder, "status", f"tiny-trial-{number}", "--json").stdout)
+    assert again["state"] == "finished"
     assert again["best"]["validation_loss"] == launched["best"]["validation_loss"]
+    assert curves(folder, again["study"]) == [curves(folder, "tiny")[number]]
+
+
+def test_an_export_brings_the_trained_network_and_every_trial(launched: dict, folder: Path) -> None:
+    tuner(folder, "export", "tiny", "-o", "winner.toml", "--model", "--trials", "all.csv")
     assert (folder / "winner.npz").exists()
     with (folder / "all.csv").open() as file:
         rows = list(csv.DictReader(file))
