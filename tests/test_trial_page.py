@@ -246,6 +246,20 @@ def test_the_line_that_trains_a_trial_again_exports_and_launches_it(
     assert again.hyperband is None
 
 
+@pytest.mark.parametrize("query", ["", "?password=secret"])
+def test_the_line_that_trains_a_trial_again_holds_no_password(study: Make, query: str) -> None:
+    tuned = study(trials=1)
+    url = f"postgresql+psycopg://ada:{'' if query else 'secret'}@db.example/lab{query}"
+    tuned.storage.url, own = url, tuned.storage.url
+    try:
+        options = shlex.split(train_again(tuned, 0))
+        # *** would be taken for the password, and $PGPASSWORD not be looked at.
+        assert options[-2:] == ["--storage", "postgresql://ada@db.example/lab"]
+        assert "secret" not in tuned.storage.masked_url
+    finally:
+        tuned.storage.url = own
+
+
 def test_a_trial_that_ended_without_an_epoch_can_be_trained_again(study: Make) -> None:
     def diverge(config, *, seed, trial, rungs):
         raise TrialEndedError("diverged", "epoch 1")

@@ -203,6 +203,7 @@ def _with_password(url: sa.URL) -> sa.URL:
 def shown(url: sa.URL) -> str:
     """The URL as its user writes it, without its password."""
     plain = url.set(drivername=url.get_backend_name())
+    plain = plain.difference_update_query(["password", "sslpassword"])
     return plain.render_as_string(hide_password=True)
 
 

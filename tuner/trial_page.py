@@ -204,7 +204,8 @@ def storage_option(tuned: TunedStudy) -> str:
     """The option that finds the study's storage again, where it is not the default."""
     if tuned.storage.url in (DEFAULT_STORAGE_URL, os.environ.get("TUNER_STORAGE")):
         return ""
-    return f" --storage {shlex.quote(tuned.storage.masked_url)}"
+    # Without a password, the one in $PGPASSWORD is taken; *** would be one.
+    return f" --storage {shlex.quote(tuned.storage.masked_url.replace(':***@', '@'))}"
 
 
 def duration(seconds: float) -> str:
