@@ -195,7 +195,6 @@ class Pages:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         request = Request(environ)
         request.max_content_length = 4 * orders.MAX_UPLOAD_BYTES
-        request.max_form_memory_size = 2 * orders.MAX_UPLOAD_BYTES
         try:
             response = self._response(request)
         finally:
