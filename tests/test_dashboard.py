@@ -240,15 +240,27 @@ def test_the_cookie_is_for_this_site_alone_and_for_no_script(
 ) -> None:
     for secure in (False, True):
         lab = Lab(storage, tmp_path, secure=secure)
-        answer = lab.browser().post(
-            "/tuner/login",
-            data={"name": "ada", "password": PASSWORDS["ada"]},
-            headers={"Origin": f"http{'s' if secure else ''}://{HOST}"},
-        )
-        attributes = answer.headers["Set-Cookie"].split("; ")[1:]
+        origin = {"Origin": f"http{'s' if secure else ''}://{HOST}"}
+        login = {"name": "ada", "password": PASSWORDS["ada"]}
+        answer = lab.browser().post("/tuner/login", data=login, headers=origin)
+        cookie, *attributes = answer.headers["Set-Cookie"].split("; ")
+        # Browsers take __Host- from this very host alone: no neighbour plants a session.
+        assert cookie.startswith("__Host-tuner_session=" if secure else "tuner_session=")
         assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(attributes)
         assert ("Secure" in attributes) is secure
         assert not any(one.startswith("Domain") for one in attributes)
+        session = {"Cookie": cookie}
+        assert (
+            Browser(lab.app, use_cookies=False).get("/tuner/api/me", headers=session).json["name"]
+            == "ada"
+        )
+        for path in ("/tuner/api/logout", "/tuner/logout"):
+            answer = Browser(lab.app, use_cookies=False).post(path, headers=origin | session)
+            ended, *attributes = answer.headers["Set-Cookie"].split("; ")
+            assert ended == f"{cookie.partition('=')[0]}="
+            assert ("Secure" in attributes) is secure  # or browsers do not believe it
+            answer = lab.browser().post("/tuner/login", data=login, headers=origin)
+            session = {"Cookie": answer.headers["Set-Cookie"].partition(";")[0]}
 
 
 def test_a_login_does_not_use_a_token_that_the_browser_brought(lab: Lab) -> None:

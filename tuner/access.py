@@ -376,6 +376,15 @@ class Policy:
     local_name: str = "local"
     limit: LoginLimit = field(default_factory=LoginLimit)
 
+    @property
+    def cookie(self) -> str:
+        """The name of the session's cookie.
+
+        With TLS it is one that browsers take from this host alone: a neighbour under the same
+        domain could otherwise plant a session of its own.
+        """
+        return f"__Host-{COOKIE}" if self.secure else COOKIE
+
     def names_host(self, environ: Mapping[str, Any]) -> bool:
         """Whether the request asks for a name of ours: one whose name was pointed here does not."""
         host = str(environ.get("HTTP_HOST", "")).lower()

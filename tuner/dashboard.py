@@ -37,7 +37,6 @@ from werkzeug.http import parse_cookie
 
 from tuner import pages
 from tuner.access import (
-    COOKIE,
     READING,
     WRITING,
     Policy,
@@ -307,7 +306,7 @@ class _Guard:
     def _visitor(self, environ: WSGIEnvironment) -> Visitor | None:
         if self._sessions is None:
             return Visitor(name=self._policy.local_name, role="editor", logged_in=False)
-        token = parse_cookie(environ).get(COOKIE)
+        token = parse_cookie(environ).get(self._policy.cookie)
         return self._sessions.visitor(token) if token else None
 
     def _login_first(self, environ: WSGIEnvironment, path: str) -> _Refused:

@@ -27,7 +27,7 @@ from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
 
 from tuner import orders
-from tuner.access import COOKIE, MAX_PASSWORD, Policy, Sessions, Visitor
+from tuner.access import MAX_PASSWORD, Policy, Sessions, Visitor
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
 from tuner.errors import DataError, SpecError, StorageError, TunerError
 from tuner.export import Format, best_configs, render
@@ -438,7 +438,7 @@ class Pages:
 
     def _with_cookie(self, response: Response, token: str) -> Response:
         response.set_cookie(
-            COOKIE,
+            self._policy.cookie,
             token,
             path="/",
             httponly=True,
@@ -447,23 +447,31 @@ class Pages:
         )
         return response
 
+    def _without_cookie(self, response: Response) -> Response:
+        response.delete_cookie(
+            self._policy.cookie,
+            path="/",
+            httponly=True,
+            samesite="Strict",
+            secure=self._policy.secure,
+        )
+        return response
+
     def _end_session(self, request: Request) -> None:
-        token = request.cookies.get(COOKIE)
+        token = request.cookies.get(self._policy.cookie)
         if token and self._sessions is not None:
             self._sessions.end(token)
 
     def _log_out(self, request: Request) -> Response:
         self._end_session(request)
         response = _redirect(LOGIN)
-        response.delete_cookie(COOKIE, path="/", httponly=True, samesite="Strict")
+        self._without_cookie(response)
         response.headers["Clear-Site-Data"] = '"cache"'
         return response
 
     def _log_out_api(self, request: Request) -> Response:
         self._end_session(request)
-        response = _json({})
-        response.delete_cookie(COOKIE, path="/", httponly=True, samesite="Strict")
-        return response
+        return self._without_cookie(_json({}))
 
     # --- the same as JSON ---
 
