@@ -470,6 +470,15 @@ def test_every_change_is_recorded_with_who_when_what_and_how_it_ended(lab: Lab) 
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first.at)
 
 
+def test_a_note_has_the_length_of_a_note(lab: Lab) -> None:
+    ada = lab.browser("ada")
+    for path in ("/api/studies/1/note", "/api/studies/1/1/note"):
+        answer = ada.put(path, json={"version": 1, "body": "x" * 128 * 1024})
+        assert answer.status_code == 413
+        assert "at most 128 KB" in answer.json["reason"]
+        assert ada.put(path, json={"version": 1, "body": "x" * 100_000}).status_code == 204
+
+
 def test_a_record_is_one_line_in_the_letters_that_were_asked_for(lab: Lab) -> None:
     ada = lab.browser("ada")
     forged = "%0a2026-01-01%20%20bob%1b%5b31m%00%E2%80%AE%ff"
@@ -781,6 +790,26 @@ def test_a_request_that_is_none_is_refused_and_the_next_one_answered(
                 answer = client.recv(1000)
                 assert not answer or answer.split(b" ")[1].startswith(status or b"4"), answer
         assert get(server.port, "/healthz")[0] == 200
+
+
+def test_a_body_in_chunks_is_one_body_and_no_way_round_a_limit(
+    storage: Storage, tuned: TunedStudy, tmp_path: Path
+) -> None:
+    def put(port: int, body: bytes) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        with contextlib.closing(connection):
+            kind = {"Content-Type": "application/json"}
+            chunks = iter([body[:100], body[100:]])
+            connection.request("PUT", "/api/studies/1/note", chunks, kind, encode_chunked=True)
+            return connection.getresponse().status
+
+    long = json.dumps({"version": 1, "body": "x" * 200_000}).encode()
+    with make_server(storage, settings(tmp_path)) as server:
+        assert put(server.port, long) == 413
+        # In chunks within the chunks, for whoever takes chunks apart once more.
+        assert put(server.port, b"%x\r\n%s\r\n0\r\n\r\n" % (len(long), long)) == 413
+        assert put(server.port, b'{"version": 1, "body": "' + b"x" * 200 + b'"}') == 204
+    assert storage.optuna.get_study_system_attrs(1)["dashboard:note_str:0"] == "x" * 200
 
 
 def test_it_speaks_tls_and_a_silent_handshake_holds_up_nobody(

@@ -62,12 +62,15 @@ _PLOT_OF_PAIRS = re.compile(r"/api/studies/(\d+)/plot/(contour|rank)")
 _MAX_CELLS = 1_000_000
 
 _DELETE_STUDY = re.compile(r"/api/studies/(\d+)")
+_NOTE = re.compile(r"/api/studies/\d+(/\d+)?/note")
+#: Notes are written in pieces of two kilobytes, and sent with every look at the study: one of
+#: 15 MB kept the storage from everybody for 13 s.
+_MAX_NOTE_BYTES = 128 * 1024
 #: What Optuna's dashboard may change: what people write about a study, and files beside it.
 #: Not on this list: creating and renaming studies (a renamed one is another study), telling
 #: trials and their attributes (the coordinator's business), and what is still to come.
 _CHANGES = (
-    ("PUT", re.compile(r"/api/studies/\d+/note")),
-    ("PUT", re.compile(r"/api/studies/\d+/\d+/note")),
+    ("PUT", _NOTE),
     ("POST", re.compile(r"/api/artifacts/\d+(/\d+)?")),
     ("DELETE", re.compile(r"/api/artifacts/\d+(/\d+)?/[0-9a-fA-F-]+")),
     ("DELETE", _DELETE_STUDY),
@@ -347,6 +350,12 @@ class _Guard:
                 "403 Forbidden",
                 "The dashboard must not change that: it would break the study. Use the pages "
                 f"under {pages.ROOT} or the `tuner` command.",
+            )
+        if _NOTE.fullmatch(path) and int(environ.get("CONTENT_LENGTH") or 0) > _MAX_NOTE_BYTES:
+            raise _Refused(
+                "413 Content Too Large",
+                f"A note has at most {_MAX_NOTE_BYTES // 1024} KB; hang a file on the study "
+                "instead (Artifacts).",
             )
         entry = self._storage.begin_change(
             who=visitor.name,
@@ -630,7 +639,11 @@ class _Container(WSGIContainer):
         # there is never answered. The guard judges the header itself.
         if not re.fullmatch(r"[^:]*|[^:]*:\d{1,5}|\[[0-9a-fA-F:]*\](:\d{1,5})?", request.host):
             request.host = "invalid"
-        return super().environ(request)
+        environ = super().environ(request)
+        # Tornado has put the chunks together; nobody may take them for chunks again.
+        environ.pop("HTTP_TRANSFER_ENCODING", None)
+        environ["CONTENT_LENGTH"] = str(len(request.body))
+        return environ
 
     def _log(self, status_code: int, request: HTTPServerRequest) -> None:
         """A line for every request is no help to anybody."""
