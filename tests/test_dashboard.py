@@ -6,6 +6,7 @@ import base64
 import contextlib
 import html
 import http.client
+import io
 import json
 import re
 import signal
@@ -487,6 +488,11 @@ def test_a_record_is_one_line_in_the_letters_that_were_asked_for(lab: Lab) -> No
     there = "löslich 2026-01-01 bob\ufffd[31m\ufffd\ufffd\ufffd"
     assert newest.action == f"POST /tuner/studies/{there}/stop"
     assert newest.detail.isprintable()
+    mistakes = {"upload": (io.BytesIO(b"x = 1\ny = 2\n"), "a\x1b[31m.toml")}
+    assert ada.post("/tuner/launch", data=mistakes).status_code == 422
+    detail = lab.storage.changes()[0].detail
+    assert detail.startswith("refused: a\ufffd[31m.toml:1: x: ")
+    assert detail.isprintable()
 
 
 def test_no_record_no_change(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
