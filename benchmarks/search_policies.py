@@ -1,0 +1,242 @@
+"""Replays search policies on recorded learning curves, in seconds of simulated time.
+
+    .venv/bin/python benchmarks/search_policies.py       # 40 seeds each, a few minutes, no training
+
+benchmarks/results/learning_curves.json has real trials that were trained to the end
+(learning_curves.py). Here simulated workers train them again: an epoch takes as long as it took,
+the rungs are decided by the product's own pruner, and a trial ends as `Objective` ends it. What is
+compared is the best validation loss of the fully trained trials after so many simulated minutes of
+two workers, and the epochs that were spent.
+
+A random search draws the recorded networks in random order. TPE's suggestion is replaced by the
+nearest recorded network that was not trained yet, so a table of a few hundred rows shows much of
+what a pruner does and less of what a sampler does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from learning_curves import MAX_EPOCHS, TABLE, study_document
+from optuna.trial import TrialState
+
+from tuner.spec import StudySpec, spec_from_document
+from tuner.study import make_pruner, make_sampler
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recorded trial."""
+
+    params: dict[str, Any]
+    losses: list[float]
+    seconds: float  # an epoch
+
+
+@dataclass(frozen=True)
+class Policy:
+    name: str
+    min_epochs: int | None = 1  # None: no Hyperband
+    eta: int = 3
+    patience: int | None = 5
+    sampler: str = "random"
+    pruner: Callable[[], optuna.pruners.BasePruner] | None = None  # in place of Hyperband
+    every_epoch: bool = False  # is it asked after each one, not at rungs alone
+
+    def spec(self, seed: int) -> StudySpec:
+        document = study_document(1, seed)
+        document["sampler"] = {"kind": self.sampler}
+        document["training"]["patience"] = self.patience or "none"
+        if self.min_epochs is not None:
+            document["hyperband"] = {"min_epochs": self.min_epochs, "eta": self.eta}
+        return spec_from_document(document)
+
+
+DEFAULT = "hyperband 1, eta 3, patience 5"
+POLICIES = (
+    Policy("no pruning, patience 5", min_epochs=None),
+    Policy("no pruning, no patience", min_epochs=None, patience=None),
+    Policy(DEFAULT),
+    Policy("hyperband 1, eta 2, patience 5", eta=2),
+    Policy("hyperband 1, eta 4, patience 5", eta=4),
+    Policy("hyperband 2, eta 3, patience 5", min_epochs=2),
+    Policy("hyperband 3, eta 3, patience 5", min_epochs=3),
+    Policy("hyperband 1, eta 3, patience 3", patience=3),
+    Policy("hyperband 1, eta 3, patience 8", patience=8),
+    Policy("hyperband 1, eta 3, no patience", patience=None),
+    Policy(
+        "successive halving 1, eta 3, patience 5",
+        pruner=lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+    ),
+    Policy(
+        "successive halving 1, eta 4, patience 5",
+        eta=4,
+        pruner=lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=4),
+    ),
+    Policy("median, patience 5", pruner=optuna.pruners.MedianPruner, every_epoch=True),
+    Policy("TPE, no pruning, patience 5", min_epochs=None, sampler="tpe"),
+    Policy("TPE, hyperband 1, eta 3, patience 5", sampler="tpe"),
+)
+
+
+class Replay:
+    """One study on simulated workers."""
+
+    def __init__(self, rows: list[Row], policy: Policy, seed: int) -> None:
+        self._rows = rows
+        self._policy = policy
+        self._spec = policy.spec(seed)
+        self._order = list(np.random.default_rng(seed).permutation(len(rows)))
+        self._numeric = _distances(rows)
+        pruner = policy.pruner() if policy.pruner else make_pruner(self._spec)
+        self._study = optuna.create_study(
+            study_name=f"replay {seed}", sampler=make_sampler(self._spec), pruner=pruner
+        )
+        self.epochs = 0
+        self.found: list[tuple[float, float]] = []  # (seconds, the best loss from then on)
+
+    def run(self, seconds: float) -> None:
+        clock: list[tuple[float, int, Any, Row, int]] = []
+        for worker in range(WORKERS):
+            self._start(clock, 0.0, worker)
+        while clock:
+            now, worker, trial, row, epoch = heapq.heappop(clock)
+            if now > seconds:
+                return
+            self.epochs += 1
+            if self._goes_on(trial, row, epoch, now):
+                heapq.heappush(clock, (now + row.seconds, worker, trial, row, epoch + 1))
+            else:
+                self._start(clock, now, worker)
+
+    def _start(self, clock: list[Any], now: float, worker: int) -> None:
+        if not self._order:
+            return
+        row = self._rows[self._next()]
+        self._study.enqueue_trial(row.params)
+        trial = self._study.ask()
+        self._spec.space.suggest(trial)
+        heapq.heappush(clock, (now + row.seconds, worker, trial, row, 1))
+
+    def _next(self) -> int:
+        if self._policy.sampler == "random":
+            return self._order.pop()
+        # Asked for in a trial of its own, which fails: samplers do not look at such.
+        asked = self._study.ask()
+        self._spec.space.suggest(asked)
+        self._study.tell(asked, state=TrialState.FAIL)
+        nearest = min(self._order, key=lambda index: self._numeric(asked.params, index))
+        self._order.remove(nearest)
+        return int(nearest)
+
+    def _goes_on(self, trial: optuna.Trial, row: Row, epoch: int, now: float) -> bool:
+        """Reports an epoch; ends the trial where the product would."""
+        losses = row.losses[:epoch]
+        best = min(losses)
+        trial.report(best, step=epoch)
+        waited = epoch - (losses.index(best) + 1)
+        patience = self._policy.patience
+        if epoch == MAX_EPOCHS or (patience is not None and waited >= patience):
+            self._study.tell(trial, best)
+            if not self.found or best < self.found[-1][1]:
+                self.found.append((now, best))
+            return False
+        if (self._policy.every_epoch or epoch in self._spec.rungs) and trial.should_prune():
+            self._study.tell(trial, state=TrialState.PRUNED)
+            return False
+        return True
+
+    def best_after(self, seconds: float) -> float:
+        return min((loss for when, loss in self.found if when <= seconds), default=math.log(2))
+
+
+def _distances(rows: list[Row]) -> Callable[[dict[str, Any], int], float]:
+    """How far a configuration is from a recorded one: the mean over all that either has."""
+    low: dict[str, float] = {}
+    high: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.params.items():
+            if not isinstance(value, str):
+                scaled = math.log(value) if value > 0 else 0.0
+                low[name] = min(low.get(name, scaled), scaled)
+                high[name] = max(high.get(name, scaled), scaled)
+
+    def apart(name: str, one: Any, other: Any) -> float:
+        if one is None or other is None or isinstance(one, str):
+            return float(one != other)
+        width = high.get(name, 0.0) - low.get(name, 0.0)
+        scaled = [math.log(value) if value > 0 else 0.0 for value in (one, other)]
+        return min(1.0, abs(scaled[0] - scaled[1]) / width) if width else 0.0
+
+    def distance(params: dict[str, Any], index: int) -> float:
+        recorded = rows[index].params
+        names = params.keys() | recorded.keys()
+        return sum(apart(n, params.get(n), recorded.get(n)) for n in names) / len(names)
+
+    return distance
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[5.0, 10.0, 20.0])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/policies.json")
+    options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    table = json.loads(TABLE.read_text())
+    rows = [
+        Row(row["params"], row["validation_losses"], row["seconds_an_epoch"])
+        for row in table["rows"]
+    ]
+    best: dict[str, dict[float, list[float]]] = {}
+    lines = []
+    for policy in POLICIES:
+        replays = [Replay(rows, policy, seed) for seed in range(options.seeds)]
+        for replay in replays:
+            replay.run(60 * max(options.minutes))
+        best[policy.name] = {
+            minutes: [replay.best_after(60 * minutes) for replay in replays]
+            for minutes in options.minutes
+        }
+        line: dict[str, Any] = {"policy": policy.name}
+        line["epochs"] = round(statistics.mean(replay.epochs for replay in replays), 1)
+        for minutes, losses in best[policy.name].items():
+            line[f"loss_after_{minutes:g}_min"] = round(statistics.mean(losses), 4)
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+    for line in lines:  # the same seeds: the difference of each pair
+        for minutes in options.minutes:
+            pairs = zip(best[line["policy"]][minutes], best[DEFAULT][minutes], strict=True)
+            apart = [one - default for one, default in pairs]
+            error = statistics.stdev(apart) / math.sqrt(len(apart))
+            line[f"above_default_{minutes:g}_min"] = [
+                round(statistics.mean(apart), 4),
+                round(error, 4),
+            ]
+    document = {
+        "command": f"benchmarks/search_policies.py --seeds {options.seeds}",
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "curves": len(rows),
+        "best_of_all_curves": min(min(row.losses) for row in rows),
+        "rows": lines,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
