@@ -43,6 +43,7 @@ lock: ## write locks/ anew from pyproject.toml (needs uv; LOCK_FLAGS=--upgrade t
 	$(UV_LOCK) pyproject.toml --extra cpu $(LOCK_FLAGS) -o locks/cpu.txt
 	$(UV_LOCK) pyproject.toml --extra gpu -c locks/cpu.txt $(LOCK_FLAGS) -o locks/gpu.txt
 	$(UV_LOCK) --group dev -c locks/cpu.txt $(LOCK_FLAGS) -o locks/dev.txt
+	$(UV_LOCK) --group compare -c locks/cpu.txt $(LOCK_FLAGS) -o locks/compare.txt
 
 clean: ## remove .venv and every cache; never runs/
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis htmlcov

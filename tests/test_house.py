@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -22,7 +23,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LOCKS = ("cpu", "gpu", "dev")
+LOCKS = ("cpu", "gpu", "dev", "compare")
+BENCHMARKS = ROOT / "benchmarks"
 PYTHON = shlex.quote(sys.executable)
 
 # In two halves each, so that this file does not hold what it looks for.
@@ -60,7 +62,7 @@ def declared(table: str) -> list[Requirement]:
         "runtime": project["dependencies"],
         "cpu": project["optional-dependencies"]["cpu"],
         "gpu": project["optional-dependencies"]["gpu"],
-        "dev": PYPROJECT["dependency-groups"]["dev"],
+        **PYPROJECT["dependency-groups"],
         "build": PYPROJECT["build-system"]["requires"],
     }
     return [Requirement(line) for line in lists[table]]
@@ -106,6 +108,7 @@ def test_a_lock_pins_and_hashes_every_requirement_and_names_no_place(lock: str) 
         ("cpu", "cpu"),
         ("gpu", "gpu"),
         ("dev", "dev"),
+        ("compare", "compare"),
         # The set-up builds the project without an index, with what the lock brought.
         ("build", "cpu"),
         ("build", "gpu"),
@@ -123,9 +126,10 @@ def test_what_pyproject_asks_for_is_locked_at_a_version_that_fits(table: str, lo
             assert wanted.extras <= entry.extras, f"{entry} lacks the extras of {wanted}"
 
 
-def test_the_tools_are_locked_at_the_versions_that_run_beside_them() -> None:
+@pytest.mark.parametrize("tools", ["dev", "compare"])
+def test_the_tools_are_locked_at_the_versions_that_run_beside_them(tools: str) -> None:
     runtime = requirements("cpu")
-    for name, entries in requirements("dev").items():
+    for name, entries in requirements(tools).items():
         if name in runtime:
             pins = {str(entry.specifier) for entry, _ in runtime[name]}
             assert {str(entry.specifier) for entry, _ in entries} <= pins, name
@@ -395,3 +399,20 @@ def test_what_a_test_leaves_behind_fails_the_session(
     assert ("the tests left behind" in done.stdout) is bool(left)
     if left:
         assert re.search(rf"^  {left} ", done.stdout, re.MULTILINE)
+
+
+def test_the_page_of_benchmarks_is_made_from_their_results() -> None:
+    specification = importlib.util.spec_from_file_location("render", BENCHMARKS / "render.py")
+    assert specification is not None
+    assert specification.loader is not None
+    render = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(render)
+    written = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert written == render.page(), "run .venv/bin/python benchmarks/render.py"
+
+
+def test_every_benchmark_is_told_of() -> None:
+    told = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert {script.name for script in BENCHMARKS.glob("*.py") if script.name not in told} == {
+        "machine.py"  # says what a result was measured on
+    }

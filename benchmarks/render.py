@@ -1,0 +1,282 @@
+"""Writes docs/benchmarks.md from benchmarks/results/*.json.
+
+    .venv/bin/python benchmarks/render.py
+
+tests/test_house.py holds the page against the files, so no figure on it was typed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+PAGE = ROOT / "docs/benchmarks.md"
+
+HEAD = """# Benchmarks
+
+Made by `.venv/bin/python benchmarks/render.py` from `benchmarks/results/`. Each section names its \
+command; what each claims is in [`benchmarks/README.md`](../benchmarks/README.md). Medians with \
+the least and the greatest value in brackets. Coordination has a page of its own, \
+[`coordination.md`](coordination.md), the dashboard's times stand in \
+[`dashboard.md`](dashboard.md#how-fast), storm and scaling in [`experiments.md`](experiments.md).
+"""
+
+NETWORKS = {
+    "a": "(a) chapter's baseline, batch 16",
+    "b": "(b) 64 filters, 2 blocks, batch 64",
+    "c": "(c) 128 filters, width 9, 3 blocks, batch 128",
+}
+WHO = {
+    "tuner": "`tuner launch`",
+    "plain": "plain script",
+    "prefetch": "plain script, prefetching, 32 steps an execution",
+    "median": "Optuna, TPE + MedianPruner, Keras",
+    "hyperband": "Optuna, TPE + HyperbandPruner, Keras",
+    "kerastuner": "KerasTuner Hyperband",
+    "ray": "Ray Tune, ASHA + OptunaSearch",
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def measured(document: dict[str, Any]) -> str:
+    """Command, machine, versions and date."""
+    parts = [f"`.venv/bin/python {document['command'].strip()}`", document["machine"]]
+    if found := document.get("versions"):
+        parts.append(", ".join(f"{name} {found[name]}" for name in ("tensorflow", "keras")))
+    elif "tensorflow" in document:
+        parts.append(f"tensorflow {document['tensorflow']}")
+    return "; ".join([*parts, document["measured_at"][:10]]) + "."
+
+
+def throughput(document: dict[str, Any]) -> str:
+    rows, limits = [], []
+    for case, name in NETWORKS.items():
+        for processes in (1, 2):
+            found = {
+                row["who"]: row
+                for row in document["rows"]
+                if (row["case"], row["processes"]) == (case, processes)
+            }
+            if not found:
+                continue
+            ours = found["tuner"]["epochs_a_second"]
+            cells = [
+                f"{row['epochs_a_second']:.3f} ({row['spread'][0]:.3f}-{row['spread'][1]:.3f})"
+                + ("" if who == "tuner" else f", **{ours / row['epochs_a_second']:.1f}x**")
+                for who in ("tuner", "plain", "prefetch")
+                if (row := found.get(who))
+            ]
+            rows.append([name, processes, *cells, *["-"] * (3 - len(cells))])
+            if "share_of_the_peak" in found["tuner"]:
+                row = found["tuner"]
+                limits.append(
+                    [
+                        name,
+                        row["precision"],
+                        row["giga_multiply_adds_an_epoch"],
+                        document["peak_giga_multiply_adds_a_second"][row["precision"]],
+                        f"{row['share_of_the_peak']:.0%}",
+                    ]
+                )
+    head = ("network", "processes", *(f"{WHO[who]}, epochs a second" for who in list(WHO)[:3]))
+    limit = (
+        "network",
+        "precision",
+        "giga multiply-adds an epoch",
+        "peak a second, one thread",
+        "share reached",
+    )
+    return f"""## Throughput
+
+{measured(document)} Epochs a second on the whole machine, building the network included; the \
+bold figure is how many times ours is as fast.
+
+{table(head, rows)}
+
+The physical limit, one process with one thread: the multiply-adds of a plain implementation \
+(three products a training step, one in validation) at the speed of a product of 2,048 x 2,048. \
+The convolution over tokens needs fewer, so a share may hide some idle time.
+
+{table(limit, limits)}
+"""
+
+
+def quality(document: dict[str, Any]) -> str:
+    rows = []
+    for case, name in NETWORKS.items():
+        found = {row["who"]: row for row in document["rows"] if row["case"] == case}
+        if found:
+            ours = found["tuner"]["mean_best_validation_loss"]
+            rows += [
+                [
+                    name,
+                    WHO[who],
+                    f"{row['mean_best_validation_loss']:.4f}",
+                    ", ".join(f"{loss:.4f}" for loss in row["best_validation_losses"]),
+                    "" if who == "tuner" else f"{ours - row['mean_best_validation_loss']:+.4f}",
+                ]
+                for who, row in found.items()
+            ]
+    head = ("network", "who", "mean best validation loss", "of the seeds", "ours above it")
+    return f"""## The same quality
+
+{measured(document)} Ten epochs without pruning.
+
+{table(head, rows)}
+"""
+
+
+def time_to_quality(document: dict[str, Any]) -> str:
+    def at(run: dict[str, Any], seconds: float) -> str:
+        reached = [loss for when, loss in run["best_so_far"] if when <= seconds]
+        return f"{reached[-1]:.4f}" if reached else "-"
+
+    runs = sorted(document["runs"], key=lambda run: (run["seed"], list(WHO).index(run["who"])))
+    rows = [
+        [
+            run["seed"],
+            WHO[run["who"]],
+            run["trials"],
+            run["epochs"],
+            *(at(run, 60 * minutes) for minutes in (2, 4, 8, 15)),
+        ]
+        for run in runs
+    ]
+    words = []
+    for seed in sorted({run["seed"] for run in runs}):
+        of_seed = {run["who"]: run for run in runs if run["seed"] == seed}
+        others = [run["best_so_far"][-1][1] for who, run in of_seed.items() if who != "tuner"]
+        if "tuner" in of_seed and others:
+            reached = [
+                when for when, loss in of_seed["tuner"]["best_so_far"] if loss <= min(others)
+            ]
+            when = f"after {reached[0] / 60:.1f} min" if reached else "not at all"
+            words.append(f"Seed {seed}: ours had the best of the others' last loss {when}.")
+    machines = "; ".join(sorted({run["machine"] for run in runs}))
+    head = ("seed", "who", "trials", "epochs", "2 min", "4 min", "8 min", "15 min")
+    return f"""## Time to quality
+
+`.venv/bin/python benchmarks/time_to_quality.py`; {machines}. Best validation loss by the clock.
+
+{table(head, rows)}
+
+{" ".join(words)}
+"""
+
+
+def layers(document: dict[str, Any]) -> str:
+    rows = [
+        [row["case"], row["keras_ms"], row["fast_ms"], f"{row['ratio']:.2f}x"]
+        for row in document["rows"]
+    ]
+    return f"""## Layers
+
+{measured(document)} Values and gradients of one layer, CPU milliseconds on one thread.
+
+{table(("layer", "Keras", "ours", ""), rows)}
+"""
+
+
+def precision(document: dict[str, Any]) -> str:
+    rule, groups = document["rule"], []
+    bounds = [0, 32, 64, 96, 128, 1_000]
+    for low, high in pairwise(bounds):
+        gains = [
+            row["gain"] for row in document["rows"] if low <= row["multiply_adds_a_value"] < high
+        ]
+        if gains:
+            name = f"{low}-{high}" if high < 1_000 else f"{low} or more"
+            spread = f"{median(gains):.2f} ({min(gains):.2f}-{max(gains):.2f})"
+            groups.append([name, len(gains), spread])
+    at = ", ".join(f"{threshold}: {share:.3f}" for threshold, share in rule["at"].items())
+    return f"""## Precision
+
+{measured(document)} Networks drawn from studies/solubility.toml: time of a training step in \
+float32 over that in bfloat16.
+
+{table(("multiply-adds a value", "networks", "gain of bfloat16"), groups)}
+
+Time of all networks together, as a part of that in float32, where bfloat16 is taken from so many \
+multiply-adds a value: {at}; all in bfloat16 {rule["all_in_bfloat16"]:.3f}, each in its better \
+precision {rule["each_in_its_better_one"]:.3f}.
+"""
+
+
+def policies(document: dict[str, Any]) -> str:
+    head = [key for key in document["rows"][0] if key.startswith("loss_after") or key == "epochs"]
+    rows = []
+    for row in document["rows"]:
+        cells = [row["policy"]]
+        for key in head:
+            apart = row.get(key.replace("loss_after", "above_default"))
+            cells.append(f"{row[key]}" + (f" ({apart[0]:+.4f} ± {apart[1]:.4f})" if apart else ""))
+        rows.append(cells)
+    names = [key.replace("_", " ") for key in head]
+    return f"""## Search policies
+
+`.venv/bin/python {document["command"]}`; {document["curves"]} recorded curves, \
+{document["measured_at"][:10]}. Mean over the seeds; in brackets the difference from the default \
+with its standard error, seed by seed. The best of all curves is \
+{document["best_of_all_curves"]:.4f}.
+
+{table(["policy", *names], rows)}
+"""
+
+
+def memory(document: dict[str, Any]) -> str:
+    first, second, third = document["mean_mb_by_thirds"]
+    slope = document["mb_a_trial_after_the_first_third"]
+    return f"""## Memory of a worker
+
+{measured(document)} Resident memory of the training process: {first:.0f} MB on average in the \
+first third of the trials, {second:.0f} MB in the second, {third:.0f} MB in the last, \
+{document["most_mb"]:.0f} MB at most; {slope:+.3f} MB a trial after the first third.
+"""
+
+
+def startup(document: dict[str, Any]) -> str:
+    rows = [
+        [row["what"], f"{row['seconds']:.2f} ({row['spread'][0]:.2f}-{row['spread'][1]:.2f})"]
+        for row in document["rows"]
+    ]
+    return f"""## Start-up
+
+{measured(document)}
+
+{table(("command", "seconds"), rows)}
+"""
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "throughput": throughput,
+    "throughput-quality": quality,
+    "time_to_quality": time_to_quality,
+    "policies": policies,
+    "startup": startup,
+    "memory": memory,
+    "precision": precision,
+    "layers": layers,
+}
+
+
+def page() -> str:
+    parts = [HEAD]
+    for name, section in SECTIONS.items():
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            parts.append(section(json.loads(file.read_text())))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
