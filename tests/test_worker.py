@@ -156,6 +156,17 @@ def test_a_signal_that_comes_again_at_once_is_the_same_and_a_later_one_ends_the_
         frozen.wait(5)
 
 
+def test_a_signal_after_all_was_given_back_changes_nothing(address: str) -> None:
+    with program(*TUNER_WORKER, address) as worker:
+        worker.says("Joined", timeout=60)
+        worker.signal(signal.SIGTERM)
+        worker.says("Worker ended (SIGTERM)")
+        while worker.process.poll() is None:
+            worker.signal(signal.SIGTERM)
+            time.sleep(0.001)
+        assert worker.wait() == 0
+
+
 def training_process(worker: Program) -> psutil.Process:
     """The one that Dask's nanny started."""
     below = psutil.Process(worker.process.pid).children(recursive=True)

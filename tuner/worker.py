@@ -240,6 +240,10 @@ class _Host:
             if was_serving
             else "it had no scheduler, and trained nothing"
         )
+        # A closed loop leaves signals to the system: one more would turn this end into a failure.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
         self._say(f"Worker ended ({self._why}); {became}.")
 
     def _asked_to_leave(self, why: str) -> None:
