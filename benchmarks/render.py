@@ -50,7 +50,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def measured(document: dict[str, Any]) -> str:
     """Command, machine, versions and date."""
-    parts = [f"`.venv/bin/python {document['command'].strip()}`", document["machine"]]
+    commands = {row["command"] for row in document.get("rows", ()) if "command" in row}
+    commands = commands or {document["command"]}
+    shown = ", ".join(f"`.venv/bin/python {command.strip()}`" for command in sorted(commands))
+    parts = [shown, document["machine"]]
     if found := document.get("versions"):
         parts.append(", ".join(f"{name} {found[name]}" for name in ("tensorflow", "keras")))
     elif "tensorflow" in document:

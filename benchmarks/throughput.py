@@ -232,6 +232,10 @@ def main() -> None:
         "throughput-quality.json" if options.quality else "throughput.json"
     )
     rows: list[dict[str, Any]] = []
+    if output.exists():  # the cases that are not measured now
+        before = json.loads(output.read_text())["rows"]
+        rows = [row for row in before if row["case"] not in options.cases]
+    command = "benchmarks/throughput.py " + " ".join(sys.argv[1:])
     peak = measured_peak()
     for case in options.cases:
         epochs = 10 if options.quality else EPOCHS[case]
@@ -256,6 +260,7 @@ def main() -> None:
                 "epochs_a_second": round(statistics.median(rates), 4),
                 "spread": [round(min(rates), 4), round(max(rates), 4)],
                 "runs": len(rates),
+                "command": command,
             }
             if options.quality:
                 row["mean_best_validation_loss"] = round(statistics.mean(losses[who]), 4)
@@ -265,7 +270,7 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
         document = {
-            "command": "benchmarks/throughput.py " + " ".join(sys.argv[1:]),
+            "command": command,
             "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": processor(),
             "versions": versions(),
