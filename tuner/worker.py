@@ -67,7 +67,7 @@ _DASK_SETTINGS = TRAINING_SETTINGS | {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.95,
     # The second look kills what the first one asked to leave: time enough to give a trial back.
-    "distributed.worker.memory.monitor-interval": "500ms",
+    "distributed.worker.memory.monitor-interval": "1s",
     "distributed.worker.daemon": True,
     "distributed.worker.profile.enabled": False,
     "distributed.comm.timeouts.connect": "10s",
