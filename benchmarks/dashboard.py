@@ -37,7 +37,7 @@ from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
 from tuner import orders
-from tuner.objective import CURVE_KEY
+from tuner.objective import CURVE_KEY, curve_of
 from tuner.storage import Storage
 from tuner.study import load as load_study
 
@@ -275,9 +275,9 @@ def measure(
     while storage.lease(tuned.id) is not None:
         time.sleep(0.2)
     took = {
-        (trial.number, row[0]): row[5]
+        (trial.number, epoch.epoch): epoch.seconds
         for trial in storage.optuna.get_all_trials(tuned.id, deepcopy=False)
-        for row in trial.user_attrs[CURVE_KEY]
+        for epoch in curve_of(trial)
     }
     quiet, loaded = [], []
     for polling, lasted, spent, before, after in windows:
