@@ -39,8 +39,9 @@ from machine import processor
 
 from tuner.data import DataIdentity, prepare
 from tuner.objective import curve_of
-from tuner.precision import BFLOAT16_FROM, multiply_adds, multiply_adds_a_value
+from tuner.precision import BFLOAT16_FROM, multiply_adds, precision_by_size
 from tuner.processes import has_fast_bfloat16
+from tuner.space import ModelConfig
 from tuner.spec import StudySpec, load_spec, spec_from_document
 from tuner.storage import Storage
 from tuner.study import WORKER_KEY, load, versions
@@ -104,8 +105,8 @@ def spec_of(case: str, *, trials: int, epochs: int) -> StudySpec:
     return spec_from_document(document)
 
 
-def config_of(spec: StudySpec) -> dict[str, Any]:
-    return dataclasses.asdict(spec.space.suggest(optuna.create_study().ask()))
+def config_of(spec: StudySpec) -> ModelConfig:
+    return spec.space.suggest(optuna.create_study().ask())
 
 
 def tuner(spec: StudySpec, processes: int, folder: Path) -> list[dict[str, Any]]:
@@ -138,7 +139,7 @@ def plain(
     optuna.create_study(study_name="plain", storage=url)
     command = [
         sys.executable, str(ROOT / "benchmarks/plain_keras.py"),
-        "--config", json.dumps(config_of(spec)), "--rows", str(rows),
+        "--config", json.dumps(dataclasses.asdict(config_of(spec))), "--rows", str(rows),
         "--storage", url, "--study", "plain",
         "--trials", str(spec.trials // processes), "--epochs", str(spec.training.max_epochs),
     ]  # fmt: skip
@@ -202,12 +203,11 @@ def share_of_the_peak(
     A training step takes three products where inference takes one: the output, and the gradients
     towards the weights and the inputs.
     """
-    config = spec.space.suggest(optuna.create_study().ask())
+    config = config_of(spec)
     rows = 3 * data.training_rows + data.validation_rows
     needs = multiply_adds(config, data.max_length) * rows / 1e9
-    fast = has_fast_bfloat16()
-    enough = multiply_adds_a_value(config, data.max_length) >= BFLOAT16_FROM
-    precision = "bfloat16" if fast and enough else "float32"
+    bfloat16_from = BFLOAT16_FROM if has_fast_bfloat16() else None
+    precision = precision_by_size(config, data.max_length, bfloat16_from)
     return {
         "precision": precision,
         "giga_multiply_adds_an_epoch": round(needs, 1),

@@ -37,3 +37,12 @@ def multiply_adds_a_value(config: ModelConfig, max_length: int) -> float:
     """The same for each value that passes between layers."""
     values = sum(prod(layer.output) for layer in layers_of(config, max_length))
     return multiply_adds(config, max_length) / values
+
+
+def precision_by_size(
+    config: ModelConfig, max_length: int, bfloat16_from: float | None
+) -> Precision:
+    """The rule: bfloat16 from so many multiply-adds a value; None for never."""
+    if bfloat16_from is None or multiply_adds_a_value(config, max_length) < bfloat16_from:
+        return "float32"
+    return "bfloat16"

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.artifacts import HUNG_PREFIXES, StudyArtifacts, study_folder_name
 from tuner.data import DataIdentity
 from tuner.errors import StudyError
-from tuner.precision import BFLOAT16_FROM, Precision, multiply_adds_a_value
+from tuner.precision import BFLOAT16_FROM, Precision, precision_by_size
 from tuner.space import ModelConfig
 from tuner.spec import StudySpec, spec_from_document
 from tuner.storage import COORDINATOR_KEY, Storage
@@ -103,8 +103,7 @@ class TunedStudy:
         if asked != "auto":
             return asked
         fewest = self.study.user_attrs.get(BFLOAT16_FROM_KEY)
-        enough = multiply_adds_a_value(config, self.record.data.max_length)
-        return "bfloat16" if fewest is not None and enough >= fewest else "float32"
+        return precision_by_size(config, self.record.data.max_length, fewest)
 
     def decide_precision(self, *, fast_bfloat16: bool) -> None:
         """Decides what "auto" means, once: also for who takes the study up on other machines.
