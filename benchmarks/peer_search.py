@@ -101,6 +101,27 @@ class OfKerasTuner:
         return self._parameters.Choice(name, values)
 
 
+class Given:
+    """Answers with what was sampled."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def number(self, name: str, low: int, high: int, step: int = 1) -> int:
+        return int(self._values[name])
+
+    def real(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return float(self._values[name])
+
+    def one_of(self, name: str, values: list[Any]) -> Any:
+        return self._values[name]
+
+
+def ray_space(trial: Any) -> None:
+    """Stored by Ray with its search, so it must have a name."""
+    suggest(OfOptuna(trial))
+
+
 def append(log: Path, trial: str, loss: float) -> None:
     line = json.dumps({"at": time.time(), "trial": trial, "loss": loss}) + "\n"
     with log.open("a") as file:
@@ -189,16 +210,22 @@ def by_kerastuner(options: argparse.Namespace) -> None:
     max_length = datasets(options.rows, 32, prefetch=True)[0].element_spec[0].shape[1]
 
     class Network(keras_tuner.HyperModel):
+        trained = 0
+
         def build(self, hp: Any) -> Any:
             return compiled(suggest(OfKerasTuner(hp)), max_length)
 
         def fit(self, hp: Any, model: Any, *arguments: Any, **named: Any) -> Any:
             training, validation = datasets(options.rows, hp.get("batch_size"), prefetch=True)
+            self.trained += 1
+            trial = str(self.trained)
+            log = keras.callbacks.LambdaCallback(
+                on_epoch_end=lambda epoch, logs: append(
+                    options.log, trial, float(logs["val_cross_entropy"])
+                )
+            )
+            named["callbacks"] = [*named["callbacks"], log]
             return model.fit(training, validation_data=validation, **named)
-
-    class Log(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            append(options.log, "", float(logs["val_cross_entropy"]))
 
     tuner = keras_tuner.Hyperband(
         Network(),
@@ -211,7 +238,7 @@ def by_kerastuner(options: argparse.Namespace) -> None:
         project_name="peer",
     )
     stopping = keras.callbacks.EarlyStopping("val_cross_entropy", mode="min", patience=PATIENCE)
-    tuner.search(callbacks=[stopping, Log()], verbose=0)
+    tuner.search(callbacks=[stopping], verbose=0)
 
 
 def by_ray(options: argparse.Namespace) -> None:
@@ -221,24 +248,6 @@ def by_ray(options: argparse.Namespace) -> None:
     from ray.tune.search.optuna import OptunaSearch
 
     here = str(Path(__file__).resolve().parent)
-
-    def space(trial: Any) -> None:
-        suggest(OfOptuna(trial))
-
-    class Given:
-        """Answers with what was sampled."""
-
-        def __init__(self, values: dict[str, Any]) -> None:
-            self._values = values
-
-        def number(self, name: str, low: int, high: int, step: int = 1) -> int:
-            return int(self._values[name])
-
-        def real(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-            return float(self._values[name])
-
-        def one_of(self, name: str, values: list[Any]) -> Any:
-            return self._values[name]
 
     def trainable(values: dict[str, Any]) -> None:
         import tensorflow as tf
@@ -265,7 +274,7 @@ def by_ray(options: argparse.Namespace) -> None:
             metric="loss",
             mode="min",
             scheduler=ASHAScheduler(max_t=MAX_EPOCHS, grace_period=1, reduction_factor=3),
-            search_alg=OptunaSearch(space=space, metric="loss", mode="min", seed=options.seed),
+            search_alg=OptunaSearch(space=ray_space, metric="loss", mode="min", seed=options.seed),
             num_samples=-1,
             time_budget_s=options.seconds,
             max_concurrent_trials=options.cores,
