@@ -22,13 +22,14 @@ from tuner.errors import (
     LeaseLostError,
     StorageError,
     StudyError,
+    TrialEndedError,
     WorkerDiedEarlyError,
     WorkerLeftError,
     WorkerLostError,
 )
 from tuner.objective import ENDED_KEY, curve_of
 from tuner.storage import Storage
-from tuner.study import BUDGET_KEY, FINISHED, RESUMED_KEY, TunedStudy, load
+from tuner.study import BUDGET_KEY, FINISHED, RESUMED_KEY, TunedStudy, load, status
 
 
 @pytest.fixture
@@ -421,3 +422,86 @@ def test_enqueued_trials_of_the_user_are_run(study: Make) -> None:
     assert tuned.trials()[0].params["learning_rate"] == 0.05
     assert len(tuned.trials()) == 2
     assert isinstance(tuned.study, optuna.Study)
+
+
+# The stop rule.
+
+
+def falls_to_trial_10(config, *, seed, trial, rungs):
+    yield epoch_result(0.7 - 0.01 * min(trial, 10), 1)
+
+
+def creeps(config, *, seed, trial, rungs):
+    yield epoch_result(0.7 - 0.0001 * trial, 1)
+
+
+def stops(patience: int, min_delta: float = 0.0) -> dict[str, object]:
+    return {
+        "trials": 60,
+        "hyperband": None,
+        "stop": {"patience": patience, "min_delta": min_delta},
+        "training": {"max_epochs": 1},
+    }
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_a_study_ends_early_where_nothing_better_comes(study: Make, slots: int) -> None:
+    tuned, notes = study(**stops(patience=5)), Notes()
+    assert Coordinator(tuned, FakeWorkers(slots, falls_to_trial_10), notes).run() == "finished"
+    assert 16 <= finished(tuned) <= 16 + 2 * slots - 2  # trials in flight are finished
+    now = status(tuned)
+    assert (now.state, now.budget) == ("finished", finished(tuned))
+    assert now.counts["RUNNING"] == 0
+    assert "did not improve on the validation loss 0.6000 of trial 10" in str(now.ended_early)
+    assert f"ends after {finished(tuned)} of 60 trials" in notes.said[-1]
+
+
+@pytest.mark.parametrize(("patience", "trials"), [(5, 6), (20, 60)])
+def test_gains_below_min_delta_do_not_count_until_they_add_up(
+    study: Make, patience: int, trials: int
+) -> None:
+    tuned = study(**stops(patience, min_delta=0.00095))
+    Coordinator(tuned, FakeWorkers(1, creeps), Notes()).run()
+    assert finished(tuned) == trials
+
+
+def test_the_stop_rule_counts_on_after_a_restart(study: Make) -> None:
+    tuned = study(**stops(patience=5))
+
+    def stop_at_trial_13(trial: int, result: object) -> None:
+        if trial == 13:
+            coordinator.stop("stopped")
+
+    coordinator = Coordinator(
+        tuned, FakeWorkers(1, falls_to_trial_10), Notes(on_epoch=stop_at_trial_13)
+    )
+    assert coordinator.run() == "stopped"
+    assert finished(tuned) < 16
+    Coordinator(tuned, FakeWorkers(1, falls_to_trial_10), Notes()).run()
+    assert finished(tuned) == 16
+
+
+def test_pruned_trials_count_once_one_was_fully_trained(study: Make) -> None:
+    def only_trial_7_is_trained(config, *, seed, trial, rungs):
+        if trial != 7:
+            raise TrialEndedError("diverged", "for the test")
+        yield epoch_result(0.6, 1)
+
+    tuned = study(**stops(patience=5))
+    Coordinator(tuned, FakeWorkers(1, only_trial_7_is_trained), Notes()).run()
+    assert finished(tuned) == 8 + 5
+
+
+def test_another_launch_changes_the_stop_rule_and_the_study_goes_on(study: Make) -> None:
+    tuned = study(**stops(patience=5))
+    Coordinator(tuned, FakeWorkers(1, falls_to_trial_10), Notes()).run()
+    same = study(**stops(patience=5))
+    Coordinator(same, FakeWorkers(1, falls_to_trial_10), Notes()).run()
+    assert finished(same) == status(same).budget == 16
+    patient = study(**stops(patience=9))
+    Coordinator(patient, FakeWorkers(1, falls_to_trial_10), Notes()).run()
+    assert finished(patient) == 20
+    endless = study(**stops(patience=9) | {"stop": None})
+    assert status(endless).ended_early is None
+    Coordinator(endless, FakeWorkers(1, falls_to_trial_10), Notes()).run()
+    assert finished(endless) == 60

@@ -140,6 +140,7 @@ def test_defaults_are_those_of_the_design(load):
     assert (spec.training.max_epochs, spec.training.patience) == (27, 5)
     assert (spec.training.precision, spec.training.max_trial_seconds) == ("auto", 3600)
     assert (spec.hyperband, spec.sampler.kind, spec.known) == (None, "tpe", ())
+    assert spec.stop is None
     assert load(SMALL + "[hyperband]").brackets == ((1, 3, 9), (3, 9), (9,), ())
 
 
@@ -256,6 +257,8 @@ def test_files_that_mean_the_same_have_the_same_hash(load, one, other):
         "trials=5",
         "name=another",
         'data.fallback="synthetic"',
+        "stop={}",
+        "stop.patience=5",
     ],
 )
 def test_the_hash_leaves_out_the_name_and_what_may_change_later(load, override):
@@ -480,6 +483,11 @@ MISTAKES = [
     ("[hyperband]\neta = 1", "hyperband.eta", 2, "at least 2"),
     ("[hyperband]\nmin_epochs = 0", "hyperband.min_epochs", 2, "at least 1"),
     ("[hyperband]\nmin_epochs = 28", "hyperband.min_epochs", 2, "training.max_epochs = 27"),
+    # stop
+    ("[stop]\npatience = 0", "stop.patience", 2, "at least 1"),
+    ("[stop]\npatience = 'none'", "stop.patience", 2, "whole number"),
+    ("[stop]\nmin_delta = -0.1", "stop.min_delta", 2, "at least 0"),
+    ("[stop]\nmin_epochs = 3", "stop.min_epochs", 2, "belongs in [hyperband]"),
     # data
     ("max_length = 0", "data.max_length", 1, "at least 1"),
     ("fallback = 'none'", "data.fallback", 1, 'one of "synthetic"'),

@@ -97,6 +97,15 @@ def test_a_stopped_study_says_how_it_goes_on(study: Make) -> None:
     assert "tuner launch STUDY.toml" in shown(tuned)
 
 
+def test_a_study_that_ended_early_says_why(study: Make) -> None:
+    tuned = study(trials=50, stop={"patience": 1, "min_delta": 1.0})
+    Coordinator(tuned, FakeWorkers(1), Notes()).run()
+    finished = status(tuned).finished_trials
+    assert "**Finished** as of" in shown(tuned)
+    assert f"**{finished} of {finished} trials**" in shown(tuned)
+    assert "Ended early: 1 finished trial in a row did not improve on" in shown(tuned)
+
+
 def test_only_who_holds_the_lease_writes_the_overview(study: Make) -> None:
     tuned = study(trials=3)
     tuned.storage.take_lease(tuned.id)

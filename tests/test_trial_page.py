@@ -226,7 +226,7 @@ def test_a_loss_that_went_astray_does_not_flatten_the_curve() -> None:
 def test_the_line_that_trains_a_trial_again_exports_and_launches_it(
     study: Make, tmp_path: Path
 ) -> None:
-    tuned = study(trials=12, name="a b's; touch x")
+    tuned = study(trials=12, name="a b's; touch x", stop={"patience": 100})
     Coordinator(tuned, FakeWorkers(), Notes()).run()
     pruned = next(trial for trial in tuned.trials() if trial.state == TrialState.PRUNED)
     export, _, launch = pruned.user_attrs[AGAIN_KEY].partition(" && ")
@@ -243,7 +243,7 @@ def test_the_line_that_trains_a_trial_again_exports_and_launches_it(
     again = load_spec(written)
     assert again.space.resolve({}) == tuned.record.spec.space.resolve(pruned.params)
     assert again.training.seeded_as(0) == pruned.number
-    assert again.hyperband is None
+    assert (again.hyperband, again.stop) == (None, None)
 
 
 @pytest.mark.parametrize("query", ["", "?password=secret"])

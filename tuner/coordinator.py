@@ -25,6 +25,7 @@ from tuner.errors import (
 )
 from tuner.objective import DETAIL_KEY, ENDED_KEY, Objective, reported_epochs
 from tuner.space import ModelConfig
+from tuner.stop_rule import StopRule
 from tuner.storage import COORDINATOR_KEY, Decision
 from tuner.study import (
     FINISHED,
@@ -110,6 +111,7 @@ class Coordinator:
         self._stopping = False
         self._fatal: BaseException | None = None
         self._failures_in_a_row = 0
+        self._stop_rule: StopRule | None = None
         self._progress = _Progress()
         self._claimed: dict[int, optuna.Trial] = {}  # by number: what a thread drives
         self._pages: dict[int, TrialPage] = {}  # by number, from the first training on
@@ -170,6 +172,8 @@ class Coordinator:
             {trial.number for trial in self._tuned.trials() if not trial.state.is_finished()}
         )
         self._decide_as_recorded()
+        if (settings := self._tuned.stop) is not None:
+            self._stop_rule = StopRule(settings, self._tuned.trials(*FINISHED))
         deadline = None if timeout is None else time.monotonic() + timeout
         told_to_pause = False
         try:
@@ -345,6 +349,14 @@ class Coordinator:
                     continue
                 if COORDINATOR_KEY in trial.user_attrs:
                     return self._adopt(trial)
+            if self._stop_rule is not None and self._stop_rule.ends_the_study:
+                # A trial that was told a moment ago may still count as running.
+                in_flight = sum(
+                    trial.number in self._running and not trial.state.is_finished()
+                    for trial in open_trials
+                )
+                self._end_early(finished + in_flight, self._stop_rule.reason())
+                return None
             if not self._is_precision_decided:  # there is a slot now, and so a worker to judge by
                 self._tuned.decide_precision(fast_bfloat16=self._workers.has_fast_bfloat16())
                 self._is_precision_decided = True
@@ -355,6 +367,12 @@ class Coordinator:
             self._record(Decision(trial=asked.number, kind="ask", epoch=None, verdict=None))
             self._running[asked.number] = 0
             return asked
+
+    def _end_early(self, trials: int, reason: str) -> None:
+        self._watcher.say(
+            f"The study ends after {trials} of {self._tuned.budget} trials: {reason}."
+        )
+        self._tuned.end_early(trials, reason)
 
     def _adopt(self, trial: FrozenTrial) -> optuna.Trial:
         resumed = optuna.Trial(self._tuned.study, trial._trial_id)
@@ -419,18 +437,20 @@ class Coordinator:
                 best = {kept.number for kept in self._tuned.ranked()[:KEPT_WEIGHTS]}
                 artifacts.keep_weights(best | set(self._running))
         self._watcher.trial_ended(told)
-        self._count_failures(told)
+        with self._deciding:
+            if self._stop_rule is not None:
+                self._stop_rule.ended(told)
+            self._count_failures(told)
 
     def _count_failures(self, told: FrozenTrial) -> None:
-        with self._deciding:
-            failed = told.state == TrialState.FAIL
-            self._failures_in_a_row = self._failures_in_a_row + 1 if failed else 0
-            if self._failures_in_a_row >= FAILURES_IN_A_ROW:
-                raise StudyError(
-                    f"{FAILURES_IN_A_ROW} trials in a row failed, so the study stops; the last "
-                    f"reason, of trial {told.number}: {told.user_attrs.get(DETAIL_KEY)}. "
-                    "Mend that and launch again: nothing that finished is lost."
-                )
+        failed = told.state == TrialState.FAIL
+        self._failures_in_a_row = self._failures_in_a_row + 1 if failed else 0
+        if self._failures_in_a_row >= FAILURES_IN_A_ROW:
+            raise StudyError(
+                f"{FAILURES_IN_A_ROW} trials in a row failed, so the study stops; the last "
+                f"reason, of trial {told.number}: {told.user_attrs.get(DETAIL_KEY)}. "
+                "Mend that and launch again: nothing that finished is lost."
+            )
 
     def _is_poison(self, trial: optuna.Trial, lost: WorkerLostError, *, progressed: bool) -> bool:
         """Counts a lost worker; True once this trial has cost too many."""

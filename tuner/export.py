@@ -134,8 +134,8 @@ def _study_file(
     """A study of one trial that trains this trial's network again, bit for bit."""
     record = tuned.record
     document = record.spec.to_document()
-    document.pop("hyperband", None)
-    document.pop("known", None)
+    for key in ("hyperband", "stop", "known"):
+        document.pop(key, None)
     document |= {
         "name": f"{tuned.name}-trial-{trial.number}",
         "trials": 1,

@@ -167,6 +167,8 @@ def status_details(one: StudyStatus) -> Table:
     if one.error:
         table.add_row("error", f"[red]{escape(one.error)}[/]")
     table.add_row("trials", f"{one.finished_trials} of {one.budget} finished")
+    if one.ended_early:
+        table.add_row("", f"ended early: {escape(one.ended_early)}")
     table.add_row("", counts_in_words(one))
     if one.resumed_trials:
         table.add_row("", f"{one.resumed_trials} resumed after a worker or coordinator was lost")

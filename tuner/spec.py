@@ -209,6 +209,15 @@ class HyperbandSettings(_Table):
     """one trial in eta goes on at a rung"""
 
 
+class StopSettings(_Table):
+    """Ends the study before its budget is used up, as `tuner.stop_rule` says."""
+
+    patience: int = Field(default=60, ge=1, le=1_000_000)
+    """finished trials in a row without a better validation loss"""
+    min_delta: float = Field(default=0.001, ge=0)
+    """nats by which a better one must be better"""
+
+
 class SamplerSettings(_Table):
     """How configurations are sampled."""
 
@@ -229,6 +238,8 @@ class _Settings(_Table):
     hyperband: HyperbandSettings | None = None
     """leave the table out for no pruning"""
     sampler: SamplerSettings = SamplerSettings()
+    stop: StopSettings | None = None
+    """leave the table out to use the whole budget"""
     provenance: dict[str, Any] | None = None
     """where an exported configuration comes from; changes nothing"""
 
@@ -276,13 +287,15 @@ class StudySpec(_Settings):
     def spec_hash(self) -> str:
         """SHA-256 (hex) of what makes the study what it is.
 
-        Left out: its name and provenance; `trials`, which may be raised later; `data.fallback`,
+        Left out: its name and provenance; `trials` and `stop`, which may be changed later;
+        `data.fallback`,
         which decides whether there is a study at all; and the folders of data files, whose
         content has an identity of its own (`tuner.data.DataIdentity`).
         """
         document = self.to_document()
         del document["name"], document["trials"]
-        document.pop("provenance", None)
+        for key in ("stop", "provenance"):
+            document.pop(key, None)
         document["data"].pop("fallback", None)
         document["data"]["source"] = _without_folders(document["data"]["source"])
         text = json.dumps(document, sort_keys=True, separators=(",", ":"))
@@ -382,6 +395,7 @@ _TABLES: Mapping[str, tuple[str, ...]] = {
     "training": tuple(TrainingSettings.model_fields),
     "hyperband": tuple(HyperbandSettings.model_fields),
     "sampler": tuple(SamplerSettings.model_fields),
+    "stop": tuple(StopSettings.model_fields),
     "space": tuple(KEYS),
 }
 

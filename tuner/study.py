@@ -27,13 +27,15 @@ from tuner.data import DataIdentity
 from tuner.errors import StudyError
 from tuner.precision import BFLOAT16_FROM, Precision, precision_by_size
 from tuner.space import ModelConfig
-from tuner.spec import StudySpec, spec_from_document
+from tuner.spec import StopSettings, StudySpec, spec_from_document
 from tuner.storage import COORDINATOR_KEY, Storage
 
 #: The study attribute that holds everything about how the study is run.
 RECORD_KEY = "tuner"
 #: Study attributes that change while it lives.
 BUDGET_KEY = "trials"
+STOP_KEY = "stop"  # the study file's table; None without one
+ENDED_EARLY_KEY = "ended_early"  # why, where it ended before the budget that was asked for
 WORKERS_KEY = "workers"
 #: What precision "auto" means in this study: `tuner.precision.BFLOAT16_FROM`, or None for never.
 BFLOAT16_FROM_KEY = "bfloat16_from"
@@ -96,6 +98,17 @@ class TunedStudy:
     @property
     def budget(self) -> int:
         return int(self.study.user_attrs[BUDGET_KEY])
+
+    @property
+    def stop(self) -> StopSettings | None:
+        """When it ends before its budget."""
+        document = self.study.user_attrs.get(STOP_KEY)
+        return None if document is None else StopSettings(**document)
+
+    def end_early(self, trials: int, reason: str) -> None:
+        """Lowers the budget to `trials`, so that for everybody the study is finished then."""
+        self.study.set_user_attr(ENDED_EARLY_KEY, reason)
+        self.study.set_user_attr(BUDGET_KEY, trials)
 
     def precision_of(self, config: ModelConfig) -> Precision:
         """In which precision the study trains this network."""
@@ -303,6 +316,9 @@ def create_or_resume(
     if tuned.budget != spec.trials:
         _refuse_more_trials_after_the_report(tuned, spec.trials)
         tuned.study.set_user_attr(BUDGET_KEY, spec.trials)
+    for key, value in ((STOP_KEY, spec.stop and spec.stop.model_dump()), (ENDED_EARLY_KEY, None)):
+        if tuned.study.user_attrs.get(key) != value:
+            tuned.study.set_user_attr(key, value)
     return tuned
 
 
@@ -485,6 +501,7 @@ class StudyStatus:
     synthetic: bool
     bytes_on_disk: int
     error: str | None  #: why the service gave it up
+    ended_early: str | None  #: why it ended before the budget that was asked for
 
     @property
     def finished_trials(self) -> int:
@@ -511,6 +528,7 @@ class StudyStatus:
             "synthetic": self.synthetic,
             "bytes_on_disk": self.bytes_on_disk,
             "error": self.error,
+            "ended_early": self.ended_early,
         }
 
 
@@ -563,6 +581,7 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
         synthetic=tuned.record.data.synthetic,
         bytes_on_disk=tuned.artifacts.bytes_on_disk(() if driven else _hanging(tuned, trials)),
         error=attributes.get(ERROR_KEY),
+        ended_early=attributes.get(ENDED_EARLY_KEY),
     )
 
 
@@ -603,7 +622,7 @@ def _differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str 
     """Dotted keys whose values differ, with both values."""
     keys = []
     for key in dict.fromkeys([*old, *new]):
-        if prefix == "" and key in ("name", "trials"):
+        if prefix == "" and key in ("name", "trials", "stop"):
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):

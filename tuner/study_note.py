@@ -90,6 +90,8 @@ def _progress(now: StudyStatus, state: State) -> str:
     lines = [progress]
     if now.synthetic:
         lines.insert(0, "**SYNTHETIC DATA: the proteins are made up. No result means anything.**")
+    if now.ended_early:
+        lines.append(f"Ended early: {_escaped(now.ended_early)}.")
     if now.error and state != "running":
         lines.append(f"The service gave it up: {_escaped(now.error)}")
     return "\n\n".join(lines)
