@@ -225,6 +225,18 @@ def policies(document: dict[str, Any]) -> str:
             cells.append(f"{row[key]}" + (f" ({apart[0]:+.4f} ± {apart[1]:.4f})" if apart else ""))
         rows.append(cells)
     names = [key.replace("_", " ") for key in head]
+    longest = names[-1].split()[2]
+    stop_head = ("patience", "min_delta", "epochs saved", "loss given away", "at most")
+    stops = [
+        [
+            row["patience"],
+            row["min_delta"],
+            f"{row['part_of_epochs_saved'][0]:.0%}",
+            "{:.4f} ± {:.4f}".format(*row["loss_given_away"]),
+            f"{row['most_given_away']:.4f}",
+        ]
+        for row in document["stop_rule"]
+    ]
     return f"""## Search policies
 
 `.venv/bin/python {document["command"]}`; {document["curves"]} recorded curves, \
@@ -233,6 +245,11 @@ with its standard error, seed by seed. The best of all curves is \
 {document["best_of_all_curves"]:.4f}.
 
 {table(["policy", *names], rows)}
+
+The stop rule in the studies of the default policy, in {longest} minutes: the part of the epochs \
+that it saves, and how much lower the best loss becomes without it.
+
+{table(stop_head, stops)}
 """
 
 

@@ -1,6 +1,6 @@
 """Replays search policies on recorded learning curves, in seconds of simulated time.
 
-    .venv/bin/python benchmarks/search_policies.py       # 40 seeds each, a few minutes, no training
+    .venv/bin/python benchmarks/search_policies.py       # 40 seeds each, minutes, no training
 
 benchmarks/results/learning_curves.json has real trials that were trained to the end
 (learning_curves.py). Here simulated workers train them again: an epoch takes as long as it took,
@@ -8,9 +8,13 @@ the rungs are decided by the product's own pruner, and a trial ends as `Objectiv
 compared is the best validation loss of the fully trained trials after so many simulated minutes of
 two workers, and the epochs that were spent.
 
-A random search draws the recorded networks in random order. TPE's suggestion is replaced by the
-nearest recorded network that was not trained yet, so a table of a few hundred rows shows much of
-what a pruner does and less of what a sampler does.
+A random search draws the recorded networks in random order, and once more when it had them all.
+TPE's suggestion is replaced by the nearest recorded network that was not trained yet, so a table of
+a few hundred rows shows much of what a pruner does and less of what a sampler does.
+
+Of the stop rule ([stop] in a study file) is told what it would have cost in studies of the default
+policy that ran for the longest of the times: the epochs that it saves, and how much better the best
+loss would have become without it.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import argparse
 import heapq
 import json
 import math
+import multiprocessing
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +36,8 @@ import optuna
 from learning_curves import MAX_EPOCHS, TABLE, study_document
 from optuna.trial import TrialState
 
-from tuner.spec import StudySpec, spec_from_document
+from tuner.spec import StopSettings, StudySpec, spec_from_document
+from tuner.stop_rule import StopRule
 from tuner.study import make_pruner, make_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +106,8 @@ class Replay:
         self._rows = rows
         self._policy = policy
         self._spec = policy.spec(seed)
-        self._order = list(np.random.default_rng(seed).permutation(len(rows)))
+        self._shuffling = np.random.default_rng(seed)
+        self._order: list[int] = []
         self._numeric = _distances(rows)
         pruner = policy.pruner() if policy.pruner else make_pruner(self._spec)
         self._study = optuna.create_study(
@@ -125,7 +132,7 @@ class Replay:
 
     def _start(self, clock: list[Any], now: float, worker: int) -> None:
         if not self._order:
-            return
+            self._order = self._shuffling.permutation(len(self._rows)).tolist()
         row = self._rows[self._next()]
         self._study.enqueue_trial(row.params)
         trial = self._study.ask()
@@ -141,7 +148,7 @@ class Replay:
         self._study.tell(asked, state=TrialState.FAIL)
         nearest = min(self._order, key=lambda index: self._numeric(asked.params, index))
         self._order.remove(nearest)
-        return int(nearest)
+        return nearest
 
     def _goes_on(self, trial: optuna.Trial, row: Row, epoch: int, now: float) -> bool:
         """Reports an epoch; ends the trial where the product would."""
@@ -160,8 +167,27 @@ class Replay:
             return False
         return True
 
+    def stopped(self, settings: StopSettings) -> tuple[float, float]:
+        """The part of the epochs that the stop rule would have saved, and what it would cost."""
+        rule, epochs = StopRule(settings, ()), 0
+        best = math.inf
+        for trial in sorted(self._study.trials, key=_end):
+            if not trial.state.is_finished() or trial.state == TrialState.FAIL:
+                continue
+            rule.ended(trial)
+            epochs += trial.last_step or 0
+            if trial.state == TrialState.COMPLETE:
+                best = min(best, trial.value or math.inf)
+            if rule.ends_the_study:
+                return 1 - epochs / self.epochs, best - self.found[-1][1]
+        return 0.0, 0.0
+
     def best_after(self, seconds: float) -> float:
         return min((loss for when, loss in self.found if when <= seconds), default=math.log(2))
+
+
+def _end(trial: optuna.trial.FrozenTrial) -> float:
+    return math.inf if trial.datetime_complete is None else trial.datetime_complete.timestamp()
 
 
 def _distances(rows: list[Row]) -> Callable[[dict[str, Any], int], float]:
@@ -190,49 +216,89 @@ def _distances(rows: list[Row]) -> Callable[[dict[str, Any], int], float]:
     return distance
 
 
+STOPS = [
+    StopSettings(patience=patience, min_delta=delta)
+    for delta in (0.0, 0.001)
+    for patience in (20, 40, 60, 100)
+]
+
+
+def replayed(rows: list[Row], number: int, seed: int, minutes: list[float]) -> dict[str, Any]:
+    """What is kept of one replay of `POLICIES[number]`."""
+    policy = POLICIES[number]
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    replay = Replay(rows, policy, seed)
+    replay.run(60 * max(minutes))
+    return {
+        "epochs": replay.epochs,
+        "best": {end: replay.best_after(60 * end) for end in minutes},
+        "stops": [replay.stopped(one) for one in STOPS] if policy.name == DEFAULT else [],
+    }
+
+
+def mean_and_error(values: list[float]) -> list[float]:
+    """With the standard error of the mean."""
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return [round(statistics.mean(values), 4), round(error, 4)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument("--minutes", type=float, nargs="+", default=[5.0, 10.0, 20.0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/policies.json")
     options = parser.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     table = json.loads(TABLE.read_text())
     rows = [
         Row(row["params"], row["validation_losses"], row["seconds_an_epoch"])
         for row in table["rows"]
     ]
-    best: dict[str, dict[float, list[float]]] = {}
+    asked = [
+        (rows, number, seed, options.minutes)
+        for number in range(len(POLICIES))
+        for seed in range(options.seeds)
+    ]
+    with multiprocessing.Pool() as pool:
+        all_found = pool.starmap(replayed, asked, chunksize=1)
+    of_policy = {
+        policy.name: all_found[start * options.seeds :][: options.seeds]
+        for start, policy in enumerate(POLICIES)
+    }
     lines = []
-    for policy in POLICIES:
-        replays = [Replay(rows, policy, seed) for seed in range(options.seeds)]
-        for replay in replays:
-            replay.run(60 * max(options.minutes))
-        best[policy.name] = {
-            minutes: [replay.best_after(60 * minutes) for replay in replays]
-            for minutes in options.minutes
-        }
-        line: dict[str, Any] = {"policy": policy.name}
-        line["epochs"] = round(statistics.mean(replay.epochs for replay in replays), 1)
-        for minutes, losses in best[policy.name].items():
-            line[f"loss_after_{minutes:g}_min"] = round(statistics.mean(losses), 4)
+    for name, found in of_policy.items():
+        line: dict[str, Any] = {"policy": name}
+        line["epochs"] = round(statistics.mean(one["epochs"] for one in found), 1)
+        for end in options.minutes:
+            line[f"loss_after_{end:g}_min"] = round(
+                statistics.mean(one["best"][end] for one in found), 4
+            )
+            # The same seeds: the difference of each pair.
+            pairs = zip(found, of_policy[DEFAULT], strict=True)
+            line[f"above_default_{end:g}_min"] = mean_and_error(
+                [one["best"][end] - default["best"][end] for one, default in pairs]
+            )
         lines.append(line)
         print(json.dumps(line), flush=True)
-    for line in lines:  # the same seeds: the difference of each pair
-        for minutes in options.minutes:
-            pairs = zip(best[line["policy"]][minutes], best[DEFAULT][minutes], strict=True)
-            apart = [one - default for one, default in pairs]
-            error = statistics.stdev(apart) / math.sqrt(len(apart))
-            line[f"above_default_{minutes:g}_min"] = [
-                round(statistics.mean(apart), 4),
-                round(error, 4),
-            ]
+    stops = []
+    for number, settings in enumerate(STOPS):
+        saved, lost = zip(*(one["stops"][number] for one in of_policy[DEFAULT]), strict=True)
+        stops.append(
+            settings.model_dump()
+            | {
+                "part_of_epochs_saved": mean_and_error(list(saved)),
+                "loss_given_away": mean_and_error(list(lost)),
+                "most_given_away": round(max(lost), 4),
+            }
+        )
+        print(json.dumps(stops[-1]), flush=True)
     document = {
         "command": f"benchmarks/search_policies.py --seeds {options.seeds}",
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "curves": len(rows),
         "best_of_all_curves": min(min(row.losses) for row in rows),
+        "seconds_an_epoch": round(statistics.median(row.seconds for row in rows), 2),
         "rows": lines,
+        "stop_rule": stops,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(document, indent=1) + "\n")
