@@ -216,13 +216,13 @@ precision {rule["each_in_its_better_one"]:.3f}.
 
 
 def policies(document: dict[str, Any]) -> str:
-    head = [key for key in document["rows"][0] if key.startswith("loss_after") or key == "epochs"]
+    head = [key for key in document["rows"][0] if key.startswith("loss_after")]
     rows = []
     for row in document["rows"]:
-        cells = [row["policy"]]
+        cells = [row["policy"], row["epochs"]]
         for key in head:
-            apart = row.get(key.replace("loss_after", "above_default"))
-            cells.append(f"{row[key]}" + (f" ({apart[0]:+.4f} ± {apart[1]:.4f})" if apart else ""))
+            apart, error = row[key.replace("loss_after", "above_default")]
+            cells.append(f"{row[key]:.4f} ({apart:+.4f} ± {error:.4f})")
         rows.append(cells)
     names = [key.replace("_", " ") for key in head]
     longest = names[-1].split()[2]
@@ -244,7 +244,7 @@ def policies(document: dict[str, Any]) -> str:
 with its standard error, seed by seed. The best of all curves is \
 {document["best_of_all_curves"]:.4f}.
 
-{table(["policy", *names], rows)}
+{table(["policy", "epochs", *names], rows)}
 
 The stop rule in the studies of the default policy, in {longest} minutes: the part of the epochs \
 that it saves, and how much lower the best loss becomes without it.
