@@ -1,6 +1,6 @@
 """Epochs a second on the whole machine: `tuner launch` beside the plain script, in one run.
 
-    .venv/bin/python -m pip install --no-deps optuna-integration
+    locks/install cpu compare       # optuna-integration
     TUNER_DATA_DIR=../shared/data .venv/bin/python benchmarks/throughput.py           # about 1 h
     TUNER_DATA_DIR=../shared/data .venv/bin/python benchmarks/throughput.py --cases a --repeats 1
 
@@ -14,7 +14,7 @@ by 2 processes: three networks, and three who train them.
 The first trial of each process is left out, since it may hold the import of TensorFlow; from its
 end to the last one's end a process makes so many epochs a second, and the rates of all processes
 are added up. Asking, building and tracing a network count. Runs of a case are interleaved.
-`--quality` trains five seeds to the tenth epoch instead, and compares validation losses.
+`--quality` trains six seeds to the tenth epoch instead, and compares validation losses.
 
 The share of the machine's peak is what a step's multiply-adds take at the speed of a large matrix
 product in the same precision (2,048 x 2,048, one thread, the same run), as a part of the time that
@@ -222,12 +222,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--trials", type=int, default=2, help="of each run and process")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quality", action="store_true", help="five seeds to the tenth epoch")
+    parser.add_argument("--quality", action="store_true", help="six seeds to the tenth epoch")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if options.quality:
-        options.trials, options.processes, options.repeats = 5, [1], 1
+        options.trials, options.processes, options.repeats = 3, [2], 1
     output = options.output or ROOT / "benchmarks/results" / (
         "throughput-quality.json" if options.quality else "throughput.json"
     )
