@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_model import block, dense, network, sequences
 
+from tuner import fast_layers
 from tuner.model import build_model, keras, logit_model, tf
 from tuner.space import ModelConfig
 
@@ -74,6 +75,12 @@ def calculated(config: ModelConfig, *, fast: bool, precision: Any = "float32") -
     return found | {weight.path: weight.numpy() for weight in model.weights}
 
 
+@pytest.fixture(params=[True, False], ids=["oneDNN", "no oneDNN"])
+def _onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_layers, "HAS_ONEDNN", request.param)
+
+
+@pytest.mark.usefixtures("_onednn")
 @pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS.keys())
 def test_a_fast_network_trains_and_infers_as_keras_does(config: ModelConfig) -> None:
     kerass, fast = (calculated(config, fast=fast) for fast in (False, True))
@@ -92,6 +99,7 @@ def test_a_fast_network_in_bfloat16_is_as_near_as_keras() -> None:
         assert error <= 2 * np.abs(kerass[name] - exact[name]).max() + 1e-3, name
 
 
+@pytest.mark.usefixtures("_onednn")
 def test_a_repeated_maximum_passes_its_gradient_on_once() -> None:
     # Runs of one residue make equal neighbours; the sum over both would count them twice.
     config = network(block(pool_size=2), embedding_dim=16, head="global_average", masking=False)

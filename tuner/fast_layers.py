@@ -7,7 +7,8 @@ What takes the time of a training step on a CPU is moving memory and a few slow 
   is needed at every position for the embedding;
 - a convolution's gradient towards its input is a convolution again, and TensorFlow's forward
   kernel computes it in half the time of its backward one;
-- the maximum over a window is one of its strided slices, and its gradient goes the way back;
+- the maximum over a window is one of its strided slices, and its gradient goes the way back (where
+  TensorFlow computes by oneDNN its own kernel is faster, and taken);
 - batch normalisation under a mask has a gradient of three sums, written out here;
 - dropout needs no 32 random bits an element, and no more than a product either way;
 - gelu and swish pass over the values as seldom as they can, and in float32: TensorFlow computes in
@@ -26,10 +27,14 @@ from typing import Any, TypeAlias
 import tensorflow as tf
 from keras import layers, ops
 from tensorflow.python.eager import record
+from tensorflow.python.util import _pywrap_util_port
 
 from tuner.space import TOKENS
 
 Tensor: TypeAlias = Any
+
+#: TensorFlow computes by oneDNN here: on processors with AVX-512, unless TF_ENABLE_ONEDNN_OPTS=0.
+HAS_ONEDNN: bool = _pywrap_util_port.IsMklEnabled()
 
 
 class Convolution(layers.Conv1D):
@@ -74,6 +79,8 @@ class MaximumPooling(layers.MaxPooling1D):
     """Keras' `MaxPooling1D` whose windows stand side by side."""
 
     def call(self, inputs: Tensor) -> Tensor:
+        if HAS_ONEDNN:
+            return super().call(inputs)
         (size,) = self.pool_size
         (pooled,) = _with_gradient(functools.partial(_pooled, size=size), inputs)
         return pooled
