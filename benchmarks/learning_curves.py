@@ -4,7 +4,8 @@
 
 Each call is a study of its own (`learning-curves-SEED`, in runs/): random configurations of
 studies/solubility.toml without its largest networks, split seed 1, all epochs, no pruning and no
-early stopping. A call that was cut goes on where it was. What finished is added to
+early stopping. A call that was cut goes on where it was, as long as runs/ is there: in a fresh
+checkout take a seed that the table does not have. What finished is added to
 benchmarks/results/learning_curves.json, a row a trial; benchmarks/search_policies.py reads it.
 """
 
@@ -89,9 +90,9 @@ def main() -> None:
         launch += ["--timeout", str(options.timeout)]
     subprocess.run(launch, cwd=ROOT, check=True)
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"rows": [], "machines": []}
-    rows = [row for row in table["rows"] if row["seed"] != options.seed]
-    rows += finished(document["name"], options.seed)
-    rows.sort(key=lambda row: (row["seed"], row["trial"]))
+    found = [*table["rows"], *finished(document["name"], options.seed)]
+    of_trial = {(row["seed"], row["trial"]): row for row in found}
+    rows = [of_trial[key] for key in sorted(of_trial)]
     table = {
         "made_by": "benchmarks/learning_curves.py",
         "machines": sorted({*table["machines"], processor()}),
