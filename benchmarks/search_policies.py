@@ -37,8 +37,8 @@ from learning_curves import MAX_EPOCHS, TABLE, study_document
 from optuna.trial import TrialState
 
 from tuner.spec import StopSettings, StudySpec, spec_from_document
-from tuner.stop_rule import StopRule
-from tuner.study import make_pruner, make_sampler
+from tuner.stop_rule import StopRule, in_order_of_end
+from tuner.study import FINISHED, make_pruner, make_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
@@ -171,9 +171,7 @@ class Replay:
         """The part of the epochs that the stop rule would have saved, and what it would cost."""
         rule, epochs = StopRule(settings, ()), 0
         best = math.inf
-        for trial in sorted(self._study.trials, key=_end):
-            if not trial.state.is_finished() or trial.state == TrialState.FAIL:
-                continue
+        for trial in in_order_of_end(self._study.get_trials(states=FINISHED)):
             rule.ended(trial)
             epochs += trial.last_step or 0
             if trial.state == TrialState.COMPLETE:
@@ -184,10 +182,6 @@ class Replay:
 
     def best_after(self, seconds: float) -> float:
         return min((loss for when, loss in self.found if when <= seconds), default=math.log(2))
-
-
-def _end(trial: optuna.trial.FrozenTrial) -> float:
-    return math.inf if trial.datetime_complete is None else trial.datetime_complete.timestamp()
 
 
 def _distances(rows: list[Row]) -> Callable[[dict[str, Any], int], float]:

@@ -288,9 +288,8 @@ class StudySpec(_Settings):
         """SHA-256 (hex) of what makes the study what it is.
 
         Left out: its name and provenance; `trials` and `stop`, which may be changed later;
-        `data.fallback`,
-        which decides whether there is a study at all; and the folders of data files, whose
-        content has an identity of its own (`tuner.data.DataIdentity`).
+        `data.fallback`, which decides whether there is a study at all; and the folders of data
+        files, whose content has an identity of its own (`tuner.data.DataIdentity`).
         """
         document = self.to_document()
         del document["name"], document["trials"]

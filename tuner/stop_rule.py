@@ -27,7 +27,7 @@ class StopRule:
         self._best = math.inf
         self._trial: int | None = None  # whose loss that is
         self._waited = 0
-        for trial in sorted(finished, key=lambda trial: cast("datetime", trial.datetime_complete)):
+        for trial in in_order_of_end(finished):
             self.ended(trial)
 
     def ended(self, trial: FrozenTrial) -> None:
@@ -53,3 +53,8 @@ class StopRule:
             f"validation loss {self._best:.4f} of trial {self._trial}{better} "
             f"(stop.patience = {settings.patience})"
         )
+
+
+def in_order_of_end(finished: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials that have ended, in the order in which they did."""
+    return sorted(finished, key=lambda trial: cast("datetime", trial.datetime_complete))
