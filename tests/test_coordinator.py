@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -452,7 +453,9 @@ def test_a_study_ends_early_where_nothing_better_comes(study: Make, slots: int) 
     now = status(tuned)
     assert (now.state, now.budget) == ("finished", finished(tuned))
     assert now.counts["RUNNING"] == 0
-    assert "did not improve on the validation loss 0.6000 of trial 10" in str(now.ended_early)
+    # Trials 10, 11, ... are equally good: the one that ended first is named.
+    first = "10" if slots == 1 else "1[0-3]"
+    assert re.search(rf"the validation loss 0\.6000 of trial {first} ", str(now.ended_early))
     assert f"ends after {finished(tuned)} of 60 trials" in notes.said[-1]
 
 
