@@ -501,6 +501,9 @@ def test_another_launch_changes_the_stop_rule_and_the_study_goes_on(study: Make)
     same = study(**stops(patience=5))
     Coordinator(same, FakeWorkers(1, falls_to_trial_10), Notes()).run()
     assert finished(same) == status(same).budget == 16
+    reason = status(same).ended_early
+    assert reason is not None
+    assert status(study(**stops(patience=5) | {"trials": 16})).ended_early == reason
     patient = study(**stops(patience=9))
     Coordinator(patient, FakeWorkers(1, falls_to_trial_10), Notes()).run()
     assert finished(patient) == 20

@@ -313,12 +313,13 @@ def create_or_resume(
         _create(storage, name, spec, data, development_sha256)
     tuned = load(storage, name, artifacts_root=artifacts_root)
     _refuse_another_study(tuned, spec, data)
+    if (tuned.budget, tuned.stop) == (spec.trials, spec.stop):
+        return tuned
     if tuned.budget != spec.trials:
         _refuse_more_trials_after_the_report(tuned, spec.trials)
         tuned.study.set_user_attr(BUDGET_KEY, spec.trials)
-    for key, value in ((STOP_KEY, spec.stop and spec.stop.model_dump()), (ENDED_EARLY_KEY, None)):
-        if tuned.study.user_attrs.get(key) != value:
-            tuned.study.set_user_attr(key, value)
+    tuned.study.set_user_attr(STOP_KEY, spec.stop and spec.stop.model_dump())
+    tuned.study.set_user_attr(ENDED_EARLY_KEY, None)
     return tuned
 
 
