@@ -107,7 +107,7 @@ class TrainingRun:
         self._precision = precision
         self._max_trial_seconds = max_trial_seconds
         # What the trial before leaves: its graphs are cycles, 10 MB if they are not collected, and
-        # TensorFlow remembers a kernel for each of Keras' variables, 0.15 MB.
+        # TensorFlow caches 36 kB for each of Keras' variables.
         keras.utils.clear_session(free_memory=True)
         with _out_of_memory_ends_the_trial("building the network"):
             self._model = build_model(
