@@ -455,7 +455,8 @@ def test_a_study_ends_early_where_nothing_better_comes(study: Make, slots: int) 
     assert now.counts["RUNNING"] == 0
     # Trials 10, 11, ... are equally good: the one that ended first is named.
     first = "10" if slots == 1 else "1[0-3]"
-    assert re.search(rf"the validation loss 0\.6000 of trial {first} ", str(now.ended_early))
+    reason = rf"did not improve on the validation loss 0\.6000 of trial {first} "
+    assert re.search(reason, str(now.ended_early))
     assert f"ends after {finished(tuned)} of 60 trials" in notes.said[-1]
 
 

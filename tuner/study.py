@@ -318,8 +318,9 @@ def create_or_resume(
     if tuned.budget != spec.trials:
         _refuse_more_trials_after_the_report(tuned, spec.trials)
         tuned.study.set_user_attr(BUDGET_KEY, spec.trials)
-    tuned.study.set_user_attr(STOP_KEY, spec.stop and spec.stop.model_dump())
-    tuned.study.set_user_attr(ENDED_EARLY_KEY, None)
+    for key, value in ((STOP_KEY, spec.stop and spec.stop.model_dump()), (ENDED_EARLY_KEY, None)):
+        if tuned.study.user_attrs.get(key) != value:
+            tuned.study.set_user_attr(key, value)
     return tuned
 
 
