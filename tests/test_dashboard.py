@@ -593,6 +593,15 @@ def test_an_artifact_is_only_what_the_study_says_it_has(lab: Lab) -> None:
     assert ada.get("/artifacts/1/abc").status_code == 404
 
 
+@pytest.mark.parametrize("number", [str(2**63), str(-(2**63) - 1), "9" * 5000])
+def test_a_number_beyond_any_id_is_not_found(local: Browser, number: str) -> None:
+    reading = (f"/api/studies/{number}", f"/csv/{number}", f"/artifacts/{number}/a-1",
+               f"/artifacts/1/{number}/a-1", f"/api/studies/{number}/plot/contour")  # fmt: skip
+    assert {local.get(path).status_code for path in reading} == {404}
+    assert local.delete(f"/api/studies/{number}").status_code == 404
+    assert local.put(f"/api/studies/1/{number}/note", json={"version": 1}).status_code == 404
+
+
 # --- what is shown ---
 
 

@@ -61,6 +61,8 @@ _PLOT_OF_PAIRS = re.compile(r"/api/studies/(\d+)/plot/(contour|rank)")
 #: A contour needs about 20 bytes a cell.
 _MAX_CELLS = 1_000_000
 
+#: Nothing in a storage has such a number, and SQLite refuses to look for it.
+_NO_ID = re.compile(r"/-?\d{19,}(/|$)")
 _DELETE_STUDY = re.compile(r"/api/studies/(\d+)")
 _NOTE = re.compile(r"/api/studies/\d+(/\d+)?/note")
 #: Notes are written in pieces of two kilobytes, and sent with every look at the study: one of
@@ -297,6 +299,8 @@ class _Guard:
         if visitor is None:
             raise self._login_first(environ, path)
         environ[pages.VISITOR_KEY] = visitor
+        if not pages.is_ours(path) and _NO_ID.search(path):
+            raise _Refused("404 Not Found", "Nothing has that number.")
         if method in WRITING:
             return self._change(environ, answer, path, visitor)
         if pages.is_ours(path):
