@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +52,25 @@ def nothing_is_left_behind() -> Iterator[None]:
     left += [f"file {path}" for path in sorted(set(ROOT.iterdir()) - files) if not is_cache(path)]
     if left:
         pytest.fail("the tests left behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(
+    tmp_path_factory: pytest.TempPathFactory, nothing_is_left_behind: None
+) -> Iterator[None]:
+    """Gives the session a folder for temporary files: what a killed process had there goes too."""
+    tmp_path_factory.getbasetemp()  # pytest's own stays where it is
+    folder = tempfile.mkdtemp(prefix="tuner-tests-")
+    before, os.environ["TMPDIR"] = os.environ.get("TMPDIR"), folder
+    Path(folder).chmod(0o711)  # PostgreSQL, where root starts it, is another user
+    tempfile.tempdir = None  # asked for anew
+    yield
+    if before is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before
+    tempfile.tempdir = None
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
