@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -380,25 +381,40 @@ def test_without_a_fitting_python_the_set_up_says_what_it_needs_and_touches_noth
 def test_what_a_test_leaves_behind_fails_the_session(
     tmp_path: Path, test: str, left: str | None
 ) -> None:
-    (tmp_path / "tests").mkdir()
+    done = session_with(test, tmp_path)
+    assert done.returncode == (1 if left else 0), done.stdout
+    assert ("the tests left behind" in done.stdout) is bool(left)
+    if left:
+        assert re.search(rf"^  {left} ", done.stdout, re.MULTILINE)
+
+
+def test_temporary_files_go_with_the_session(tmp_path: Path) -> None:
+    here = "import os, tempfile; there = tempfile.mkdtemp()"
+    told = "pathlib.Path('../told').write_text(f'{there}\\n' + os.environ['TMPDIR'])"
+    done = session_with(f"{here}; {told}", tmp_path / "project")
+    assert done.returncode == 0, done.stdout
+    made, folder = map(Path, (tmp_path / "told").read_text().splitlines())
+    assert made.parent == folder != Path(tempfile.gettempdir())
+    assert not folder.exists()
+
+
+def session_with(test: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs pytest on one test and our conftest.py."""
+    (folder / "tests").mkdir(parents=True)
     conftest = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
     conftest = conftest.replace("PATIENCE = 10.0", "PATIENCE = 0.2")
-    (tmp_path / "tests" / "conftest.py").write_text(conftest)
-    (tmp_path / "tests" / "test_it.py").write_text(
+    (folder / "tests" / "conftest.py").write_text(conftest)
+    (folder / "tests" / "test_it.py").write_text(
         f"import pathlib, socket, subprocess\nleft = []\ndef test_it():\n    {test}\n"
     )
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
-        cwd=tmp_path,
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},  # what conftest.py imports
         check=False,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == (1 if left else 0), done.stdout
-    assert ("the tests left behind" in done.stdout) is bool(left)
-    if left:
-        assert re.search(rf"^  {left} ", done.stdout, re.MULTILINE)
 
 
 def test_the_page_of_benchmarks_is_made_from_their_results() -> None:
