@@ -2,6 +2,7 @@
 
 LOCK ?= cpu# or gpu: export LOCK=gpu
 ARGS ?=#     more arguments for pytest: make test ARGS="-k split -x"
+JOBS ?= 2#   tests at once; 0: one after the other, in pytest's own process
 UV_LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes --no-strip-extras \
 	--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet
 COMPOSE_FILES = docker-compose.yml $(wildcard docs/clusters/compose.*.yml)
@@ -18,7 +19,7 @@ run: setup ## run the quickstart study and export its best configuration to runs
 	.venv/bin/tuner launch studies/quickstart.toml --export runs/export
 
 test: setup-dev ## run the tests, with branch coverage (ARGS="..." is handed to pytest)
-	.venv/bin/python -m pytest --cov --cov-report=term $(ARGS)
+	.venv/bin/python -m pytest --numprocesses=$(JOBS) --dist=worksteal --cov --cov-report=term $(ARGS)
 
 # Every check runs, so that one call shows all problems.
 lint: setup-dev ## check style, types, the layering of imports, containers, manifests and scripts
