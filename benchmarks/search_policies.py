@@ -34,11 +34,12 @@ from typing import Any
 import numpy as np
 import optuna
 from learning_curves import MAX_EPOCHS, TABLE, study_document
+from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
 from tuner.spec import StopSettings, StudySpec, spec_from_document
 from tuner.stop_rule import StopRule, in_order_of_end
-from tuner.study import FINISHED, make_pruner, make_sampler
+from tuner.study import FINISHED, TPE_SETTINGS, PerTrialSampler, make_pruner, make_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
@@ -60,6 +61,7 @@ class Policy:
     eta: int = 3
     patience: int | None = 5
     sampler: str = "random"
+    tpe: dict[str, Any] | None = None  # other settings of TPE than the product's
     pruner: Callable[[], optuna.pruners.BasePruner] | None = None  # in place of Hyperband
     every_epoch: bool = False  # is it asked after each one, not at rungs alone
 
@@ -70,6 +72,12 @@ class Policy:
         if self.min_epochs is not None:
             document["hyperband"] = {"min_epochs": self.min_epochs, "eta": self.eta}
         return spec_from_document(document)
+
+    def make_sampler(self, spec: StudySpec) -> optuna.samplers.BaseSampler:
+        if self.tpe is None:
+            return make_sampler(spec)
+        settings = TPE_SETTINGS | self.tpe
+        return PerTrialSampler(lambda seed: TPESampler(**settings, seed=seed), spec.seed)
 
 
 DEFAULT = "hyperband 1, eta 3, patience 5"
@@ -96,6 +104,10 @@ POLICIES = (
     Policy("median, patience 5", pruner=optuna.pruners.MedianPruner, every_epoch=True),
     Policy("TPE, no pruning, patience 5", min_epochs=None, sampler="tpe"),
     Policy("TPE, hyperband 1, eta 3, patience 5", sampler="tpe"),
+    Policy("the same, 5 random trials first", sampler="tpe", tpe={"n_startup_trials": 5}),
+    Policy("the same, 20 random trials first", sampler="tpe", tpe={"n_startup_trials": 20}),
+    Policy("the same, 100 candidates", sampler="tpe", tpe={"n_ei_candidates": 100}),
+    Policy("the same, no constant liar", sampler="tpe", tpe={"constant_liar": False}),
 )
 
 
@@ -111,7 +123,7 @@ class Replay:
         self._numeric = _distances(rows)
         pruner = policy.pruner() if policy.pruner else make_pruner(self._spec)
         self._study = optuna.create_study(
-            study_name=f"replay {seed}", sampler=make_sampler(self._spec), pruner=pruner
+            study_name=f"replay {seed}", sampler=policy.make_sampler(self._spec), pruner=pruner
         )
         self.epochs = 0
         self.found: list[tuple[float, float]] = []  # (seconds, the best loss from then on)

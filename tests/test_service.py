@@ -396,15 +396,16 @@ def test_two_studies_share_the_slots_and_a_later_one_is_not_starved(shop: Shop) 
     shop.queue("a", 1000)
     shop.queue("b", 1000)
     with shop.serving():
-        wait_until(lambda: "b" in shop.order and len(shop.order) - shop.order.index("b") >= 8)
+        wait_until(lambda: "b" in shop.order and len(shop.order) - shop.order.index("b") >= 24)
         shop.queue("c", 4)
         shop.wait_for("c", "finished")
     assert shop.most_at_once == 2
     assert shop.finished("c") == 4
     begun = "".join(shop.order)
-    # Once both were there, neither of the first two was served before the other, ...
-    both = begun[begun.index("b") :][:8]
-    assert abs(both.count("a") - both.count("b")) <= 3
+    # Once both were there, each of the first two had its part of the trials, which is half of the
+    # time and, on a busy machine, not half of them, ...
+    both = begun[begun.index("b") :][:24]
+    assert min(both.count("a"), both.count("b")) >= 6
     # ... and the third had its turns from its first trial to its last: a third of the trials.
     assert len(begun[begun.index("c") : begun.rindex("c")]) <= 20
     assert len(shop.queued()) == 2

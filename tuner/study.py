@@ -175,10 +175,10 @@ def make_sampler(spec: StudySpec) -> PerTrialSampler:
     """The sampler of the study file, with the settings that were measured best."""
     if spec.sampler.kind == "random":
         return PerTrialSampler(lambda seed: RandomSampler(seed=seed), spec.seed)
-    return PerTrialSampler(lambda seed: TPESampler(**_TPE_SETTINGS, seed=seed), spec.seed)
+    return PerTrialSampler(lambda seed: TPESampler(**TPE_SETTINGS, seed=seed), spec.seed)
 
 
-_TPE_SETTINGS: dict[str, Any] = {"multivariate": False, "constant_liar": True}
+TPE_SETTINGS: dict[str, Any] = {"multivariate": False, "constant_liar": True}
 
 
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
@@ -637,7 +637,7 @@ def _differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str 
 def _sampler_document(spec: StudySpec) -> dict[str, Any]:
     if spec.sampler.kind == "random":
         return {"class": "RandomSampler"}
-    return {"class": "TPESampler", **_TPE_SETTINGS}
+    return {"class": "TPESampler", **TPE_SETTINGS}
 
 
 def _pruner_document(spec: StudySpec) -> dict[str, Any]:
