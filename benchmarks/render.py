@@ -64,21 +64,18 @@ def measured(document: dict[str, Any]) -> str:
 def throughput(document: dict[str, Any]) -> str:
     rows, limits, defaults = [], [], []
     for case, name in NETWORKS.items():
-        rates = {
-            (row["who"], row["processes"]): row["epochs_a_second"]
-            for row in document["rows"]
-            if row["case"] == case
+        of_case = {
+            (row["who"], row["processes"]): row for row in document["rows"] if row["case"] == case
         }
-        if {("tuner", 2), ("plain", 1), ("prefetch", 1)} <= rates.keys():
-            ours = rates["tuner", 2]
-            times = [f"**{ours / rates[who, 1]:.1f}x**" for who in ("plain", "prefetch")]
+        if {("tuner", 2), ("plain", 1), ("prefetch", 1)} <= of_case.keys():
+            ours = of_case["tuner", 2]["epochs_a_second"]
+            times = [
+                f"**{ours / of_case[who, 1]['epochs_a_second']:.1f}x**"
+                for who in ("plain", "prefetch")
+            ]
             defaults.append([name, f"{ours:.3f}", *times])
         for processes in (1, 2):
-            found = {
-                row["who"]: row
-                for row in document["rows"]
-                if (row["case"], row["processes"]) == (case, processes)
-            }
+            found = {who: row for (who, count), row in of_case.items() if count == processes}
             if not found:
                 continue
             ours = found["tuner"]["epochs_a_second"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -60,17 +59,14 @@ def temporary_files(
 ) -> Iterator[None]:
     """Gives the session a folder for temporary files: what a killed process had there goes too."""
     tmp_path_factory.getbasetemp()  # pytest's own stays where it is
-    folder = tempfile.mkdtemp(prefix="tuner-tests-")
-    before, os.environ["TMPDIR"] = os.environ.get("TMPDIR"), folder
-    Path(folder).chmod(0o711)  # PostgreSQL, where root starts it, is another user
-    tempfile.tempdir = None  # asked for anew
-    yield
-    if before is None:
-        del os.environ["TMPDIR"]
-    else:
-        os.environ["TMPDIR"] = before
-    tempfile.tempdir = None
-    shutil.rmtree(folder, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="tuner-tests-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        Path(folder).chmod(0o711)  # PostgreSQL, where root starts it, is another user
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 @pytest.fixture(scope="session")
