@@ -79,6 +79,10 @@ class Postgres:
             connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self._url(name, port)
 
+    def process(self) -> psutil.Process:
+        """The server itself, whose children serve the connections."""
+        return psutil.Process(int((self._data / "postmaster.pid").read_text().split()[0]))
+
     def stop(self) -> None:
         """Ends the server as an administrator does: clients are cut off, data is kept."""
         if self._keeper is None:
@@ -88,7 +92,7 @@ class Postgres:
 
     def kill(self) -> None:
         """Kills every process of the server, as a lack of memory does."""
-        master = psutil.Process(int((self._data / "postmaster.pid").read_text().split()[0]))
+        master = self.process()
         processes = [master, *master.children(recursive=True)]
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -13,6 +13,8 @@ import psycopg
 import pytest
 from postgres import Postgres
 
+SHARED_MEMORY = Path("/proc/sysvipc/shm")  # of System V, where the system has it
+
 
 def rows(url: str) -> list[tuple[int]]:
     with psycopg.connect(url, connect_timeout=5) as connection:
@@ -59,9 +61,9 @@ SCRIPT = """
 import os, signal, sys
 from postgres import postgres_server
 with postgres_server() as server:
+    print(server._folder, server.port, server.process().pid, flush=True)
     if sys.argv[1] == "killed first":
         server.kill()
-    print(server._folder, server.port, flush=True)
     if sys.argv[1] == "never ends":
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -69,7 +71,6 @@ with postgres_server() as server:
 
 @pytest.mark.parametrize("how", ["ends", "killed first", "never ends"])
 def test_it_leaves_no_process_port_or_shared_memory(how: str) -> None:
-    before = shared_memory()
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, how],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
@@ -77,13 +78,13 @@ def test_it_leaves_no_process_port_or_shared_memory(how: str) -> None:
         text=True,
         check=False,
     )
-    folder, port = done.stdout.split()
+    folder, port, pid = done.stdout.split()
     left = [process for process in psutil.process_iter(["cmdline"]) if mentions(process, folder)]
     _, alive = psutil.wait_procs(left, timeout=20)
     assert not alive
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", int(port)))
-    assert shared_memory() <= before
+    assert int(pid) not in makers_of_shared_memory()
     if how == "never ends":
         import shutil
 
@@ -97,9 +98,13 @@ def mentions(process: psutil.Process, folder: str) -> bool:
     return any(folder in word for word in process.info["cmdline"] or ())
 
 
-def shared_memory() -> set[str]:
-    """Of System V; its own users are the servers of this session."""
-    path = Path("/proc/sysvipc/shm")
-    return (
-        {line.split()[1] for line in path.read_text().splitlines()[1:]} if path.exists() else set()
-    )
+def test_its_shared_memory_is_seen_while_it_runs(postgres: Postgres) -> None:
+    assert (postgres.process().pid in makers_of_shared_memory()) == SHARED_MEMORY.exists()
+
+
+def makers_of_shared_memory() -> set[int]:
+    """The processes that made what there is on the whole machine."""
+    if not SHARED_MEMORY.exists():
+        return set()
+    heads, *lines = SHARED_MEMORY.read_text().splitlines()
+    return {int(line.split()[heads.split().index("cpid")]) for line in lines}
