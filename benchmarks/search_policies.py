@@ -1,6 +1,6 @@
 """Replays search policies on recorded learning curves, in seconds of simulated time.
 
-    .venv/bin/python benchmarks/search_policies.py       # 40 seeds each, minutes, no training
+    .venv/bin/python benchmarks/search_policies.py     # 40 seeds each, half an hour, no training
 
 benchmarks/results/learning_curves.json has real trials that were trained to the end
 (learning_curves.py). Here simulated workers train them again: an epoch takes as long as it took,
@@ -81,10 +81,21 @@ class Policy:
 
 
 DEFAULT = "hyperband 1, eta 3, patience 5"
+WITH_TPE = f"TPE, {DEFAULT}"
+
+
+def optunas_hyperband() -> optuna.pruners.BasePruner:
+    """A trial's bracket is drawn by a hash of its number."""
+    return optuna.pruners.HyperbandPruner(
+        min_resource=1, max_resource=MAX_EPOCHS, reduction_factor=3
+    )
+
+
 POLICIES = (
     Policy("no pruning, patience 5", min_epochs=None),
     Policy("no pruning, no patience", min_epochs=None, patience=None),
     Policy(DEFAULT),
+    Policy(f"{DEFAULT}, Optuna's brackets", pruner=optunas_hyperband),
     Policy("hyperband 1, eta 2, patience 5", eta=2),
     Policy("hyperband 1, eta 4, patience 5", eta=4),
     Policy("hyperband 2, eta 3, patience 5", min_epochs=2),
@@ -103,11 +114,12 @@ POLICIES = (
     ),
     Policy("median, patience 5", pruner=optuna.pruners.MedianPruner, every_epoch=True),
     Policy("TPE, no pruning, patience 5", min_epochs=None, sampler="tpe"),
-    Policy("TPE, hyperband 1, eta 3, patience 5", sampler="tpe"),
-    Policy("the same, 5 random trials first", sampler="tpe", tpe={"n_startup_trials": 5}),
-    Policy("the same, 20 random trials first", sampler="tpe", tpe={"n_startup_trials": 20}),
-    Policy("the same, 100 candidates", sampler="tpe", tpe={"n_ei_candidates": 100}),
-    Policy("the same, no constant liar", sampler="tpe", tpe={"constant_liar": False}),
+    Policy(WITH_TPE, sampler="tpe"),
+    Policy(f"{WITH_TPE}, Optuna's brackets", sampler="tpe", pruner=optunas_hyperband),
+    Policy(f"{WITH_TPE}, 5 random trials first", sampler="tpe", tpe={"n_startup_trials": 5}),
+    Policy(f"{WITH_TPE}, 20 random trials first", sampler="tpe", tpe={"n_startup_trials": 20}),
+    Policy(f"{WITH_TPE}, 100 candidates", sampler="tpe", tpe={"n_ei_candidates": 100}),
+    Policy(f"{WITH_TPE}, no constant liar", sampler="tpe", tpe={"constant_liar": False}),
 )
 
 

@@ -25,6 +25,7 @@ from tuner.spec import (
     DataSettings,
     FastaPair,
     StudySpec,
+    bracket_turns,
     brackets,
     json_schema,
     load_spec,
@@ -312,6 +313,11 @@ def test_brackets_are_those_of_the_paper():
     assert brackets(1, 81, 3) == tuple(column[:-1] for column in table)
 
 
+def test_a_round_has_as_many_trials_a_bracket_as_the_paper():
+    # arXiv:1603.06560, algorithm 1: n of bracket s = 4, 3, 2, 1, 0 for R = 81, eta = 3.
+    assert bracket_turns(5, 3) == (0,) * 81 + (1,) * 34 + (2,) * 15 + (3,) * 8 + (4,) * 5
+
+
 @pytest.mark.parametrize(
     ("min_epochs", "max_epochs", "eta", "count"),
     [
@@ -345,7 +351,12 @@ def test_a_study_knows_its_brackets(load):
     assert spec.rungs == (2, 8)
     assert spec.brackets == ((2, 8), (8,))
     assert spec.bracket_count == 2
-    assert load(SMALL).bracket_count == 0
+    assert [spec.bracket_of(trial) for trial in range(7)] == [0, 0, 0, 0, 1, 1, 0]
+    assert spec.trials_of_brackets(9) == (7, 2)
+    without = load(SMALL)
+    assert without.bracket_count == 0
+    assert without.bracket_of(0) is None
+    assert without.trials_of_brackets(9) == ()
 
 
 # Known configurations.

@@ -269,6 +269,7 @@ def check(
         "valid": True,
         "errors": [],
         "brackets": [list(bracket) for bracket in spec.brackets],
+        "trials_of_brackets": list(spec.trials_of_brackets(spec.trials)),
         "rungs": list(spec.rungs),
         "max_epochs": spec.training.max_epochs,
         "planned_epochs": _planned_epochs(spec),
@@ -325,12 +326,9 @@ def _planned_epochs(spec: StudySpec) -> int:
     if spec.hyperband is None:
         return spec.trials * spec.training.max_epochs
     eta = spec.hyperband.eta
-    brackets = len(spec.brackets)
-    # Optuna's shares of the trials, after the paper's n for each bracket.
-    weights = [-(-brackets * eta ** (brackets - 1 - b) // (brackets - b)) for b in range(brackets)]
     total = 0.0
-    for rungs, weight in zip(spec.brackets, weights, strict=True):
-        alive, before = spec.trials * weight / sum(weights), 0
+    for rungs, trials in zip(spec.brackets, spec.trials_of_brackets(spec.trials), strict=True):
+        alive, before = float(trials), 0
         for rung in (*rungs, spec.training.max_epochs):
             total += alive * (rung - before)
             alive, before = alive / eta, rung
@@ -353,9 +351,9 @@ def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
         f"{rows['test']} test rows (sealed), identity {document['data']['split_id'][:12]}",
     )
     table.add_row("trials", f"{spec.trials}, at most {spec.training.max_epochs} epochs each")
-    for index, rungs in enumerate(spec.brackets):
-        stops = ", ".join(map(str, rungs)) or "never"
-        table.add_row(f"bracket {index}", f"may stop a trial after epochs: {stops}")
+    for bracket, trials in enumerate(spec.trials_of_brackets(spec.trials)):
+        stops = ", ".join(map(str, spec.brackets[bracket])) or "never"
+        table.add_row(f"bracket {bracket}", f"{trials} trials; may stop one after epochs: {stops}")
     table.add_row("epochs", f"about {document['planned_epochs']} planned, {full} without pruning")
     table.add_row("parameters", f"{count['min']:,} to {count['max']:,} in a network")
     table.add_row("searched", ", ".join(spec.space.parameters) or "nothing")

@@ -21,7 +21,7 @@ from tuner.artifacts import publish
 from tuner.errors import StudyError
 from tuner.objective import DETAIL_KEY, ENDED_KEY, curve_of
 from tuner.space import ModelConfig, space_of
-from tuner.study import RESUMED_KEY, StudyRecord, TunedStudy, bracket_of
+from tuner.study import RESUMED_KEY, StudyRecord, TunedStudy
 
 Format = Literal["toml", "json", "yaml"]
 
@@ -238,7 +238,7 @@ def write_trials(tuned: TunedStudy, path: Path) -> int:
     Columns: number, state, validation_loss (nats), epochs, bracket, ended, detail, resumed,
     started, ended_at, then one column for each sampled hyperparameter (`param.NAME`).
     """
-    trials = tuned.trials()
+    spec, trials = tuned.record.spec, tuned.trials()
     names = sorted({name for trial in trials for name in trial.params})
     text = io.StringIO()
     writer = csv.writer(text)
@@ -251,7 +251,7 @@ def write_trials(tuned: TunedStudy, path: Path) -> int:
         attrs = trial.user_attrs
         writer.writerow(
             [trial.number, trial.state.name, trial.value, trial.last_step or 0]
-            + [bracket_of(tuned, trial.number), attrs.get(ENDED_KEY), attrs.get(DETAIL_KEY)]
+            + [spec.bracket_of(trial.number), attrs.get(ENDED_KEY), attrs.get(DETAIL_KEY)]
             + [attrs.get(RESUMED_KEY, 0), trial.datetime_start, trial.datetime_complete]
             + [trial.params.get(name) for name in names]
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -269,8 +272,26 @@ class StudySpec(_Settings):
 
     @property
     def bracket_count(self) -> int:
-        """s_max + 1 of the paper; Optuna takes it from a float logarithm and can be one short."""
+        """s_max + 1 of the paper."""
         return len(self.brackets)
+
+    @property
+    def bracket_turns(self) -> tuple[int, ...]:
+        """The bracket (an index of `brackets`) of each trial of a round; none without Hyperband."""
+        if self.hyperband is None:
+            return ()
+        return bracket_turns(self.bracket_count, self.hyperband.eta)
+
+    def bracket_of(self, trial: int) -> int | None:
+        """The bracket of the trial of this number: one round follows the other."""
+        turns = self.bracket_turns
+        return turns[trial % len(turns)] if turns else None
+
+    def trials_of_brackets(self, trials: int) -> tuple[int, ...]:
+        """How many of the first `trials` trials each bracket has."""
+        turns = itertools.islice(itertools.cycle(self.bracket_turns), trials)
+        counts = Counter(turns)
+        return tuple(counts[bracket] for bracket in range(self.bracket_count))
 
     def to_document(self) -> dict[str, Any]:
         """The whole study file as plain values, every default written out.
@@ -321,6 +342,21 @@ def brackets(min_epochs: int, max_epochs: int, eta: int) -> tuple[tuple[int, ...
     while min_epochs * eta**count <= max_epochs:
         count += 1
     return tuple(all_rungs[first:] for first in range(count))
+
+
+@functools.cache
+def bracket_turns(count: int, eta: int) -> tuple[int, ...]:
+    """The bracket of each trial of a round, that which stops soonest first.
+
+    As in the paper (arXiv:1603.06560, algorithm 1) one follows when the one before has all its
+    trials: ceil(count * eta^s / (s + 1)) with s from count - 1 down to 0, so 27, 12, 6 and 4 of
+    four brackets with eta 3.
+    """
+    return tuple(
+        bracket
+        for bracket, s in enumerate(reversed(range(count)))
+        for _ in range(-(-count * eta**s // (s + 1)))
+    )
 
 
 def _nested(configuration: Mapping[str, ParameterValue]) -> dict[str, Any]:

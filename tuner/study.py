@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import math
+import itertools
 import platform
 import time
 import uuid
@@ -27,7 +27,7 @@ from tuner.data import DataIdentity
 from tuner.errors import StudyError
 from tuner.precision import BFLOAT16_FROM, Precision, precision_by_size
 from tuner.space import ModelConfig
-from tuner.spec import StopSettings, StudySpec, spec_from_document
+from tuner.spec import HyperbandSettings, StopSettings, StudySpec, spec_from_document
 from tuner.storage import COORDINATOR_KEY, Storage
 
 #: The study attribute that holds everything about how the study is run.
@@ -182,83 +182,54 @@ TPE_SETTINGS: dict[str, Any] = {"multivariate": False, "constant_liar": True}
 
 
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
-    """Hyperband over completed epochs (arXiv:1603.06560), or none."""
+    """Hyperband over completed epochs, or none."""
     if spec.hyperband is None:
         return optuna.pruners.NopPruner()
-    return _HyperbandPruner(**_hyperband_settings(spec))
+    return _Hyperband(spec.hyperband, spec.bracket_turns)
 
 
-class _HyperbandPruner(optuna.pruners.HyperbandPruner):
-    """Optuna's, but each trial's bracket is computed once and not at every rung of every trial."""
+class _Hyperband(optuna.pruners.BasePruner):
+    """Hyperband (arXiv:1603.06560) of Optuna's asynchronous successive halving.
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._brackets: dict[str, dict[int, int]] = {}
+    Optuna's `HyperbandPruner` draws a trial's bracket from a hash of its number, so that some of
+    the first trials are trained to the end before anything is known. Here brackets take turns as
+    in the paper, see `StudySpec.bracket_of`: measured better in the first minutes, and never worse.
+    """
 
-    def brackets(self, study: optuna.Study, count: int) -> Mapping[int, int]:
-        """The brackets of the first `count` trials, at least, by trial number."""
-        if not self._pruners:
-            self._try_initialization(study)
-        known = self._brackets.setdefault(study.study_name, {})
-        for number in range(len(known), count):
-            trial = optuna.trial.create_trial(state=TrialState.WAITING)
-            trial.number = number
-            known[number] = super()._get_bracket_id(study, trial)
-        return known
+    def __init__(self, settings: HyperbandSettings, turns: tuple[int, ...]) -> None:
+        self._turns = turns
+        self._halving = [
+            optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=settings.min_epochs,
+                reduction_factor=settings.eta,
+                min_early_stopping_rate=bracket,
+            )
+            for bracket in range(max(turns) + 1)
+        ]
 
-    def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:
-        return self.brackets(study, trial.number + 1)[trial.number]
-
-    def _create_bracket_study(self, study: optuna.Study, bracket_id: int) -> optuna.Study:
-        return _BracketStudy(study, self, bracket_id)
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        bracket = self._turns[trial.number % len(self._turns)]
+        return self._halving[bracket].prune(_BracketStudy(study, self._turns, bracket), trial)
 
 
 class _BracketStudy(optuna.Study):
     """A study that shows one bracket's trials alone, which is what successive halving compares."""
 
-    def __init__(self, study: optuna.Study, hyperband: _HyperbandPruner, bracket: int) -> None:
-        super().__init__(study.study_name, study._storage, study.sampler, hyperband)
-        self._hyperband = hyperband
+    def __init__(self, study: optuna.Study, turns: tuple[int, ...], bracket: int) -> None:
+        super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
+        self._turns = turns
         self._bracket = bracket
 
     def get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
+        # All of them, for a trial's place in the list is its number.
         trials = super().get_trials(deepcopy=deepcopy)
-        # A trial's place in the list is its number.
-        bracket_of = self._hyperband.brackets(self, len(trials))
         return [
             trial
-            for number, trial in enumerate(trials)
-            if bracket_of[number] == self._bracket and (states is None or trial.state in states)
+            for trial, bracket in zip(trials, itertools.cycle(self._turns))
+            if bracket == self._bracket and (states is None or trial.state in states)
         ]
-
-
-def _hyperband_settings(spec: StudySpec) -> dict[str, Any]:
-    if spec.hyperband is None:
-        return {}
-    low, eta = spec.hyperband.min_epochs, spec.hyperband.eta
-    # Optuna takes the number of brackets from a logarithm in floats, and log(243, 3) falls
-    # just short of 5: one epoch more in its sum gives the right count and changes no rung.
-    for max_resource in (spec.training.max_epochs, spec.training.max_epochs + 1):
-        if math.floor(math.log(max_resource / low, eta)) + 1 == len(spec.brackets):
-            return {"min_resource": low, "max_resource": max_resource, "reduction_factor": eta}
-    raise StudyError(
-        f"Hyperband with min_epochs = {low}, eta = {eta}, max_epochs = {spec.training.max_epochs}: "
-        f"Optuna does not make the {len(spec.brackets)} brackets that the paper asks for; "
-        "change max_epochs."
-    )
-
-
-def bracket_of(tuned: TunedStudy, trial: int) -> int | None:
-    """The Hyperband bracket of a trial, 0 the one that stops soonest; None without Hyperband."""
-    pruner = tuned.study.pruner
-    if isinstance(pruner, RecordedPruner):
-        pruner = pruner.inner
-    # Optuna tells nobody the bracket of a trial, and a second copy of its rule could differ.
-    if not isinstance(pruner, _HyperbandPruner):
-        return None
-    return pruner.brackets(tuned.study, trial + 1)[trial]
 
 
 class RecordedPruner(optuna.pruners.BasePruner):
@@ -560,10 +531,6 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
         state = "queued" if tuned.id in tuned.storage.queued() else "stopped"
     attributes = tuned.study.user_attrs
     max_epochs = tuned.record.spec.training.max_epochs
-    brackets = [0] * len(tuned.record.spec.brackets)
-    for trial in trials:
-        if (bracket := bracket_of(tuned, trial.number)) is not None:
-            brackets[bracket] += 1
     ranked = tuned.ranked()
     return StudyStatus(
         study=tuned.name,
@@ -579,7 +546,7 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
         ),
         workers=int(attributes.get(WORKERS_KEY, 0)) if state == "running" else 0,
         resumed_trials=sum(1 for trial in trials if trial.user_attrs.get(RESUMED_KEY)),
-        brackets=tuple(brackets),
+        brackets=tuned.record.spec.trials_of_brackets(len(trials)),
         synthetic=tuned.record.data.synthetic,
         bytes_on_disk=tuned.artifacts.bytes_on_disk(() if driven else _hanging(tuned, trials)),
         error=attributes.get(ERROR_KEY),
@@ -641,8 +608,9 @@ def _sampler_document(spec: StudySpec) -> dict[str, Any]:
 
 
 def _pruner_document(spec: StudySpec) -> dict[str, Any]:
-    name = "NopPruner" if spec.hyperband is None else "HyperbandPruner"
-    return {"class": name, **_hyperband_settings(spec)}
+    if spec.hyperband is None:
+        return {"class": "NopPruner"}
+    return {"class": "Hyperband", **spec.hyperband.model_dump(), "brackets": "in turn"}
 
 
 def _record_document(record: StudyRecord) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from tuner.study import (
     State,
     StudyStatus,
     TunedStudy,
-    bracket_of,
     status,
 )
 from tuner.trial_page import AGAIN_KEY, storage_option
@@ -130,18 +129,18 @@ def _epochs(tuned: TunedStudy, now: StudyStatus) -> str:
 
 
 def _brackets(tuned: TunedStudy) -> str:
-    brackets = tuned.record.spec.brackets
-    if not brackets:
+    spec = tuned.record.spec
+    if not spec.brackets:
         return ""
-    states: list[list[TrialState]] = [[] for _ in brackets]
+    states: list[list[TrialState]] = [[] for _ in spec.brackets]
     for trial in tuned.trials():
-        bracket = bracket_of(tuned, trial.number)
+        bracket = spec.bracket_of(trial.number)
         if bracket is not None:
             states[bracket].append(trial.state)
     rows = [
         f"| {number} | {', '.join(map(str, rungs)) or 'none'} | {len(inside)} "
         f"| {inside.count(TrialState.COMPLETE)} | {inside.count(TrialState.PRUNED)} |"
-        for number, (rungs, inside) in enumerate(zip(brackets, states, strict=True))
+        for number, (rungs, inside) in enumerate(zip(spec.brackets, states, strict=True))
     ]
     head = [
         "| bracket | may stop after epochs | trials | fully trained | pruned |",

@@ -22,7 +22,7 @@ from tuner.artifacts import CURVES_FILE, DEFAULT_STORAGE_URL, NETWORK_FILE
 from tuner.curves import EpochResult
 from tuner.objective import DETAIL_KEY, ENDED_KEY
 from tuner.space import ModelConfig, layers_of, parameter_count
-from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, bracket_of
+from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy
 
 #: Attributes of the trial, as its page and the table of trials show them.
 NOTE_KEY = "note"
@@ -81,13 +81,13 @@ class TrialPage:
             self._curve,
             max_epochs=spec.training.max_epochs,
             eta=None if spec.hyperband is None else spec.hyperband.eta,
-            bracket=bracket_of(self._tuned, self._trial.number),
+            bracket=spec.bracket_of(self._trial.number),
             attributes=self._attributes(),
         )
 
     def _draw(self, state: TrialState, may_draw: Callable[[], bool]) -> None:
         spec = self._tuned.record.spec
-        bracket = bracket_of(self._tuned, self._trial.number)
+        bracket = spec.bracket_of(self._trial.number)
         drawing = draw_curves(
             self._curve,
             state,
