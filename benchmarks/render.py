@@ -232,7 +232,7 @@ def policies(document: dict[str, Any]) -> str:
     head = [key for key in document["rows"][0] if key.startswith("loss_after")]
     rows = []
     for row in document["rows"]:
-        cells = [row["policy"], row["epochs"]]
+        cells = [row["policy"], row["seeds"], row["epochs"]]
         for key in head:
             apart, error = row[key.replace("loss_after", "above_default")]
             cells.append(f"{row[key]:.4f} ({apart:+.4f} ± {error:.4f})")
@@ -257,7 +257,7 @@ def policies(document: dict[str, Any]) -> str:
 with its standard error, seed by seed. The best of all curves is \
 {document["best_of_all_curves"]:.4f}.
 
-{table(["policy", "epochs", *names], rows)}
+{table(["policy", "seeds", "epochs", *names], rows)}
 
 The stop rule in the studies of the default policy, in {longest} minutes: the part of the epochs \
 that it saves, and how much lower the best loss becomes without it.

@@ -1,6 +1,6 @@
 """Replays search policies on recorded learning curves, in seconds of simulated time.
 
-    .venv/bin/python benchmarks/search_policies.py     # 40 seeds each, half an hour, no training
+    .venv/bin/python benchmarks/search_policies.py     # a quarter of an hour, no training
 
 benchmarks/results/learning_curves.json has real trials that were trained to the end
 (learning_curves.py). Here simulated workers train them again: an epoch takes as long as it took,
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import itertools
 import json
 import math
 import multiprocessing
@@ -43,6 +44,7 @@ from tuner.study import FINISHED, TPE_SETTINGS, PerTrialSampler, make_pruner, ma
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
+MORE_SEEDS = 4  # times as many of random draws, which take a tenth of the time
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Policy:
     name: str
     min_epochs: int | None = 1  # None: no Hyperband
     eta: int = 3
-    patience: int | None = 5
+    patience: int | None = 8
     sampler: str = "random"
     tpe: dict[str, Any] | None = None  # other settings of TPE than the product's
     pruner: Callable[[], optuna.pruners.BasePruner] | None = None  # in place of Hyperband
@@ -80,7 +82,7 @@ class Policy:
         return PerTrialSampler(lambda seed: TPESampler(**settings, seed=seed), spec.seed)
 
 
-DEFAULT = "hyperband 1, eta 3, patience 5"
+DEFAULT = "hyperband 1, eta 3, patience 8"
 WITH_TPE = f"TPE, {DEFAULT}"
 
 
@@ -92,30 +94,32 @@ def optunas_hyperband() -> optuna.pruners.BasePruner:
 
 
 POLICIES = (
-    Policy("no pruning, patience 5", min_epochs=None),
+    Policy("no pruning, patience 8", min_epochs=None),
     Policy("no pruning, no patience", min_epochs=None, patience=None),
     Policy(DEFAULT),
     Policy(f"{DEFAULT}, Optuna's brackets", pruner=optunas_hyperband),
-    Policy("hyperband 1, eta 2, patience 5", eta=2),
-    Policy("hyperband 1, eta 4, patience 5", eta=4),
-    Policy("hyperband 2, eta 3, patience 5", min_epochs=2),
-    Policy("hyperband 3, eta 3, patience 5", min_epochs=3),
+    Policy("hyperband 1, eta 2, patience 8", eta=2),
+    Policy("hyperband 1, eta 4, patience 8", eta=4),
+    Policy("hyperband 2, eta 3, patience 8", min_epochs=2),
+    Policy("hyperband 3, eta 3, patience 8", min_epochs=3),
     Policy("hyperband 1, eta 3, patience 3", patience=3),
-    Policy("hyperband 1, eta 3, patience 8", patience=8),
+    Policy("hyperband 1, eta 3, patience 5", patience=5),
+    Policy("hyperband 1, eta 3, patience 12", patience=12),
     Policy("hyperband 1, eta 3, no patience", patience=None),
     Policy(
-        "successive halving 1, eta 3, patience 5",
+        "successive halving 1, eta 3, patience 8",
         pruner=lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
     ),
     Policy(
-        "successive halving 1, eta 4, patience 5",
+        "successive halving 1, eta 4, patience 8",
         eta=4,
         pruner=lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=4),
     ),
-    Policy("median, patience 5", pruner=optuna.pruners.MedianPruner, every_epoch=True),
-    Policy("TPE, no pruning, patience 5", min_epochs=None, sampler="tpe"),
+    Policy("median, patience 8", pruner=optuna.pruners.MedianPruner, every_epoch=True),
+    Policy("TPE, no pruning, patience 8", min_epochs=None, sampler="tpe"),
     Policy(WITH_TPE, sampler="tpe"),
     Policy(f"{WITH_TPE}, Optuna's brackets", sampler="tpe", pruner=optunas_hyperband),
+    Policy("TPE, hyperband 1, eta 3, patience 5", patience=5, sampler="tpe"),
     Policy(f"{WITH_TPE}, 5 random trials first", sampler="tpe", tpe={"n_startup_trials": 5}),
     Policy(f"{WITH_TPE}, 20 random trials first", sampler="tpe", tpe={"n_startup_trials": 20}),
     Policy(f"{WITH_TPE}, 100 candidates", sampler="tpe", tpe={"n_ei_candidates": 100}),
@@ -262,7 +266,7 @@ def mean_and_error(values: list[float]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=30, help="of a policy with TPE")
     parser.add_argument("--minutes", type=float, nargs="+", default=[5.0, 10.0, 20.0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/policies.json")
     options = parser.parse_args()
@@ -271,27 +275,28 @@ def main() -> None:
         Row(row["params"], row["validation_losses"], row["seconds_an_epoch"])
         for row in table["rows"]
     ]
+    seeds = [options.seeds * (MORE_SEEDS if one.sampler == "random" else 1) for one in POLICIES]
     asked = [
         (rows, number, seed, options.minutes)
         for number in range(len(POLICIES))
-        for seed in range(options.seeds)
+        for seed in range(seeds[number])
     ]
     with multiprocessing.Pool() as pool:
-        all_found = pool.starmap(replayed, asked, chunksize=1)
+        all_found = iter(pool.starmap(replayed, asked, chunksize=1))
     of_policy = {
-        policy.name: all_found[start * options.seeds :][: options.seeds]
-        for start, policy in enumerate(POLICIES)
+        policy.name: list(itertools.islice(all_found, count))
+        for policy, count in zip(POLICIES, seeds, strict=True)
     }
     lines = []
     for name, found in of_policy.items():
-        line: dict[str, Any] = {"policy": name}
+        line: dict[str, Any] = {"policy": name, "seeds": len(found)}
         line["epochs"] = round(statistics.mean(one["epochs"] for one in found), 1)
         for end in options.minutes:
             line[f"loss_after_{end:g}_min"] = round(
                 statistics.mean(one["best"][end] for one in found), 4
             )
             # The same seeds: the difference of each pair.
-            pairs = zip(found, of_policy[DEFAULT], strict=True)
+            pairs = zip(found, of_policy[DEFAULT][: len(found)], strict=True)
             line[f"above_default_{end:g}_min"] = mean_and_error(
                 [one["best"][end] - default["best"][end] for one, default in pairs]
             )

@@ -46,6 +46,7 @@ def study_of(seed: int) -> StudySpec:
         "trials": 100_000,  # the time ends it
         "seed": seed,
         "data": {"source": "solubility", "split": {"seed": 1}},
+        "training": {"patience": 5},  # for all alike, see peer_search.py
         "hyperband": {"min_epochs": 1, "eta": 3},
         "space": {
             "embedding_dim": {"choices": [8, 16, 32]},

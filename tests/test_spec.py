@@ -138,7 +138,7 @@ def test_defaults_are_those_of_the_design(load):
     assert spec.seed == 0
     assert spec.data.max_length == 200
     assert (spec.data.split.seed, spec.data.split.validation, spec.data.split.test) == (0, 0.1, 0.1)
-    assert (spec.training.max_epochs, spec.training.patience) == (27, 5)
+    assert (spec.training.max_epochs, spec.training.patience) == (27, 8)
     assert (spec.training.precision, spec.training.max_trial_seconds) == ("auto", 3600)
     assert (spec.hyperband, spec.sampler.kind, spec.known) == (None, "tpe", ())
     assert spec.stop is None

@@ -185,7 +185,7 @@ class TrainingSettings(_Table):
 
     max_epochs: int = Field(default=27, ge=1, le=100_000)
     """epochs of a trial that is not pruned: Hyperband's R"""
-    patience: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_none_from_word)] = 5
+    patience: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_none_from_word)] = 8
     """epochs without a better validation loss before a trial ends; "none": never"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the computation; weights are float32"""
