@@ -2,7 +2,7 @@
 
 LOCK ?= cpu# or gpu: export LOCK=gpu
 ARGS ?=#     more arguments for pytest: make test ARGS="-k split -x"
-JOBS ?= 0#   2: two tests at once, faster; one test of PostgreSQL's shared memory may then fail
+JOBS ?= 0#   2: two tests at once, faster; not yet the default, see docs/development.md
 UV_LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes --no-strip-extras \
 	--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet
 COMPOSE_FILES = docker-compose.yml $(wildcard docs/clusters/compose.*.yml)
