@@ -87,7 +87,7 @@ WITH_TPE = f"TPE, {DEFAULT}"
 
 
 def optunas_hyperband() -> optuna.pruners.BasePruner:
-    """A trial's bracket is drawn by a hash of its number."""
+    """A trial's bracket is drawn by a hash of the study's name and the trial's number."""
     return optuna.pruners.HyperbandPruner(
         min_resource=1, max_resource=MAX_EPOCHS, reduction_factor=3
     )

@@ -316,7 +316,7 @@ def test_brackets_are_those_of_the_paper():
 
 def test_a_round_has_as_many_trials_a_bracket_as_the_paper():
     # arXiv:1603.06560, algorithm 1: n of bracket s = 4, 3, 2, 1, 0 for R = 81, eta = 3.
-    assert bracket_turns(5, 3) == (0,) * 81 + (1,) * 34 + (2,) * 15 + (3,) * 8 + (4,) * 5
+    assert bracket_turns(1, 81, 3) == (0,) * 81 + (1,) * 34 + (2,) * 15 + (3,) * 8 + (4,) * 5
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,9 @@ class StudySpec(_Settings):
         """The bracket (an index of `brackets`) of each trial of a round; none without Hyperband."""
         if self.hyperband is None:
             return ()
-        return bracket_turns(self.bracket_count, self.hyperband.eta)
+        return bracket_turns(
+            self.hyperband.min_epochs, self.training.max_epochs, self.hyperband.eta
+        )
 
     def bracket_of(self, trial: int) -> int | None:
         """The bracket of the trial of this number: one round follows the other."""
@@ -344,14 +346,15 @@ def brackets(min_epochs: int, max_epochs: int, eta: int) -> tuple[tuple[int, ...
     return tuple(all_rungs[first:] for first in range(count))
 
 
-@functools.cache
-def bracket_turns(count: int, eta: int) -> tuple[int, ...]:
+@functools.cache  # asked for every trial
+def bracket_turns(min_epochs: int, max_epochs: int, eta: int) -> tuple[int, ...]:
     """The bracket of each trial of a round, that which stops soonest first.
 
     As in the paper (arXiv:1603.06560, algorithm 1) one follows when the one before has all its
-    trials: ceil(count * eta^s / (s + 1)) with s from count - 1 down to 0, so 27, 12, 6 and 4 of
-    four brackets with eta 3.
+    trials: of `count` brackets ceil(count * eta^s / (s + 1)) with s from count - 1 down to 0, so
+    27, 12, 6 and 4 of four with eta 3.
     """
+    count = len(brackets(min_epochs, max_epochs, eta))
     return tuple(
         bracket
         for bracket, s in enumerate(reversed(range(count)))

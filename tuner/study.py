@@ -191,9 +191,9 @@ def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
 class _Hyperband(optuna.pruners.BasePruner):
     """Hyperband (arXiv:1603.06560) of Optuna's asynchronous successive halving.
 
-    Optuna's `HyperbandPruner` draws a trial's bracket from a hash of its number, so that some of
-    the first trials are trained to the end before anything is known. Here brackets take turns as
-    in the paper, see `StudySpec.bracket_of`: measured better in the first minutes, and never worse.
+    Optuna's `HyperbandPruner` draws a trial's bracket from a hash of the study's name and the
+    trial's number. Here brackets take turns as in the paper (`tuner.spec.bracket_turns`), so that
+    a study's name changes nothing, and a budget has the shares that `tuner check` tells.
     """
 
     def __init__(self, settings: HyperbandSettings, turns: tuple[int, ...]) -> None:
