@@ -9,7 +9,7 @@ Each tunes the plain network of plain_keras.py over the space below, as its docu
     ray                 Ray Tune's "Using Keras & TensorFlow with Tune", page on OptunaSearch:
                         ASHA, one core a trial
 
-Data, early stopping (patience 5 on the validation loss) and 27 epochs at most are the same for all.
+Data, early stopping (patience 8 on the validation loss) and 27 epochs at most are the same for all.
 Every finished epoch is a JSON line in the file --log: time, trial, validation loss.
 """
 
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-PATIENCE = 5
+PATIENCE = 8  # a study file's default
 MAX_EPOCHS = 27
 
 

@@ -162,6 +162,7 @@ def time_to_quality(document: dict[str, Any]) -> str:
         [
             run["seed"],
             WHO[run["who"]],
+            run["patience"],
             run["trials"],
             run["epochs"],
             *(at(run, 60 * minutes) for minutes in (2, 4, 8, 15)),
@@ -179,7 +180,7 @@ def time_to_quality(document: dict[str, Any]) -> str:
             when = f"after {reached[0] / 60:.1f} min" if reached else "not at all"
             words.append(f"Seed {seed}: ours had the best of the others' last loss {when}.")
     machines = "; ".join(sorted({run["machine"] for run in runs}))
-    head = ("seed", "who", "trials", "epochs", "2 min", "4 min", "8 min", "15 min")
+    head = ("seed", "who", "patience", "trials", "epochs", "2 min", "4 min", "8 min", "15 min")
     return f"""## Time to quality
 
 `.venv/bin/python benchmarks/time_to_quality.py`; {machines}. Best validation loss by the clock.

@@ -120,6 +120,8 @@ POLICIES = (
     Policy(WITH_TPE, sampler="tpe"),
     Policy(f"{WITH_TPE}, Optuna's brackets", sampler="tpe", pruner=optunas_hyperband),
     Policy("TPE, hyperband 1, eta 3, patience 5", patience=5, sampler="tpe"),
+    Policy("TPE, hyperband 2, eta 3, patience 8", min_epochs=2, sampler="tpe"),
+    Policy("TPE, hyperband 3, eta 3, patience 8", min_epochs=3, sampler="tpe"),
     Policy(f"{WITH_TPE}, 5 random trials first", sampler="tpe", tpe={"n_startup_trials": 5}),
     Policy(f"{WITH_TPE}, 20 random trials first", sampler="tpe", tpe={"n_startup_trials": 20}),
     Policy(f"{WITH_TPE}, 100 candidates", sampler="tpe", tpe={"n_ei_candidates": 100}),

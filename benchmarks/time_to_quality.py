@@ -4,10 +4,11 @@
     TUNER_DATA_DIR=../shared/data .venv/bin/python benchmarks/time_to_quality.py --seeds 0 1
 
 15 minutes each on both cores, one after the other, seed by seed; 75 minutes a seed. Each run is
-added to benchmarks/results/time_to_quality.json as it ends, and what stands there is not run again:
-a call that was cut is simply repeated. Same rows, same split (seed 1), the same space and number of
-epochs, see peer_search.py. Time counts from the start of the command, imports included; a loss
-counts when its epoch has ended, whoever's trial it is, and has no penalties in it.
+added to benchmarks/results/time_to_quality.json as it ends, and what stands there is not run again
+unless with another patience: a call that was cut is simply repeated. Same rows, same split (seed
+1), the same space, patience and number of epochs, see peer_search.py. Time counts from the start of
+the command, imports included; a loss counts when its epoch has ended, whoever's trial it is, and
+has no penalties in it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import optuna
 from machine import processor
+from peer_search import MAX_EPOCHS, PATIENCE
 
 from tuner.data import prepare
 from tuner.objective import curve_of
@@ -46,7 +48,7 @@ def study_of(seed: int) -> StudySpec:
         "trials": 100_000,  # the time ends it
         "seed": seed,
         "data": {"source": "solubility", "split": {"seed": 1}},
-        "training": {"patience": 5},  # for all alike, see peer_search.py
+        "training": {"patience": PATIENCE, "max_epochs": MAX_EPOCHS},
         "hyperband": {"min_epochs": 1, "eta": 3},
         "space": {
             "embedding_dim": {"choices": [8, 16, 32]},
@@ -142,10 +144,12 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     if options.output.exists():
         runs = json.loads(options.output.read_text())["runs"]
-    done = {(run["who"], run["seed"], run["minutes"], run["machine"]) for run in runs}
+    done = {
+        (one["who"], one["seed"], one["minutes"], one["machine"], one["patience"]) for one in runs
+    }
     for seed in options.seeds:
         for who in options.who:
-            if (who, seed, options.minutes, processor()) in done:
+            if (who, seed, options.minutes, processor(), PATIENCE) in done:
                 continue
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
                 folder = Path(name)
@@ -158,13 +162,14 @@ def main() -> None:
                 "seed": seed,
                 "minutes": options.minutes,
                 "machine": processor(),
+                "patience": PATIENCE,
                 "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": versions(),
                 "trials": trials,
                 "epochs": sum(at <= seconds for at, _ in epochs),
                 "best_so_far": best_so_far(epochs, seconds),
             }
-            runs.append(run)
+            runs = [one for one in runs if (one["who"], one["seed"]) != (who, seed)] + [run]
             told = {key: run[key] for key in ("who", "seed", "trials", "epochs")}
             print(json.dumps(told | {"best": run["best_so_far"][-1]}), flush=True)
             options.output.write_text(json.dumps({"runs": runs}, indent=1) + "\n")

@@ -489,7 +489,7 @@ def test_check_reports_every_mistake_with_its_line(folder: Path) -> None:
 def test_check_tells_brackets_rungs_parameters_and_data(folder: Path) -> None:
     document = json.loads(tuner(folder, "check", "tiny.toml", "--json").stdout)
     assert document["brackets"] == [[1], []]
-    assert document["trials_of_brackets"] == [3, 0]
+    assert document["trials_of_brackets"] == [2, 1]
     assert document["rungs"] == [1]
     assert document["max_epochs"] == 3
     assert document["trials"] == 3

@@ -314,9 +314,10 @@ def test_brackets_are_those_of_the_paper():
     assert brackets(1, 81, 3) == tuple(column[:-1] for column in table)
 
 
-def test_a_round_has_as_many_trials_a_bracket_as_the_paper():
-    # arXiv:1603.06560, algorithm 1: n of bracket s = 4, 3, 2, 1, 0 for R = 81, eta = 3.
-    assert bracket_turns(1, 81, 3) == (0,) * 81 + (1,) * 34 + (2,) * 15 + (3,) * 8 + (4,) * 5
+def test_a_round_has_as_many_trials_a_bracket_as_the_paper_with_a_budget_of_r():
+    # arXiv:1603.06560, algorithm 1: n of bracket s = 4, 3, 2, 1, 0 for B = R = 81, eta = 3, so
+    # that the eta^-s of them that are left have at most R epochs on each of s + 1 rungs.
+    assert bracket_turns(1, 81, 3) == (0,) * 17 + (1,) * 7 + (2,) * 3 + (3,) * 2 + (4,)
 
 
 @pytest.mark.parametrize(
@@ -352,8 +353,8 @@ def test_a_study_knows_its_brackets(load):
     assert spec.rungs == (2, 8)
     assert spec.brackets == ((2, 8), (8,))
     assert spec.bracket_count == 2
-    assert [spec.bracket_of(trial) for trial in range(7)] == [0, 0, 0, 0, 1, 1, 0]
-    assert spec.trials_of_brackets(9) == (7, 2)
+    assert [spec.bracket_of(trial) for trial in range(7)] == [0, 0, 1, 0, 0, 1, 0]
+    assert spec.trials_of_brackets(9) == (6, 3)
     without = load(SMALL)
     assert without.bracket_count == 0
     assert without.bracket_of(0) is None

@@ -196,7 +196,7 @@ def test_status_counts_what_was_spent_and_what_pruning_saved(tmp_path: Path) -> 
     assert now.epochs_saved == sum(9 - len(trial.intermediate_values) for trial in pruned)
     assert now.best is not None
     assert now.best.value == min(trial.value for trial in trials if trial not in pruned)
-    assert now.brackets == (9, 3, 0)
+    assert now.brackets == (6, 4, 2)
     assert set(now.to_document()) >= {
         "study", "state", "budget", "trials", "best", "epochs", "workers", "resumed_trials",
     }  # fmt: skip

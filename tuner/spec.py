@@ -351,14 +351,15 @@ def bracket_turns(min_epochs: int, max_epochs: int, eta: int) -> tuple[int, ...]
     """The bracket of each trial of a round, that which stops soonest first.
 
     As in the paper (arXiv:1603.06560, algorithm 1) one follows when the one before has all its
-    trials: of `count` brackets ceil(count * eta^s / (s + 1)) with s from count - 1 down to 0, so
-    27, 12, 6 and 4 of four with eta 3.
+    trials, of `count` brackets ceil(eta^s / (s + 1)) with s from count - 1 down to 0, so 7, 3, 2
+    and 1 of four with eta 3. That is the paper's n for a budget B of R epochs a bracket; with
+    B = count * R a round is `count` times as long, and many a study would end in its first bracket.
     """
     count = len(brackets(min_epochs, max_epochs, eta))
     return tuple(
         bracket
         for bracket, s in enumerate(reversed(range(count)))
-        for _ in range(-(-count * eta**s // (s + 1)))
+        for _ in range(-(-(eta**s) // (s + 1)))
     )
 
 
