@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -157,12 +158,15 @@ def time_to_quality(document: dict[str, Any]) -> str:
         reached = [loss for when, loss in run["best_so_far"] if when <= seconds]
         return f"{reached[-1]:.4f}" if reached else "-"
 
-    runs = sorted(document["runs"], key=lambda run: (run["seed"], list(WHO).index(run["who"])))
+    def rank(run: dict[str, Any]) -> tuple[int, int, int]:
+        return run["patience"], run["seed"], list(WHO).index(run["who"])
+
+    runs = sorted(document["runs"], key=rank)
     rows = [
         [
+            run["patience"],
             run["seed"],
             WHO[run["who"]],
-            run["patience"],
             run["trials"],
             run["epochs"],
             *(at(run, 60 * minutes) for minutes in (2, 4, 8, 15)),
@@ -170,17 +174,18 @@ def time_to_quality(document: dict[str, Any]) -> str:
         for run in runs
     ]
     words = []
-    for seed in sorted({run["seed"] for run in runs}):
-        of_seed = {run["who"]: run for run in runs if run["seed"] == seed}
-        others = [run["best_so_far"][-1][1] for who, run in of_seed.items() if who != "tuner"]
-        if "tuner" in of_seed and others:
-            reached = [
-                when for when, loss in of_seed["tuner"]["best_so_far"] if loss <= min(others)
-            ]
+    for (patience, seed), of_both in groupby(runs, key=itemgetter("patience", "seed")):
+        of = {run["who"]: run["best_so_far"] for run in of_both}
+        others = [steps[-1][1] for who, steps in of.items() if who != "tuner"]
+        if "tuner" in of and others:
+            reached = [when for when, loss in of["tuner"] if loss <= min(others)]
             when = f"after {reached[0] / 60:.1f} min" if reached else "not at all"
-            words.append(f"Seed {seed}: ours had the best of the others' last loss {when}.")
+            words.append(
+                f"Patience {patience}, seed {seed}: ours had the best of the others' last loss "
+                f"{when}."
+            )
     machines = "; ".join(sorted({run["machine"] for run in runs}))
-    head = ("seed", "who", "patience", "trials", "epochs", "2 min", "4 min", "8 min", "15 min")
+    head = ("patience", "seed", "who", "trials", "epochs", "2 min", "4 min", "8 min", "15 min")
     return f"""## Time to quality
 
 `.venv/bin/python benchmarks/time_to_quality.py`; {machines}. Best validation loss by the clock.

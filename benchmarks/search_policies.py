@@ -66,6 +66,7 @@ class Policy:
     tpe: dict[str, Any] | None = None  # other settings of TPE than the product's
     pruner: Callable[[], optuna.pruners.BasePruner] | None = None  # in place of Hyperband
     every_epoch: bool = False  # is it asked after each one, not at rungs alone
+    last_loss: bool = False  # is it told the epoch's loss, not the best so far
 
     def spec(self, seed: int) -> StudySpec:
         document = study_document(1, seed)
@@ -93,6 +94,12 @@ def optunas_hyperband() -> optuna.pruners.BasePruner:
     )
 
 
+PLAIN: dict[str, Any] = {
+    "sampler": "tpe",
+    "tpe": {"constant_liar": False},
+    "every_epoch": True,
+    "last_loss": True,
+}
 POLICIES = (
     Policy("no pruning, patience 8", min_epochs=None),
     Policy("no pruning, no patience", min_epochs=None, patience=None),
@@ -126,6 +133,9 @@ POLICIES = (
     Policy(f"{WITH_TPE}, 20 random trials first", sampler="tpe", tpe={"n_startup_trials": 20}),
     Policy(f"{WITH_TPE}, 100 candidates", sampler="tpe", tpe={"n_ei_candidates": 100}),
     Policy(f"{WITH_TPE}, no constant liar", sampler="tpe", tpe={"constant_liar": False}),
+    # The searches of time_to_quality.py, with our epochs.
+    Policy("plain Optuna: TPE, median, patience 8", pruner=optuna.pruners.MedianPruner, **PLAIN),
+    Policy("plain Optuna: TPE, hyperband, patience 8", pruner=optunas_hyperband, **PLAIN),
 )
 
 
@@ -184,7 +194,7 @@ class Replay:
         """Reports an epoch; ends the trial where the product would."""
         losses = row.losses[:epoch]
         best = min(losses)
-        trial.report(best, step=epoch)
+        trial.report(losses[-1] if self._policy.last_loss else best, step=epoch)
         waited = epoch - (losses.index(best) + 1)
         patience = self._policy.patience
         if epoch == MAX_EPOCHS or (patience is not None and waited >= patience):
