@@ -144,12 +144,16 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     if options.output.exists():
         runs = json.loads(options.output.read_text())["runs"]
-    done = {
-        (one["who"], one["seed"], one["minutes"], one["machine"], one["patience"]) for one in runs
-    }
     for seed in options.seeds:
         for who in options.who:
-            if (who, seed, options.minutes, processor(), PATIENCE) in done:
+            asked = {
+                "who": who,
+                "seed": seed,
+                "minutes": options.minutes,
+                "machine": processor(),
+                "patience": PATIENCE,
+            }
+            if any(asked.items() <= run.items() for run in runs):
                 continue
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
                 folder = Path(name)
@@ -157,12 +161,7 @@ def main() -> None:
                     epochs, trials = of_tuner(seed, seconds, folder)
                 else:
                     epochs, trials = of_peer(who, seed, seconds, folder)
-            run = {
-                "who": who,
-                "seed": seed,
-                "minutes": options.minutes,
-                "machine": processor(),
-                "patience": PATIENCE,
+            run = asked | {
                 "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": versions(),
                 "trials": trials,
