@@ -29,6 +29,7 @@ from tuner.storage import Storage
 from tuner.study import load
 
 ROOT = Path(__file__).resolve().parent.parent
+SOLUBILITY = ROOT / "studies/solubility.toml"
 TABLE = ROOT / "benchmarks/results/learning_curves.json"
 STORAGE = f"sqlite:///{ROOT}/runs/learning_curves.db"
 ARTIFACTS = ROOT / "runs/artifacts"
@@ -36,7 +37,7 @@ MAX_EPOCHS = 27
 
 
 def study_document(trials: int, seed: int) -> dict[str, Any]:
-    document = load_spec(ROOT / "studies/solubility.toml").to_document()
+    document = load_spec(SOLUBILITY).to_document()
     del document["hyperband"], document["known"]
     document |= {
         "name": f"learning-curves-{seed}",

@@ -9,8 +9,9 @@ compared is the best validation loss of the fully trained trials after so many s
 two workers, and the epochs that were spent.
 
 A random search draws the recorded networks in random order, and once more when it had them all.
-TPE's suggestion is replaced by the nearest recorded network that was not trained yet, so a table of
-a few hundred rows shows much of what a pruner does and less of what a sampler does.
+TPE's suggestion is replaced by the nearest recorded network that was not trained yet, and so is a
+known configuration. So a table of a few hundred rows shows much of what a pruner does and less of
+what a sampler does.
 
 Of the stop rule ([stop] in a study file) is told what it would have cost in studies of the default
 policy that ran for the longest of the times: the epochs that it saves, and how much better the best
@@ -34,11 +35,11 @@ from typing import Any
 
 import numpy as np
 import optuna
-from learning_curves import MAX_EPOCHS, TABLE, study_document
+from learning_curves import MAX_EPOCHS, SOLUBILITY, TABLE, study_document
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
-from tuner.spec import StopSettings, StudySpec, spec_from_document
+from tuner.spec import StopSettings, StudySpec, load_spec, spec_from_document
 from tuner.stop_rule import StopRule, in_order_of_end
 from tuner.study import FINISHED, TPE_SETTINGS, PerTrialSampler, make_pruner, make_sampler
 
@@ -67,10 +68,13 @@ class Policy:
     pruner: Callable[[], optuna.pruners.BasePruner] | None = None  # in place of Hyperband
     every_epoch: bool = False  # is it asked after each one, not at rungs alone
     last_loss: bool = False  # is it told the epoch's loss, not the best so far
+    known: bool = False  # begins with the known configuration of studies/solubility.toml
 
     def spec(self, seed: int) -> StudySpec:
         document = study_document(1, seed)
         document["sampler"] = {"kind": self.sampler}
+        if self.known:
+            document["known"] = load_spec(SOLUBILITY).to_document()["known"]
         document["training"]["patience"] = self.patience or "none"
         if self.min_epochs is not None:
             document["hyperband"] = {"min_epochs": self.min_epochs, "eta": self.eta}
@@ -113,6 +117,7 @@ POLICIES = (
     Policy("hyperband 1, eta 3, patience 5", patience=5),
     Policy("hyperband 1, eta 3, patience 12", patience=12),
     Policy("hyperband 1, eta 3, no patience", patience=None),
+    Policy(f"{DEFAULT}, known configuration first", known=True),
     Policy(
         "successive halving 1, eta 3, patience 8",
         pruner=lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
@@ -133,6 +138,7 @@ POLICIES = (
     Policy(f"{WITH_TPE}, 20 random trials first", sampler="tpe", tpe={"n_startup_trials": 20}),
     Policy(f"{WITH_TPE}, 100 candidates", sampler="tpe", tpe={"n_ei_candidates": 100}),
     Policy(f"{WITH_TPE}, no constant liar", sampler="tpe", tpe={"constant_liar": False}),
+    Policy(f"{WITH_TPE}, known configuration first", sampler="tpe", known=True),
     # The searches of time_to_quality.py, with our epochs.
     Policy("plain Optuna: TPE, median, patience 8", pruner=optuna.pruners.MedianPruner, **PLAIN),
     Policy("plain Optuna: TPE, hyperband, patience 8", pruner=optunas_hyperband, **PLAIN),
@@ -148,7 +154,8 @@ class Replay:
         self._spec = policy.spec(seed)
         self._shuffling = np.random.default_rng(seed)
         self._order: list[int] = []
-        self._numeric = _distances(rows)
+        self._distance = _distances(rows)
+        self._known = list(self._spec.known)
         pruner = policy.pruner() if policy.pruner else make_pruner(self._spec)
         self._study = optuna.create_study(
             study_name=f"replay {seed}", sampler=policy.make_sampler(self._spec), pruner=pruner
@@ -180,13 +187,17 @@ class Replay:
         heapq.heappush(clock, (now + row.seconds, worker, trial, row, 1))
 
     def _next(self) -> int:
-        if self._policy.sampler == "random":
+        if self._known:
+            wanted = dict(self._known.pop(0))
+        elif self._policy.sampler == "random":
             return self._order.pop()
-        # Asked for in a trial of its own, which fails: samplers do not look at such.
-        asked = self._study.ask()
-        self._spec.space.suggest(asked)
-        self._study.tell(asked, state=TrialState.FAIL)
-        nearest = min(self._order, key=lambda index: self._numeric(asked.params, index))
+        else:
+            # Asked for in a trial of its own, which fails: samplers do not look at such.
+            asked = self._study.ask()
+            self._spec.space.suggest(asked)
+            self._study.tell(asked, state=TrialState.FAIL)
+            wanted = asked.params
+        nearest = min(self._order, key=lambda index: self._distance(wanted, index))
         self._order.remove(nearest)
         return nearest
 

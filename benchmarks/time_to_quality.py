@@ -43,6 +43,11 @@ _LEAVE_SECONDS = 30.0
 
 def study_of(seed: int) -> StudySpec:
     """The space of `peer_search.suggest`, with the defaults of a study file for the rest."""
+    of_each_block = {
+        "normalization": {"choices": ["none", "batch"]},
+        "conv_dropout": {"low": 0.0, "high": 0.3},
+        "conv_l2": {"low": 1e-6, "high": 1e-2, "log": True},
+    }
     document = {
         "name": "quality",
         "trials": 100_000,  # the time ends it
@@ -51,23 +56,26 @@ def study_of(seed: int) -> StudySpec:
         "training": {"patience": PATIENCE, "max_epochs": MAX_EPOCHS},
         "hyperband": {"min_epochs": 1, "eta": 3},
         "space": {
+            "masking": False,  # Keras' convolutions drop the mask
             "embedding_dim": {"choices": [8, 16, 32]},
             "blocks": {"low": 1, "high": 3},
             "kernel_size": {"low": 3, "high": 11, "step": 2},
             "filters": {"choices": [16, 32, 64]},
-            "normalization": {"choices": ["none", "batch"]},
             "activation": "relu",
             "pool_size": {"low": 2, "high": 4},
-            "conv_dropout": {"low": 0.0, "high": 0.3},
-            "conv_l2": {"low": 1e-6, "high": 1e-2, "log": True},
             "head": {"choices": ["global_max", "global_average"]},
             "dense_layers": 1,
             "units": {"choices": [32, 64, 128]},
-            "dense_dropout": {"low": 0.05, "high": 0.35},
-            "dense_l2": {"low": 1e-6, "high": 1e-2, "log": True},
+            "dense1": {
+                "dense_dropout": {"low": 0.05, "high": 0.35},
+                "dense_l2": {"low": 1e-6, "high": 1e-2, "log": True},
+            },
+            "output": {"dense_dropout": 0.0},
             "learning_rate": {"low": 3e-4, "high": 5e-3, "log": True},
             "batch_size": {"choices": [32, 64, 128]},
-            "block1": {"pool_size": 4},
+            "block1": {"pool_size": 4, **of_each_block},
+            "block2": of_each_block,
+            "block3": of_each_block,
         },
     }
     return spec_from_document(document)

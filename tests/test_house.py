@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import fnmatch
 import hashlib
+import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -17,6 +20,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import optuna
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -425,6 +429,30 @@ def test_the_page_of_benchmarks_is_made_from_their_results() -> None:
     specification.loader.exec_module(render)
     written = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert written == render.page(), "run .venv/bin/python benchmarks/render.py"
+
+
+def test_time_to_quality_searches_one_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ours and the others sample has the same names, ranges and network."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    peers, ours = (importlib.import_module(name) for name in ("peer_search", "time_to_quality"))
+    space = ours.study_of(0).space
+    for seed in range(40):
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        trial = study.ask()
+        config = json.loads(json.dumps(dataclasses.asdict(space.suggest(trial))))
+        study.enqueue_trial(trial.params)
+        again = study.ask()
+        for_keras = peers.suggest(peers.OfOptuna(again))
+        assert again.params == trial.params
+        assert again.distributions == trial.distributions
+        assert not config["masking"]  # Keras' convolutions drop the mask
+        for ours_has, theirs in [
+            (config, for_keras),
+            *zip(config["blocks"], for_keras["blocks"], strict=True),
+            *zip(config["dense"], for_keras["dense"], strict=True),
+        ]:
+            nested = {key: ours_has[key] for key in ("blocks", "dense") if key in ours_has}
+            assert ours_has == ours_has | theirs | nested
 
 
 def test_every_benchmark_is_told_of() -> None:
