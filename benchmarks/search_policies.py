@@ -1,6 +1,6 @@
 """Replays search policies on recorded learning curves, in seconds of simulated time.
 
-    .venv/bin/python benchmarks/search_policies.py     # a quarter of an hour, no training
+    .venv/bin/python benchmarks/search_policies.py     # 20 minutes, no training
 
 benchmarks/results/learning_curves.json has real trials that were trained to the end
 (learning_curves.py). Here simulated workers train them again: an epoch takes as long as it took,
