@@ -157,10 +157,7 @@ def time_to_quality(document: dict[str, Any]) -> str:
         reached = [loss for when, loss in run["best_so_far"] if when <= seconds]
         return f"{reached[-1]:.4f}" if reached else "-"
 
-    def rank(run: dict[str, Any]) -> tuple[int, int]:
-        return run["seed"], list(WHO).index(run["who"])
-
-    runs = sorted(document["runs"], key=rank)
+    runs = sorted(document["runs"], key=lambda run: (run["seed"], list(WHO).index(run["who"])))
     ours = {run["seed"]: run["best_so_far"] for run in runs if run["who"] == "tuner"}
 
     def ours_had_it(run: dict[str, Any]) -> str:
@@ -174,6 +171,7 @@ def time_to_quality(document: dict[str, Any]) -> str:
         [
             run["seed"],
             WHO[run["who"]],
+            run["patience"],
             run["trials"],
             run["epochs"],
             *(at(run, 60 * minutes) for minutes in (2, 4, 8, 15)),
@@ -187,13 +185,16 @@ def time_to_quality(document: dict[str, Any]) -> str:
         if losses:
             words.append(f"{name} {fmean(losses):.4f}")
     machines = "; ".join(sorted({run["machine"] for run in runs}))
-    head = ("seed", "who", "trials", "epochs", "2 min", "4 min", "8 min", "15 min")
+    head = (
+        "seed", "who", "patience", "trials", "epochs", "2 min", "4 min", "8 min", "15 min",
+        "ours had it after",
+    )  # fmt: skip
     return f"""## Time to quality
 
 `.venv/bin/python benchmarks/time_to_quality.py`; {machines}. Best validation loss by the \
 clock, and when ours had a loss as low as the other's last.
 
-{table((*head, "ours had it after"), rows)}
+{table(head, rows)}
 
 Mean over the seeds after 15 minutes: {", ".join(words)}.
 """

@@ -4,11 +4,11 @@
     TUNER_DATA_DIR=../shared/data .venv/bin/python benchmarks/time_to_quality.py --seeds 0 1
 
 15 minutes each on both cores, one after the other, seed by seed; 75 minutes a seed. Each run is
-added to benchmarks/results/time_to_quality.json as it ends, and what stands there with the same
-patience is not run again: a call that was cut is simply repeated. Same rows, same split (seed 1),
-the same space, patience and number of epochs, see peer_search.py. Time counts from the start of the
-command, imports included; a loss counts when its epoch has ended, whoever's trial it is, and has no
-penalties in it.
+added to benchmarks/results/time_to_quality.json as it ends, and what stands there is not run again
+unless with another patience: a call that was cut is simply repeated. Same rows, same split (seed
+1), the same space, patience and number of epochs, see peer_search.py. Time counts from the start of
+the command, imports included; a loss counts when its epoch has ended, whoever's trial it is, and
+has no penalties in it.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def main() -> None:
                 "epochs": sum(at <= seconds for at, _ in epochs),
                 "best_so_far": best_so_far(epochs, seconds),
             }
-            runs.append(run)
+            runs = [one for one in runs if (one["who"], one["seed"]) != (who, seed)] + [run]
             told = {key: run[key] for key in ("who", "seed", "trials", "epochs")}
             print(json.dumps(told | {"best": run["best_so_far"][-1]}), flush=True)
             options.output.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
