@@ -447,6 +447,9 @@ def group_members(group: int) -> list[int]:
         (("launch", "tiny.toml", "--set", "data.split.sed=1"), 1, 'did you mean "seed"'),
         (("launch", "tiny.toml", "--trials", "0"), 2, "--trials"),
         (("launch", "tiny.toml", "--workers", "0"), 2, "--workers"),
+        (("worker", "--cluster", "tcp://127.0.0.1:1", "--workers", "²"), 2, "1 to 9999"),
+        (("worker", "--cluster", "tcp://127.0.0.1:1", "--workers", "9" * 5000), 2, "1 to 9999"),
+        (("launch", "[/y].toml"), 1, "[/y].toml: there is no such file"),
         (("launch", "tiny.toml", "--name", "a/b"), 1, "must not contain /"),
         (("launch", "tiny.toml", "--set", 'data.source="no.csv"'), 1, "no.csv"),
         (("launch", "tiny.toml", "--storage", "tuner.db"), 1, "no database URL"),
@@ -497,6 +500,25 @@ def test_check_tells_brackets_rungs_parameters_and_data(folder: Path) -> None:
     assert document["parameter_count"] == {"min": 84 + 84 + 40 + 9, "max": 84 + 168 + 72 + 9}
     assert document["data"]["rows"] == {"train": 160, "validation": 20, "test": 20}
     assert document["data"]["synthetic"] is False
+
+
+def test_markup_of_the_terminal_in_names_and_paths_stays_text(folder: Path) -> None:
+    (folder / "x[").mkdir()
+    (folder / "x[/y]:smile:.csv").write_bytes((folder / "tiny.csv").read_bytes())
+    done = tuner(folder, "check", "tiny.toml", "--set", "name=run [bold]x",
+                 "--set", 'data.source="x[/y]:smile:.csv"')  # fmt: skip
+    assert re.search(r"^study +run \[bold\]x,", done.stdout, re.MULTILINE)
+    assert re.search(r"^data +x\[/y\]:smile:\.csv,", done.stdout, re.MULTILINE)
+
+
+def test_the_terminal_is_made_in_one_place() -> None:
+    calls = [
+        (path.relative_to(ROOT).as_posix(), line.strip())
+        for path in sorted((ROOT / "tuner").rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"\bConsole\(|\brich\.print\b|from rich import print", line)
+    ]
+    assert [path for path, _ in calls] == ["tuner/cli.py"], calls
 
 
 def test_the_json_schema_accepts_the_shipped_study_files() -> None:

@@ -8,18 +8,20 @@ import time
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import yaml
 from fakes import ready_sqlite
 from finished_study import finished_study, write_rows
 from lab import Browser, Lab, study_file, write_study_file
-from rich.console import Console
 
 from tuner import orders
+from tuner.cli import terminal
 from tuner.errors import SpecError
-from tuner.progress import status_details, status_table
+from tuner.progress import ProgressWatcher, status_details, status_table
 from tuner.storage import Storage
 from tuner.study import TunedStudy, load, status
 
@@ -154,9 +156,14 @@ def test_markup_of_the_terminal_in_a_name_stays_text(lab: Lab, ada: Browser) -> 
     name = "[bold]x[red]"
     assert ada.post("/tuner/api/studies", json={"file": "tiny.toml", "name": name}).json["study"]
     now = status(load(lab.storage, name, artifacts_root=lab.places.artifacts))
-    console = Console(width=200, record=True, file=io.StringIO())
+    now = replace(now, error=f"{name}: no such file x[/y]", ended_early=":smile: [/z]")
+    console = terminal(width=200, record=True, file=io.StringIO())
     console.print(status_table([now]), status_details(now))
-    assert console.export_text().count(name) == 2
+    ProgressWatcher(load(lab.storage, name, artifacts_root=lab.places.artifacts), console).say(name)
+    printed = console.export_text()
+    assert printed.count(name) == 4
+    assert "x[/y]" in printed
+    assert ":smile: [/z]" in printed
 
 
 # --- what an uploaded study file may make the server read ---
@@ -365,12 +372,18 @@ def test_a_study_is_deleted_only_where_its_name_is_written_down(
     assert not tuned.artifacts.folder.exists()
 
 
-def test_names_with_other_letters_work_everywhere(lab: Lab, ada: Browser) -> None:
-    name = "löslich 50% & mehr #1"
+@pytest.mark.parametrize(
+    ("name", "quoted"),
+    [("löslich 50% & mehr #1", "l%C3%B6slich%2050%25"), ("\U0001f600 \U00020000", "%F0%9F%98%80")],
+)
+def test_names_with_other_letters_work_everywhere(
+    lab: Lab, ada: Browser, name: str, quoted: str
+) -> None:
     answer = ada.post("/tuner/launch", data={"file": "tiny.toml", "name": name})
     assert answer.status_code == 303
     assert ada.get(answer.location).status_code == 200
-    assert "l%C3%B6slich%2050%25" in ada.get("/tuner").text
+    assert quoted in ada.get("/tuner").text
+    assert ada.get(f"/tuner/api/studies/{quote(name)}").json["study"] == name
     assert ada.post(f"{answer.location}/stop").status_code == 303
     assert lab.storage.queued() == ()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -33,6 +34,8 @@ from tuner.artifacts import (
 from tuner.errors import ProblemsError, TunerError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tuner.cluster import Connection
     from tuner.coordinator import Ending
     from tuner.dashboard import Settings
@@ -196,6 +199,17 @@ def _log(message: str) -> None:
     _note(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {message}")
 
 
+def terminal(**options: Any) -> Console:
+    """The console that shows tables and progress.
+
+    What it prints is text: `[bold]` or `:smile:` in a name, a path or an error is no markup.
+    Styles are `rich.text.Text`.
+    """
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
 def _print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2))
 
@@ -337,7 +351,6 @@ def _planned_epochs(spec: StudySpec) -> int:
 
 def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
     import tomli_w
-    from rich.console import Console
     from rich.table import Table
 
     rows, count = document["data"]["rows"], document["parameter_count"]
@@ -357,8 +370,8 @@ def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
     table.add_row("epochs", f"about {document['planned_epochs']} planned, {full} without pruning")
     table.add_row("parameters", f"{count['min']:,} to {count['max']:,} in a network")
     table.add_row("searched", ", ".join(spec.space.parameters) or "nothing")
-    console = Console()
-    console.print(table, highlight=False)
+    console = terminal()
+    console.print(table)
     console.print("\nThe whole study file, every default written out:\n", style="dim")
     typer.echo(tomli_w.dumps(spec.to_document()), nl=False)
 
@@ -530,14 +543,12 @@ def _run(
     *,
     as_json: bool,
 ) -> Ending:
-    from rich.console import Console
-
     from tuner.cluster import Cluster
     from tuner.coordinator import Coordinator
     from tuner.progress import ProgressWatcher
 
     data = prepared.identity
-    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 200)
+    console = terminal(stderr=as_json, width=None if sys.stdout.isatty() else 200)
     watcher = ProgressWatcher(tuned, console)
     tuned.storage.refuse_if_run_elsewhere(tuned.id)
     with connect(watcher.say) as connection:
@@ -589,12 +600,9 @@ def _export_best(tuned: TunedStudy, folder: Path) -> Path:
 def _print_summary(
     tuned: TunedStudy, now: StudyStatus, ending: Ending, exported: Path | None, again: str
 ) -> None:
-    from rich.console import Console
-
     from tuner.progress import status_details
 
-    console = Console()
-    console.print(status_details(now), highlight=False)
+    terminal().print(status_details(now))
     if tuned.record.data.synthetic:
         _warn_synthetic()
     if exported is not None:
@@ -647,8 +655,9 @@ def worker(
     from tuner.scheduler import SchedulerFileMissingError, tls_files
     from tuner.worker import WorkerSettings, serve
 
-    if workers != "auto" and not (workers.isdigit() and int(workers) >= 1):
-        raise typer.BadParameter("is a number from 1, or auto", param_hint="--workers")
+    # Not isdigit(): a superscript two is a digit that int() does not read.
+    if workers != "auto" and not re.fullmatch("[1-9][0-9]{0,3}", workers):
+        raise typer.BadParameter("must be 1 to 9999, or auto", param_hint="--workers")
     try:
         tls = _tls(tls_ca, tls_cert, tls_key, cluster)
     except SchedulerFileMissingError:  # the worker may be up before its scheduler
@@ -677,8 +686,6 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Shows where studies stand: trials by state, best value, epochs spent and saved, disk."""
-    from rich.console import Console
-
     from tuner.progress import status_details, status_table
     from tuner.study import list_names, load
     from tuner.study import status as read_status
@@ -694,7 +701,7 @@ def status(
                 typer.echo("No study yet. `tuner launch studies/quickstart.toml` makes one.")
             else:
                 table = status_details(found[0]) if name else status_table(found)
-                Console().print(table, highlight=False)
+                terminal().print(table)
             if not watch:
                 return
             time.sleep(2.0)

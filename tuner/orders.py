@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
+
+import tomli_w
 
 from tuner.artifacts import development_path
 from tuner.data import Prepared, prepare
@@ -239,7 +240,7 @@ def _development_file(tuned: TunedStudy) -> Path:
 
 def overrides_for(name: str | None, trials: int | None) -> list[str]:
     """What `--name` and `--trials` write into a study file."""
-    given = [] if name is None else [f"name={json.dumps(name)}"]
+    given = [] if name is None else [tomli_w.dumps({"name": name}).strip()]
     return given + ([] if trials is None else [f"trials={trials}"])
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from optuna.trial import FrozenTrial
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -66,7 +65,7 @@ class ProgressWatcher:
             self.say(describe_end(trial))
 
     def say(self, message: str) -> None:
-        self._console.print(message, highlight=False, soft_wrap=True)
+        self._console.print(message, soft_wrap=True)
 
     def tick(self, running: int) -> None:
         pause = _PLAIN_LINE_SECONDS if self._live is None else _REFRESH_SECONDS
@@ -136,8 +135,9 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
-def _name(one: StudyStatus) -> str:
-    return escape(one.study) + (" [yellow](synthetic data)[/]" if one.synthetic else "")
+def _name(one: StudyStatus) -> Text:
+    name = Text(one.study)
+    return name.append(" (synthetic data)", "yellow") if one.synthetic else name
 
 
 def status_table(studies: list[StudyStatus]) -> Table:
@@ -165,10 +165,10 @@ def status_details(one: StudyStatus) -> Table:
     table.add_row("study", _name(one))
     table.add_row("state", one.state)
     if one.error:
-        table.add_row("error", f"[red]{escape(one.error)}[/]")
+        table.add_row("error", Text(one.error, "red"))
     table.add_row("trials", f"{one.finished_trials} of {one.budget} finished")
     if one.ended_early:
-        table.add_row("", f"ended early: {escape(one.ended_early)}")
+        table.add_row("", f"ended early: {one.ended_early}")
     table.add_row("", counts_in_words(one))
     if one.resumed_trials:
         table.add_row("", f"{one.resumed_trials} resumed after a worker or coordinator was lost")
