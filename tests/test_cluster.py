@@ -24,7 +24,13 @@ from tuner.artifacts import publish
 from tuner.attempt import _Orders
 from tuner.cluster import Cluster, Connection, local_connection
 from tuner.coordinator import Coordinator
-from tuner.errors import TrialEndedError, WorkerLeftError, WorkerLostError
+from tuner.errors import (
+    ClusterError,
+    SetupError,
+    TrialEndedError,
+    WorkerLeftError,
+    WorkerLostError,
+)
 from tuner.objective import curve_of
 from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
 from tuner.trial_page import COST_KEY
@@ -109,6 +115,45 @@ def test_a_worker_waits_at_a_rung_for_the_verdict(tmp_path: Path, local: Connect
         time.sleep(0.5)  # a hundred epochs' time
         assert attempt.inbox.qsize() == 2
         epochs.close()
+
+
+class UnfitRun(FakeRun):
+    """Of an installation that cannot train."""
+
+    def __init__(self, task) -> None:
+        raise SetupError("TensorFlow cannot be imported here.")
+
+
+def test_workers_that_cannot_train_leave_and_no_trial_fails(tmp_path: Path) -> None:
+    told: list[str] = []
+    tuned = make_study(tmp_path, small_spec(trials=20))
+    with local_connection(2, say=told.append) as connection:
+        assert eventually(lambda: connection.slots() == 2)
+        with cluster_of(connection, tuned, UnfitRun) as cluster:
+            with pytest.raises(ClusterError, match=r"can train: TensorFlow cannot be imported"):
+                Coordinator(tuned, cluster, Notes()).run()
+            assert {trial.state for trial in tuned.trials()} == {TrialState.RUNNING}
+    line = "A worker cannot train and has left: TensorFlow cannot be imported here."
+    assert told.count(line) == 1
+
+
+def test_the_trial_of_a_worker_that_cannot_train_is_trained_by_another(tmp_path: Path) -> None:
+    mark = tmp_path / "unfit"
+
+    class SometimesUnfitRun(FakeRun):
+        def __init__(self, task) -> None:
+            with contextlib.suppress(FileExistsError):
+                mark.touch(exist_ok=False)
+                raise SetupError("it has no Keras")
+            super().__init__(task)
+
+    tuned = make_study(tmp_path, small_spec(trials=4))
+    with local_connection(2, say=print) as connection:
+        assert eventually(lambda: connection.slots() == 2)
+        with cluster_of(connection, tuned, SometimesUnfitRun) as cluster:
+            Coordinator(tuned, cluster, Notes()).run()
+            assert_whole(tuned, 4)
+            assert eventually(lambda: connection.slots() == 1)
 
 
 class DivergingRun(FakeRun):

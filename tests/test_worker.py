@@ -43,7 +43,7 @@ from tuner.attempt import find_development_file
 from tuner.cluster import Cluster, Connection, remote_connection
 from tuner.coordinator import Coordinator
 from tuner.delivery import development_file
-from tuner.errors import ClusterError
+from tuner.errors import ClusterError, SetupError
 from tuner.objective import curve_of
 from tuner.scheduler import TlsFiles, exposure, is_loopback, scheduler_address
 from tuner.study import RESUMED_KEY
@@ -234,6 +234,38 @@ def test_a_worker_over_its_memory_limit_is_started_again_and_the_trial_is_to_bla
         assert notes.said == ["Trial 0: its worker ran out of memory; it goes on under its number."]
         # Five of these in one epoch would end the trial.
         assert tuned.trials()[0].user_attrs["workers_lost"] == 1
+    tuned.storage.close()
+
+
+class UnfitRun(FakeRun):
+    """Of an installation that cannot train, where the worker's environment says so."""
+
+    def __init__(self, task) -> None:
+        if "TESTS_UNFIT" in os.environ:
+            raise SetupError("TensorFlow cannot be imported here.")
+        super().__init__(task)
+
+
+def test_a_worker_that_cannot_train_ends_and_says_why(
+    tmp_path: Path, address: str, connection: Connection
+) -> None:
+    tuned = make_study(tmp_path, small_spec(trials=2, hyperband=None))
+    notes = Notes()
+    unfit = (*TUNER_WORKER, address)
+    with program(*unfit, environment={"TESTS_UNFIT": "1"}) as worker:
+        connection.require_workers()
+        with Cluster(
+            connection, tuned, development_file=tmp_path, threads=1, open_run=UnfitRun
+        ) as cluster:
+            coordinator = threading.Thread(target=Coordinator(tuned, cluster, notes).run)
+            coordinator.start()
+            worker.says("This worker cannot train: TensorFlow cannot be imported here.")
+            assert worker.wait() == 1
+            with program(*TUNER_WORKER, address):
+                coordinator.join(timeout=60)
+            assert not coordinator.is_alive()
+        assert_whole(tuned, 2)
+    assert "Trial 0: its worker cannot train and left; it goes on under its number." in notes.said
     tuned.storage.close()
 
 

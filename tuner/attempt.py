@@ -29,9 +29,9 @@ from distributed import Status, Worker, WorkerPlugin, get_client, get_worker
 
 from tuner.curves import EpochResult
 from tuner.delivery import development_file
-from tuner.errors import EndReason, TrialEndedError
+from tuner.errors import EndReason, SetupError, TrialEndedError
 from tuner.precision import Precision
-from tuner.processes import SAME_SIGNAL_SECONDS, THREADS_VARIABLE, silence_dask
+from tuner.processes import SAME_SIGNAL_SECONDS, THREADS_VARIABLE, UNFIT, silence_dask
 from tuner.space import ModelConfig
 from tuner.spec import TrainingSettings
 
@@ -145,6 +145,10 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
             note(following)
     except TrialEndedError as end:
         return TrainingOutcome(ending=end.reason, detail=end.detail, curve=tuple(curve))
+    except SetupError as error:
+        _IN_FLIGHT.pop(task.attempt, None)
+        worker.loop.add_callback(_leave_unfit, worker, task, str(error))
+        return TrainingOutcome(ending="stopped", curve=())
     finally:
         orders.end(task.attempt)
         _IN_FLIGHT.pop(task.attempt, None)
@@ -159,7 +163,7 @@ def open_from_checkpoint(task: TrainingTask, open_run: OpenRun) -> tuple[Run, st
     """
     try:
         return open_run(task), None
-    except (TrialEndedError, OSError):  # no memory; no development rows
+    except (TrialEndedError, OSError, SetupError):  # no memory; no development rows; no Keras
         raise
     except Exception as error:
         if task.checkpoint is None:
@@ -292,6 +296,14 @@ class GiveBack(WorkerPlugin):
             os.kill(os.getpid(), number)
 
 
+def _leave_unfit(worker: Worker, task: TrainingTask, reason: str) -> None:
+    """Leaves for good, and gives the trial back: the next one would fail here, too."""
+    worker.status = Status.closing_gracefully  # first of all: no other trial is to come here
+    worker.log_event(task.events, {"attempt": task.attempt, "left": "unfit", "reason": reason})
+    leaving = worker.close(executor_wait=False, reason=f"{UNFIT}{reason}")
+    _LEAVING.add(asyncio.get_running_loop().create_task(leaving))
+
+
 def _give_back(worker: Worker) -> None:
     # Dask's nanny asks a process that takes too much memory to leave like any other.
     why: Leaving = "too large" if _is_too_large(worker) else "asked"
@@ -326,7 +338,10 @@ def _give_back_on_leaving(worker: Worker) -> None:
 
 def open_training_run(task: TrainingTask) -> Run:
     """The real thing: TensorFlow is imported here, on a worker, and never by a coordinator."""
-    from tuner.training import TrainingRun
+    try:
+        from tuner.training import TrainingRun
+    except ImportError as error:  # half an installation
+        raise SetupError(f"{error}. Install the package again with its extra.") from error
 
     settings = task.training
     return TrainingRun(

@@ -122,6 +122,7 @@ class Connection:
         self._has_fast_bfloat16 = False
         self._slots_seen_at = time.monotonic()
         self._are_workers_missed = False
+        self._unfit: str | None = None  # why the last worker that could not train left
         self._closed = threading.Event()
         self._look_now = threading.Event()
         self._up = threading.Event()
@@ -176,7 +177,24 @@ class Connection:
     def is_hopeless(self) -> bool:
         """No worker is left, and none will come by itself."""
         silence = time.monotonic() - self._slots_seen_at
-        return self._are_local and not self._slots and silence > _LOCAL_WORKERS_GONE_SECONDS
+        patience = _LOCAL_WORKERS_GONE_SECONDS if self._unfit is None else 0.0
+        return self._are_local and not self._slots and silence > patience
+
+    def why_hopeless(self) -> str:
+        """What to tell the user then."""
+        if self._unfit is not None:
+            return f"No worker of this machine can train: {self._unfit}"
+        return (
+            f"No worker has offered a slot for {_LOCAL_WORKERS_GONE_SECONDS:.0f} s: they die as "
+            "soon as they start. `tuner launch --debug` shows why."
+        )
+
+    def note_unfit(self, reason: str) -> None:
+        """A worker cannot train at all, and left."""
+        with self._lock:
+            is_news, self._unfit = reason != self._unfit, reason
+        if is_news:
+            self.say(f"A worker cannot train and has left: {reason}")
 
     def subscribe(self, topic: str, handler: Callable[[Any], None]) -> None:
         """Hears a topic, on this client and all that follow it."""
@@ -548,10 +566,7 @@ class Cluster:
                 if self._pausing and attempt.started is None:  # it waits for a worker
                     raise TrainingPausedError from None
                 if self._connection.is_hopeless:
-                    raise ClusterError(
-                        f"No worker has offered a slot for {_LOCAL_WORKERS_GONE_SECONDS:.0f} s: "
-                        "they die as soon as they start. `tuner launch --debug` shows why."
-                    ) from None
+                    raise ClusterError(self._connection.why_hopeless()) from None
                 if not future.done():
                     continue
                 message = future
@@ -715,6 +730,9 @@ class Cluster:
             attempt.inbox.put(message["checkpoint"])
         if message.get("left") == "asked":
             attempt.inbox.put(WorkerLeftError("its worker left and gave it back"))
+        elif message.get("left") == "unfit":
+            self._connection.note_unfit(message["reason"])
+            attempt.inbox.put(WorkerLeftError("its worker cannot train and left"))
         elif message.get("left") == "too large":
             attempt.inbox.put(WorkerLostError("its worker ran out of memory"))
 

@@ -67,6 +67,10 @@ class ClusterError(TunerError):
     """No workers, or no way to reach them."""
 
 
+class SetupError(TunerError):
+    """This process can neither train nor predict: TensorFlow or Keras is missing or unusable."""
+
+
 class LeaseLostError(TunerError):
     """Another coordinator took this study over; nothing of this one was written since."""
 

@@ -24,12 +24,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import tensorflow as tf
-from keras import layers, ops
-from tensorflow.python.eager import record
-from tensorflow.python.util import _pywrap_util_port
-
+from tuner.keras_setup import layers, ops, tf  # first of all who import TensorFlow
 from tuner.space import TOKENS
+
+from tensorflow.python.eager import record  # isort: skip
+from tensorflow.python.util import _pywrap_util_port  # isort: skip
 
 Tensor: TypeAlias = Any
 

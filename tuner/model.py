@@ -15,16 +15,16 @@ The model is made of built-in layers and `keras.ops` alone, so a saved model loa
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from tuner import fast_layers
+from tuner.keras_setup import keras, layers, ops, set_keras, tf
 from tuner.precision import Precision
 from tuner.space import (
     TOKENS,
@@ -36,41 +36,13 @@ from tuner.space import (
     padded_length,
 )
 
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Keeps TensorFlow's C++ from writing to stderr while it is imported.
-
-    Some lines cannot be switched off (TensorFlow 2.19 on, its issue 100442). A failing import
-    still raises.
-    """
-    # From here on nothing but what ends the process: what went wrong is raised as well, and oneDNN
-    # calls it an error that it leaves an operation to another kernel.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ["KERAS_BACKEND"] = "tensorflow"
-    stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nothing)
-
-
-with _quiet_import():
-    import keras
-    import tensorflow as tf
-    from keras import layers, ops
-
-    from tuner import fast_layers
-
 __all__ = [
     "build_model",
     "keras",
     "load_weights",
     "logit_model",
     "named_weights",
+    "set_keras",
     "tf",
 ]
 
@@ -115,6 +87,7 @@ def build_model(
         uint8 tokens [n, max_length] -> float32 soluble probability [n, 1]; the layer "logit" is
         the probability's logit, and `model.losses` are the penalties.
     """
+    set_keras()
     return _Builder(config, max_length, seed, precision, fast=fast).build()
 
 

@@ -27,6 +27,7 @@ from tuner.model import (
     load_weights,
     logit_model,
     named_weights,
+    set_keras,
     tf,
 )
 from tuner.precision import Precision
@@ -212,11 +213,13 @@ class TrainingRun:
 
     @cached_property
     def _train_rows(self) -> Any:
+        set_keras()
         rows = tf.TensorSpec([None], tf.int32)
         return tf.function(self._train_rows_in_graph).get_concrete_function(rows)
 
     @cached_property
     def _validate(self) -> Any:
+        set_keras()
         return tf.function(self._validate_in_graph).get_concrete_function()
 
     def _train_rows_in_graph(self, rows: Any) -> Any:

@@ -38,6 +38,7 @@ from tuner.processes import (
     SAME_SIGNAL_SECONDS,
     THREADS_VARIABLE,
     TRAINING_SETTINGS,
+    UNFIT,
     children_deaf_to_interrupts,
     is_dask_heard,
     silence_dask,
@@ -151,7 +152,8 @@ def serve(settings: WorkerSettings, *, say: Say) -> None:
     """Trains for a scheduler until a signal or the end of the lifetime.
 
     Raises:
-        ClusterError: What was asked for cannot be: no scheduler address, no free GPU.
+        ClusterError: What was asked for cannot be: no scheduler address, no free GPU; or this
+            installation cannot train.
     """
     silence_dask()
     with contextlib.suppress(SchedulerFileMissingError):  # it may come
@@ -196,6 +198,17 @@ def _environments(count: int, threads: int, gpus: Sequence[str]) -> tuple[dict[s
     return tuple(common | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus)
 
 
+class _Nanny(Nanny):
+    """Dask's own, which remembers why its worker left for good."""
+
+    unfit: str | None = None
+
+    def close_gracefully(self, reason: str = "nanny-close-gracefully") -> None:
+        if reason.startswith(UNFIT):
+            self.unfit = reason
+        super().close_gracefully(reason)
+
+
 class _Host:
     """The worker processes of this machine, and their scheduler."""
 
@@ -210,7 +223,7 @@ class _Host:
         self._environments = environments
         self._folder = folder
         self._say = say
-        self._nannies: list[Nanny] = []
+        self._nannies: list[_Nanny] = []
         self._leave = asyncio.Event()
         self._why = ""
         self._asked_at = 0.0
@@ -286,12 +299,15 @@ class _Host:
             alive_at = time.monotonic()
             while time.monotonic() - alive_at < _JOIN_SECONDS:
                 if any(nanny.status.name not in ("running", "init") for nanny in self._nannies):
-                    break  # their scheduler went away
-                if all(nanny.is_alive() for nanny in self._nannies):
+                    break  # their scheduler went away, or they cannot train
+                if all(nanny.is_alive() for nanny in self._nannies):  # type: ignore[no-untyped-call]
                     alive_at = time.monotonic()
                 await asyncio.sleep(_LOOK_SECONDS)
+            unfit = next((nanny.unfit for nanny in self._nannies if nanny.unfit), None)
             # What they train now, nobody waits for.
             await self._dismiss()
+            if unfit is not None:
+                raise ClusterError(unfit)
 
     async def _wait_for_scheduler(self) -> str:
         said = False
@@ -314,7 +330,7 @@ class _Host:
         settings = self._settings
         memory_bytes = settings.memory_bytes(len(self._environments))
         self._nannies = [
-            Nanny(
+            _Nanny(
                 address,
                 nthreads=1,
                 resources=training_resources(has_gpu="CUDA_VISIBLE_DEVICES" in environment),
