@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ from lab import PASSWORDS, write_users
 
 from tuner.access import (
     LoginLimit,
+    LoginsBusyError,
     Policy,
+    Refusals,
     Sessions,
     Users,
     allowed_hosts,
@@ -57,6 +62,44 @@ def test_a_file_that_others_may_open_is_refused(tmp_path: Path, mode: int) -> No
     path.chmod(mode)
     with pytest.raises(TunerError, match=rf"mode {mode:04o}.*chmod 600"):
         Users(path)
+
+
+@pytest.mark.parametrize("change", ["mode", "owner"])
+def test_a_file_that_others_come_to_control_gives_nobody_rights_until_it_is_right_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    path = write_users(tmp_path)
+    users = Users(path)
+    assert users.role("ada") == "editor"
+    if change == "mode":
+        path.chmod(0o660)
+    elif os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:  # only root may give a file away: this process becomes another user
+        mine = os.geteuid()
+        monkeypatch.setattr("os.geteuid", lambda: mine + 1)
+        path.touch()
+    assert users.role("ada") is None
+    with pytest.raises(TunerError, match="chmod 600" if change == "mode" else "chown"):
+        Users(path)
+    monkeypatch.undo()
+    path.chmod(0o600)
+    if os.geteuid() == 0:
+        os.chown(path, 0, -1)
+    assert users.role("ada") == "editor"
+
+
+def test_a_file_that_could_not_be_opened_for_a_moment_is_looked_at_again(
+    users: Users, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(path: Path) -> None:
+        raise TunerError(f"Users file {path}: Too many open files.")
+
+    users.path.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("tuner.access.read_users", busy)
+        assert users.role("ada") is None
+    assert users.role("ada") == "editor"  # although the file did not change in between
 
 
 @pytest.mark.parametrize(
@@ -204,6 +247,50 @@ def test_many_addresses_cannot_guess_one_user_for_ever() -> None:
     limit = LoginLimit(Clock())
     waits = [limit.claim("ada", f"192.0.2.{number}") for number in range(100)]
     assert waits.count(0) == 60
+
+
+def test_who_has_a_network_of_ipv6_has_one_address() -> None:
+    limit = LoginLimit(Clock())
+    waits = [limit.claim(f"user{number}", f"2001:db8:1:2::{number:x}") for number in range(30)]
+    assert waits.count(0) == 20
+    assert limit.claim("ada", "2001:db8:1:3::1") == 0
+    assert [limit.claim("vic", f"::ffff:192.0.2.{number}") for number in range(9)] == [0] * 9
+
+
+def test_passwords_of_one_address_do_not_fill_the_queue(
+    users: Users, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask_again(depth: int, address: str) -> None:
+        with pytest.raises(LoginsBusyError) if depth == limit else nullcontext():
+            users.check("ada", str(depth), address)
+
+    def check(_: str, depth: str) -> bool:  # while this one is being checked, another comes
+        asked = threading.Thread(target=ask_again, args=(int(depth) + 1, "192.0.2.1"))
+        asked.start()
+        asked.join()
+        return False
+
+    monkeypatch.setattr("tuner.access.check_password_hash", check)
+    monkeypatch.setattr("tuner.access._HASHES_AT_ONCE", 100)
+    users = Users(users.path)
+    limit = 3
+    ask_again(0, "192.0.2.1")
+    assert users._hashing._queued == {}
+
+
+def test_a_flood_of_refusals_is_counted_and_not_written_down() -> None:
+    clock, written = Clock(), []
+    refusals = Refusals(lambda **entry: written.append(entry["detail"]), clock)
+    for number in range(150):
+        refusals.add(who="", address="", action="", status=403, detail=f"{number}.")
+    assert len(written) == 100
+    clock.now = 301
+    for _ in range(2):
+        refusals.add(who="", address="", action="", status=403, detail="Later.")
+    assert written[100:] == [
+        "Later. (50 more refusals before this one were not recorded)",
+        "Later.",
+    ]
 
 
 def test_a_flood_of_names_does_not_fill_the_memory() -> None:

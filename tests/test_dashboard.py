@@ -30,13 +30,15 @@ from optuna.artifacts import upload_artifact
 from optuna.distributions import FloatDistribution
 
 from tuner import dashboard
-from tuner.access import COOKIE, remove_user
+from tuner.access import Policy, remove_user
 from tuner.artifacts import artifact_store
 from tuner.dashboard import Settings, make_app, make_server, serve
 from tuner.errors import TunerError
 from tuner.pages import Places
 from tuner.storage import Storage
 from tuner.study import TunedStudy
+
+COOKIE = "tuner_session_8080"  # of the port that HOST names
 
 # What Optuna's dashboard offers that writes, and what editors may do of it.
 REFUSED = [
@@ -246,7 +248,7 @@ def test_the_cookie_is_for_this_site_alone_and_for_no_script(
         answer = lab.browser().post("/tuner/login", data=login, headers=origin)
         cookie, *attributes = answer.headers["Set-Cookie"].split("; ")
         # Browsers take __Host- from this very host alone: no neighbour plants a session.
-        assert cookie.startswith("__Host-tuner_session=" if secure else "tuner_session=")
+        assert cookie.startswith(f"{'__Host-' if secure else ''}{COOKIE}=")
         assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(attributes)
         assert ("Secure" in attributes) is secure
         assert not any(one.startswith("Domain") for one in attributes)
@@ -315,7 +317,9 @@ def test_a_viewer_changes_nothing(lab: Lab) -> None:
         assert answer.status_code == 403, path
         assert "vic is a viewer" in answer.text
     assert optuna.get_all_study_names(lab.storage.optuna) == ["demo"]
-    assert [one.action for one in lab.storage.changes()] == ["log in"]
+    recorded = [(one.action, one.status) for one in reversed(lab.storage.changes())]
+    refused = [(f"{method} {path.rstrip('/')}", 403) for method, path in REFUSED + ALLOWED]
+    assert recorded == [("log in", 200), *refused]
 
 
 def test_what_would_break_a_study_is_refused_to_an_editor_too(
@@ -328,7 +332,7 @@ def test_what_would_break_a_study_is_refused_to_an_editor_too(
         assert "would break the study" in answer.text
     assert optuna.get_all_study_names(storage.optuna) == ["demo"]
     assert storage.optuna.get_all_trials(1) == before
-    assert storage.changes() == ()
+    assert {one.status for one in storage.changes()} <= {403}
 
 
 def test_the_lists_here_hold_every_writing_route_of_optuna_s_dashboard(storage: Storage) -> None:
@@ -727,11 +731,182 @@ def test_passwords_do_not_cross_a_network_in_the_clear(storage: Storage, tmp_pat
     users = write_users(tmp_path)
     with pytest.raises(TunerError, match=r"in the clear.*--tls-cert.*--behind-proxy"):
         serve(storage, Settings(host="0.0.0.0", port=0, users_file=users))
-    for more in ({"trust_network": True}, {"behind_proxy": True}):
+    proxy = {"behind_proxy": True, "proxies": ["127.0.0.1"]}
+    for more in ({"trust_network": True}, proxy):
         with make_server(
             storage, settings(tmp_path, host="0.0.0.0", users_file=users, **more)
         ) as server:
             assert get(server.port, "/api/studies")[0] == 401
+
+
+def test_behind_a_proxy_only_the_proxy_is_answered(storage: Storage, tmp_path: Path) -> None:
+    """Others would come past it, in the clear, and could say that they are anybody."""
+    users = write_users(tmp_path)
+    with pytest.raises(TunerError, match=r"name the proxy's address \(--trust-proxy"):
+        serve(storage, Settings(host="0.0.0.0", port=0, users_file=users, behind_proxy=True))
+    with pytest.raises(TunerError, match="give --behind-proxy as well"):
+        serve(storage, Settings(port=0, users_file=users, proxies=["10.0.0.2"]))
+    for text in ("proxy.lab", "10.0.0.2:80", "10.0.0.1/24", ""):
+        wrong = Settings(port=0, users_file=users, behind_proxy=True, proxies=[text])
+        with pytest.raises(TunerError, match=re.escape(f"--trust-proxy {text!r}")):
+            serve(storage, wrong)
+    elsewhere = settings(
+        tmp_path, users_file=users, behind_proxy=True, proxies=["10.0.0.0/24", "2001:db8::1"]
+    )
+    with make_server(storage, elsewhere) as server:
+        status, body = get(server.port, "/tuner/login", **{"X-Real-IP": "10.0.0.2"})
+        assert (status, b"--trust-proxy" in body) == (403, True)
+        assert get(server.port, "/healthz")[0] == 200
+    assert storage.changes()[0].address == "127.0.0.1"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_stranger_s_body_is_refused_before_it_is_read(
+    storage: Storage, tmp_path: Path, chunked: bool
+) -> None:
+    """Held in memory, 60 bodies of 15 MB would take 900 MB."""
+    body = b"x" * 300_000
+    length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 15000000"
+    head = b"POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" + length + b"\r\n%s\r\n"
+    chosen = settings(tmp_path, users_file=write_users(tmp_path))
+    with make_server(storage, chosen) as server:
+        for path in (b"/tuner/login", b"/tuner/api/login", b"/api/artifacts/1", b"/healthz"):
+            for cookie in (b"", b"Cookie: tuner_session_%d=guess\r\n" % server.port):
+                with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+                    client.sendall(head % (path, server.port, cookie))
+                    if chunked:
+                        with contextlib.suppress(OSError):  # it closes in the middle
+                            client.sendall(b"%x\r\n" % len(body) + body)
+                    answer = client.recv(1000)  # although most of the body is still to come
+                    assert answer.split(b" ")[1] == (b"400" if chunked else b"413"), answer
+        token = server._app._sessions.begin("ada")
+        session = b"Cookie: tuner_session_%d=%s\r\n" % (server.port, token.encode())
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+            client.settimeout(0.3)
+            client.sendall(head % (b"/api/artifacts/1", server.port, session))
+            with pytest.raises(TimeoutError):  # it waits for the body
+                client.recv(1000)
+
+
+def test_a_session_of_another_port_is_another_dashboard_s(lab: Lab) -> None:
+    """A browser keeps the cookies of all ports of a host together."""
+    browser = lab.browser("ada")
+    other = "127.0.0.1:9090"
+    there = {"Host": other, "Origin": f"http://{other}"}
+    assert browser.get("/api/studies", headers=there).status_code == 401
+    login = {"name": "vic", "password": PASSWORDS["vic"]}
+    assert browser.post("/tuner/login", data=login, headers=there).status_code == 303
+    assert browser.get("/tuner/api/me", headers=there).json["name"] == "vic"
+    assert browser.get("/tuner/api/me").json["name"] == "ada"
+    for secure, host, name in (
+        (True, "tuner.example", "__Host-tuner_session_443"),
+        (True, "tuner.example:8443", "__Host-tuner_session_8443"),
+        (False, "[::1]", "tuner_session_80"),
+        (False, "[::1]:81", "tuner_session_81"),
+    ):
+        assert Policy(secure=secure).cookie({"HTTP_HOST": host}) == name
+
+
+def test_with_tls_browsers_are_told_to_ask_in_the_clear_no_more(
+    storage: Storage, tmp_path: Path
+) -> None:
+    def sent(host: str, *, secure: bool) -> str | None:
+        lab = Lab(storage, tmp_path, secure=secure, hosts={host, "localhost"})
+        return (
+            lab.browser()
+            .get("/tuner/login", headers={"Host": host})
+            .headers.get("Strict-Transport-Security")
+        )
+
+    assert sent("tuner.example", secure=True) == "max-age=31536000"
+    assert sent("tuner.example", secure=False) is None
+    # It would hold for every program on this machine that a browser reaches under that name.
+    assert sent("localhost", secure=True) is None
+
+
+def test_failed_logins_and_refusals_are_recorded(lab: Lab) -> None:
+    def newest() -> tuple[str, str, int | None]:
+        entry = lab.storage.changes(last=1)[0]
+        return entry.who, entry.action, entry.status
+
+    def log_in(name: str) -> None:
+        lab.browser().post("/tuner/api/login", json={"name": name, "password": "x" * 12})
+
+    log_in("eve\x1b[31m\n")
+    assert newest() == ("eve\N{REPLACEMENT CHARACTER}[31m", "log in", 401)
+    for _ in range(6):
+        log_in("ada")
+    assert newest() == ("ada", "log in", 429)
+    viewer = lab.browser("vic")
+    viewer.put("/api/studies/1/note", json={"version": 1, "body": "x"})
+    assert newest() == ("vic", "PUT /api/studies/1/note", 403)
+    viewer.get("/tuner/api/log")
+    assert newest() == ("vic", "GET /tuner/api/log", 403)
+    viewer.post("/tuner/logout", headers={"Origin": "https://evil.example"})
+    assert newest() == ("", "POST /tuner/logout", 403)
+    before = len(lab.storage.changes())
+    for _ in range(200):  # a flood
+        viewer.post("/tuner/api/studies", json={})
+    assert len(lab.storage.changes(last=1000)) <= before + 100
+
+
+def test_where_a_user_has_logged_in_strangers_cannot_lock_the_user_out(
+    lab: Lab, storage: Storage
+) -> None:
+    def log_in(address: str, password: str) -> int:
+        place = {"REMOTE_ADDR": address}
+        body = {"name": "ada", "password": password}
+        return lab.browser().post("/tuner/api/login", json=body, environ_base=place).status_code
+
+    assert log_in("192.0.2.1", PASSWORDS["ada"]) == 200
+    lab.app = make_app(storage, Policy(users=lab.policy.users), lab.places)  # a new process
+    codes = {log_in(f"198.51.100.{number // 4}", "x" * 12) for number in range(80)}
+    assert codes == {401, 429}
+    assert log_in("198.51.100.200", PASSWORDS["ada"]) == 429
+    assert log_in("192.0.2.1", PASSWORDS["ada"]) == 200
+
+
+def test_passwords_that_wait_to_be_checked_hold_up_nobody_else(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen threads answer: were they all to wait for scrypt, so would every page."""
+    goes_on = threading.Event()
+    checking = threading.Semaphore(0)
+
+    def check(*_: object) -> bool:
+        checking.release()
+        assert goes_on.wait(60)
+        return False
+
+    monkeypatch.setattr("tuner.access.check_password_hash", check)
+    chosen = settings(
+        tmp_path, users_file=write_users(tmp_path), behind_proxy=True, proxies=["127.0.0.1"]
+    )
+    codes = []
+
+    def log_in(number: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        with contextlib.closing(connection):
+            headers = {"Content-Type": "application/json", "X-Real-IP": f"192.0.2.{number}"}
+            body = json.dumps({"name": f"user{number}", "password": "x" * 12})
+            connection.request("POST", "/tuner/api/login", body, headers)
+            answer = connection.getresponse()
+            answer.read()
+            codes.append((answer.status, answer.headers["Retry-After"]))
+
+    with make_server(storage, chosen) as server:
+        threads = [threading.Thread(target=log_in, args=(number,)) for number in range(40)]
+        for thread in threads:
+            thread.start()
+        checking.acquire(timeout=60)
+        assert get(server.port, "/tuner/login")[0] == 200
+        for thread in threads[:-1]:
+            thread.join(0.01)
+        goes_on.set()
+        for thread in threads:
+            thread.join(60)
+    assert set(codes) == {(401, None), (503, "1")}
+    assert codes.count((401, None)) >= 6
 
 
 def settings(folder: Path, **changes: Any) -> Settings:
@@ -879,8 +1054,13 @@ def test_a_certificate_without_its_key_is_told(
 
 
 def test_only_a_proxy_that_was_named_says_who_asks(storage: Storage, tmp_path: Path) -> None:
-    for behind_proxy, expected in ((True, "192.0.2.77"), (False, "127.0.0.1")):
-        chosen = settings(tmp_path, users_file=write_users(tmp_path), behind_proxy=behind_proxy)
+    for proxies, expected in ((["127.0.0.1"], "192.0.2.77"), ([], "127.0.0.1")):
+        chosen = settings(
+            tmp_path,
+            users_file=write_users(tmp_path),
+            behind_proxy=bool(proxies),
+            proxies=proxies,
+        )
         with make_server(storage, chosen) as server:
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
             document = json.dumps({"name": "ada", "password": PASSWORDS["ada"]})

@@ -6,6 +6,7 @@ any page or any part of Optuna's dashboard sees it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import json
@@ -16,7 +17,8 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +26,8 @@ from typing import Any, Literal, get_args
 from werkzeug.security import check_password_hash, generate_password_hash
 
 from tuner.errors import TunerError
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 Role = Literal["viewer", "editor"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -46,7 +50,11 @@ _IDLE_SECONDS = 12 * 3600.0  #: a session that is not used for so long ends
 _SESSION_SECONDS = 7 * 24 * 3600.0  #: and every session ends after so long
 _SESSIONS_OF_A_USER = 20  #: more browsers than anybody has; the oldest session makes room
 _HASHES_AT_ONCE = 2  #: scrypt takes 32 MB and 0.1 s of a core
+_QUEUED_HASHES = 6  #: those and the ones that wait: each holds one of the server's threads
+_QUEUED_OF_AN_ADDRESS = 3
 _COUNTED_PLACES = 10_000  #: addresses and names whose failed logins are remembered
+_REFUSALS = 100  #: in `_REFUSALS_SECONDS` that are recorded one by one
+_REFUSALS_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +64,10 @@ class Visitor:
     name: str
     role: Role
     logged_in: bool = True  #: False on this machine, where no login is asked for
+
+
+class LoginsBusyError(TunerError):
+    """More passwords wait to be checked than may wait."""
 
 
 # --- users ---
@@ -78,8 +90,8 @@ class Users:
         """
         self.path = path
         self._lock = threading.Lock()
-        self._hashing = threading.BoundedSemaphore(_HASHES_AT_ONCE)
-        self._stamp = _stamp(path)
+        self._hashing = _HashQueue()
+        self._stamp: tuple[int, ...] | None = _stamp(path)
         self._known = read_users(path)
         # Unknown names are checked against this one, so that they take as long.
         self._nobody = generate_password_hash(secrets.token_hex(16))
@@ -94,7 +106,7 @@ class Users:
                     self._known, self._stamp = read_users(self.path), stamp
             except TunerError:
                 # Whoever cannot be looked up any more has no rights any more.
-                self._known, self._stamp = {}, (0, 0, 0)
+                self._known, self._stamp = {}, None  # looked at again each time
             return self._known
 
     def role(self, name: str) -> Role | None:
@@ -102,10 +114,14 @@ class Users:
         user = self._current().get(name)
         return None if user is None else user.role
 
-    def check(self, name: str, password: str) -> Role | None:
-        """The user's role where the password is right, else None; a no takes as long as a yes."""
+    def check(self, name: str, password: str, address: str = "") -> Role | None:
+        """The user's role where the password is right, else None; a no takes as long as a yes.
+
+        Raises:
+            LoginsBusyError: Too many passwords are being checked, of all addresses or of this one.
+        """
         user = self._current().get(name)
-        with self._hashing:
+        with self._hashing.turn(address):
             right = check_password_hash(
                 self._nobody if user is None else user.password, password[:MAX_PASSWORD]
             )
@@ -117,6 +133,33 @@ class Users:
         return "" if user is None else hashlib.sha256(user.password.encode()).hexdigest()
 
 
+class _HashQueue:
+    """Bounds the passwords that are checked at once, and the threads that wait for their turn."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hashing = threading.BoundedSemaphore(_HASHES_AT_ONCE)
+        self._queued: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def turn(self, address: str) -> Iterator[None]:
+        with self._lock:
+            if (
+                self._queued.total() >= _QUEUED_HASHES
+                or self._queued[address] >= _QUEUED_OF_AN_ADDRESS
+            ):
+                raise LoginsBusyError("Too many logins at this moment; try again in a second.")
+            self._queued[address] += 1
+        try:
+            with self._hashing:
+                yield
+        finally:
+            with self._lock:
+                self._queued[address] -= 1
+                if not self._queued[address]:
+                    del self._queued[address]
+
+
 def read_users(path: Path) -> dict[str, _User]:
     """The users of a file.
 
@@ -125,7 +168,7 @@ def read_users(path: Path) -> dict[str, _User]:
     """
     try:
         with path.open("rb") as file:
-            _refuse_open_permissions(path, os.fstat(file.fileno()))
+            _refuse_what_others_control(path, os.fstat(file.fileno()))
             document = json.load(file)
         users = {
             str(name): _User(role=user["role"], password=str(user["password"]))
@@ -207,21 +250,28 @@ def _write(path: Path, users: Mapping[str, _User]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _refuse_open_permissions(path: Path, found: os.stat_result) -> None:
-    others = stat.S_IMODE(found.st_mode) & 0o077
-    if others and os.name == "posix" and not path.absolute().is_relative_to(_MOUNTED_SECRETS):
+def _refuse_what_others_control(path: Path, found: os.stat_result) -> None:
+    if os.name != "posix" or path.absolute().is_relative_to(_MOUNTED_SECRETS):
+        return
+    if found.st_uid not in (0, os.geteuid()):
+        raise TunerError(
+            f"Users file {path} belongs to another user of this machine (uid {found.st_uid}), who "
+            f"may change it. chown {os.geteuid()} {path}"
+        )
+    if stat.S_IMODE(found.st_mode) & 0o077:
         raise TunerError(
             f"Users file {path} has mode {stat.S_IMODE(found.st_mode):04o}: others on this machine "
             f"may read or change it. chmod 600 {path}"
         )
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Differs once content, owner or mode of the file did; ctime changes with each of them."""
     try:
         found = path.stat()
     except OSError:
-        return (0, 0, 0)
-    return (found.st_mtime_ns, found.st_size, found.st_ino)
+        return ()
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
 
 
 def _how_to_add(path: Path) -> str:
@@ -302,8 +352,8 @@ class _Limit:
     seconds: float
 
 
-#: A user at one address; one address; a user from everywhere. The last is generous: whoever
-#: knows a name must not be able to lock its user out easily.
+#: A user at one address; one address; a user from all addresses together at which that user has
+#: not logged in yet: strangers share the last one, and cannot lock the user out with it.
 _LIMITS = {
     "user and address": _Limit(5, 60.0),
     "address": _Limit(20, 300.0),
@@ -318,6 +368,7 @@ class LoginLimit:
         self._clock = clock
         self._lock = threading.Lock()
         self._failures: dict[tuple[str, str], list[float]] = {}
+        self._known: dict[str, None] = {}  # users at addresses at which they have logged in
 
     def claim(self, name: str, address: str) -> float:
         """Counts a try in advance; seconds to wait where it is one too many, else 0.
@@ -337,6 +388,12 @@ class LoginLimit:
         return 0.0
 
     def succeeded(self, name: str, address: str) -> None:
+        """The password was right: the try does not count, and the user is known there."""
+        self.take_back(name, address)
+        self.remember(name, address)
+
+    def take_back(self, name: str, address: str) -> None:
+        """The last try does not count."""
         with self._lock:
             for key, _ in self._keys(name, address):
                 tries = self._failures.get(key)
@@ -344,6 +401,15 @@ class LoginLimit:
                     tries.pop()
                 if not tries:
                     self._failures.pop(key, None)
+
+    def remember(self, name: str, address: str) -> None:
+        """The user has logged in at this address: failures elsewhere do not count here."""
+        known = _user_at(name, address)
+        with self._lock:
+            self._known.pop(known, None)
+            self._known[known] = None
+            while len(self._known) > _COUNTED_PLACES:
+                del self._known[next(iter(self._known))]
 
     def _wait(self, key: tuple[str, str], limit: _Limit, now: float) -> float:
         recent = [when for when in self._failures.get(key, ()) if now - when < limit.seconds]
@@ -353,12 +419,52 @@ class LoginLimit:
             self._failures.pop(key, None)
         return recent[0] + limit.seconds - now if len(recent) >= limit.failures else 0.0
 
-    @staticmethod
-    def _keys(name: str, address: str) -> list[tuple[tuple[str, str], _Limit]]:
-        # A long name is nobody's, and must not fill the memory.
-        name = name[:64].lower()
-        names = {"user and address": f"{name} {address}", "address": address, "user": name}
-        return [((kind, names[kind]), limit) for kind, limit in _LIMITS.items()]
+    def _keys(self, name: str, address: str) -> list[tuple[tuple[str, str], _Limit]]:
+        user_at = _user_at(name, address)
+        names = {"user and address": user_at, "address": user_at.rpartition(" ")[2]}
+        if user_at not in self._known:
+            names["user"] = user_at.rpartition(" ")[0]
+        return [((kind, of), _LIMITS[kind]) for kind, of in names.items()]
+
+
+def _user_at(name: str, address: str) -> str:
+    # A name longer than a user's may be must not fill the memory; whoever has one IPv6 address
+    # has the 2**64 of its network.
+    with contextlib.suppress(ValueError):
+        if isinstance(found := ipaddress.ip_address(address), ipaddress.IPv6Address):
+            address = str(found.ipv4_mapped or ipaddress.ip_network((int(found), 64), strict=False))
+    return f"{name[:64].lower()} {address}"
+
+
+class Refusals:
+    """Failed logins and refused requests, for the record of changes.
+
+    A flood of them must not fill the database: of more than 100 in 5 minutes, the number is
+    recorded with the next one that is recorded.
+    """
+
+    def __init__(
+        self, record: Callable[..., object], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._record = record
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._recorded: list[float] = []
+        self._left_out = 0
+
+    def add(self, *, who: str, address: str, action: str, status: int, detail: str) -> None:
+        """Records one refusal: `Storage.record_change` has what the arguments mean."""
+        now = self._clock()
+        with self._lock:
+            self._recorded = [when for when in self._recorded if now - when < _REFUSALS_SECONDS]
+            if len(self._recorded) >= _REFUSALS:
+                self._left_out += 1
+                return
+            self._recorded.append(now)
+            left_out, self._left_out = self._left_out, 0
+        if left_out:
+            detail += f" ({left_out} more refusals before this one were not recorded)"
+        self._record(who=who, address=address, action=action, status=status, detail=detail)
 
 
 # --- where requests come from ---
@@ -371,19 +477,27 @@ class Policy:
     users: Users | None = None  #: None: on this machine, without a login
     hosts: Collection[str] = LOOPBACK_NAMES  #: names in the Host header, lower case, no port
     secure: bool = False  #: the browser speaks TLS, with us or with the proxy before us
-    behind_proxy: bool = False
+    #: Where the proxy is that speaks TLS and says who asks; empty where there is none. Other
+    #: addresses are refused: they would come past it, in the clear.
+    proxies: Collection[Network] = ()
     #: Who changes things where nobody logs in.
     local_name: str = "local"
     limit: LoginLimit = field(default_factory=LoginLimit)
 
-    @property
-    def cookie(self) -> str:
-        """The name of the session's cookie.
+    def cookie(self, environ: Mapping[str, Any]) -> str:
+        """The name of the session's cookie, under the address that a request asks for.
 
         With TLS it is one that browsers take from this host alone: a neighbour under the same
-        domain could otherwise plant a session of its own.
+        domain could otherwise plant a session of its own. Browsers do not tell the ports of a
+        host apart, so the name does: two dashboards would else end each other's sessions.
         """
-        return f"__Host-{COOKIE}" if self.secure else COOKIE
+        port = re.search(r":(\d{1,5})$", str(environ.get("HTTP_HOST", "")))
+        number = int(port[1]) if port else 443 if self.secure else 80
+        return f"{'__Host-' if self.secure else ''}{COOKIE}_{number}"
+
+    def is_proxy(self, address: str) -> bool:
+        """Whether a connection from this address is our proxy's."""
+        return any(is_in(address, network) for network in self.proxies)
 
     def names_host(self, environ: Mapping[str, Any]) -> bool:
         """Whether the request asks for a name of ours: one whose name was pointed here does not."""
@@ -400,6 +514,33 @@ class Policy:
         origin = environ.get("HTTP_ORIGIN")
         scheme = "https" if self.secure else "http"
         return origin is None or origin == f"{scheme}://{environ.get('HTTP_HOST', '')}"
+
+
+def networks(given: Collection[str]) -> tuple[Network, ...]:
+    """Addresses and networks (10.0.0.0/8), as `--trust-proxy` names them.
+
+    Raises:
+        TunerError: One of them is neither.
+    """
+    found: list[Network] = []
+    for text in given:
+        try:
+            found.append(ipaddress.ip_network(text.strip()))
+        except ValueError as error:
+            raise TunerError(
+                f"--trust-proxy {text!r}: {error}; write the proxy's address, such as 10.0.0.2, "
+                "or its network, such as 10.0.0.0/24."
+            ) from error
+    return tuple(found)
+
+
+def is_in(address: str, network: Network) -> bool:
+    """Whether an address is in a network; an IPv4 address may be written as IPv6 (::ffff:...)."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    return (getattr(found, "ipv4_mapped", None) or found) in network
 
 
 def is_loopback(host: str) -> bool:

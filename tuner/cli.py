@@ -125,6 +125,16 @@ BehindProxy = Annotated[
         "--behind-proxy", help="A proxy that speaks TLS stands before it, and names who asks."
     ),
 ]
+TrustProxies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-proxy",
+        metavar="ADDRESS",
+        help="Where that proxy is, an address or a network (10.0.0.0/24); repeatable. "
+        "By default this machine.",
+        show_default=False,
+    ),
+]
 TrustNetwork = Annotated[
     bool,
     typer.Option(
@@ -859,6 +869,7 @@ def dashboard(
     ] = None,
     tls_key: TlsKey = None,
     behind_proxy: BehindProxy = False,
+    trust_proxy: TrustProxies = None,
     trust_network: TrustNetwork = False,
     allow_host: AllowHosts = None,
     studies: StudiesFolder = DEFAULT_STUDIES_FOLDER,
@@ -878,6 +889,7 @@ def dashboard(
         certificate=tls_cert,
         key=tls_key,
         behind_proxy=behind_proxy,
+        proxies=trust_proxy,
         trust_network=trust_network,
         allow_hosts=allow_host,
         studies=studies,
@@ -892,6 +904,7 @@ def dashboard(
 def _dashboard_settings(
     *,
     users: Path | None,
+    proxies: list[str] | None,
     allow_hosts: list[str] | None,
     studies: Path,
     data: Path | None,
@@ -905,6 +918,7 @@ def _dashboard_settings(
         users = DEFAULT_USERS_FILE
     return Settings(
         users_file=users,
+        proxies=tuple(proxies or ()),
         allow_hosts=tuple(allow_hosts or ()),
         places=Places(artifacts=artifacts, studies=studies, data=data),
         **others,
@@ -1008,6 +1022,7 @@ def serve(
         Path | None, typer.Option(metavar="FILE", help="Its private key, PEM.")
     ] = None,
     behind_proxy: BehindProxy = False,
+    trust_proxy: TrustProxies = None,
     trust_network: TrustNetwork = False,
     allow_host: AllowHosts = None,
     studies: StudiesFolder = DEFAULT_STUDIES_FOLDER,
@@ -1025,6 +1040,7 @@ def serve(
         certificate=dashboard_tls_cert,
         key=dashboard_tls_key,
         behind_proxy=behind_proxy,
+        proxies=trust_proxy,
         trust_network=trust_network,
         allow_hosts=allow_host,
         studies=studies,

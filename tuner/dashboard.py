@@ -30,21 +30,34 @@ from urllib.parse import quote
 import optuna_dashboard
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
+from tornado.http1connection import HTTP1Connection
 from tornado.httpserver import HTTPServer
-from tornado.httputil import HTTPServerRequest
+from tornado.httputil import (
+    HTTPConnection,
+    HTTPHeaders,
+    HTTPMessageDelegate,
+    HTTPServerConnectionDelegate,
+    HTTPServerRequest,
+    RequestStartLine,
+    ResponseStartLine,
+)
+from tornado.netutil import is_valid_ip
 from tornado.wsgi import WSGIContainer
 from werkzeug.http import parse_cookie
 
 from tuner import pages
 from tuner.access import (
+    LOOPBACK_NAMES,
     READING,
     WRITING,
     Policy,
+    Refusals,
     Sessions,
     Users,
     Visitor,
     allowed_hosts,
     is_loopback,
+    networks,
 )
 from tuner.artifacts import artifact_store
 from tuner.errors import StorageError, TunerError
@@ -88,6 +101,11 @@ _KEPT_BYTES = 128 * 1024 * 1024  #: of all such answers together
 
 _MAX_BODY_BYTES = 16 * 1024 * 1024
 _MAX_HEADER_BYTES = 32 * 1024
+#: Of a request without a session: a login's, which are the only ones that are answered.
+_MAX_STRANGERS_BODY_BYTES = 64 * 1024
+_LOOPBACK = ("127.0.0.0/8", "::1")
+#: A browser that saw this asks in the clear no more, for so long.
+_HSTS = f"max-age={365 * 24 * 3600}"
 _IDLE_SECONDS = 75.0  #: a connection that sends no request, or takes so long over its headers
 _BODY_SECONDS = 60.0  #: for the body of a request
 _THREADS = 16  #: requests answered at once; the storage answers one at a time anyway
@@ -127,6 +145,7 @@ class Settings:
     certificate: Path | None = None  #: PEM, with its key in `key`: the server speaks TLS itself
     key: Path | None = None
     behind_proxy: bool = False  #: a proxy that speaks TLS stands before it and says who asks
+    proxies: Sequence[str] = ()  #: its addresses or networks; by default this machine's
     trust_network: bool = False  #: nobody listens on the way: plain HTTP although not loopback
     allow_hosts: Sequence[str] = ()  #: further names that browsers ask for
     places: pages.Places = field(default_factory=pages.Places)
@@ -210,11 +229,20 @@ def make_policy(settings: Settings) -> Policy:
             "--behind-proxy: whoever reaches the proxy would see and change every study. "
             "`tuner dashboard add-user NAME --role editor` makes the users file."
         )
+    if settings.proxies and not settings.behind_proxy:
+        raise TunerError("--trust-proxy says where a proxy is: give --behind-proxy as well.")
+    proxies = networks(settings.proxies or (_LOOPBACK if settings.behind_proxy else ()))
+    if settings.behind_proxy and not settings.proxies and not is_loopback(host):
+        raise TunerError(
+            f"--host {host} --behind-proxy: name the proxy's address (--trust-proxy 10.0.0.2, or "
+            "its network, 10.0.0.0/24). Only what comes from there is believed when it says who "
+            "asks; the rest is refused, since it would come past the proxy, in the clear."
+        )
     return Policy(
         users=None if settings.users_file is None else Users(settings.users_file),
         hosts=allowed_hosts(host, settings.allow_hosts),
         secure=settings.certificate is not None or settings.behind_proxy,
-        behind_proxy=settings.behind_proxy,
+        proxies=proxies,
     )
 
 
@@ -243,10 +271,16 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 def make_app(
     storage: Storage, policy: Policy | None = None, places: pages.Places | None = None
-) -> WSGIApplication:
+) -> Guard:
     """Optuna's dashboard and the tuner's pages behind their guard, as a WSGI application."""
     policy, places = policy or Policy(), places or pages.Places()
-    return _Guard(storage, policy, places)
+    return Guard(storage, policy, places)
+
+
+#: In the WSGI environment, behind a proxy: whether the request came through it.
+_FROM_PROXY = "tuner.from_proxy"
+#: In the WSGI environment: the request has its entry in the record of changes.
+_RECORDED = "tuner.recorded"
 
 
 class _Refused(Exception):  # noqa: N818 - an answer, no error
@@ -255,24 +289,38 @@ class _Refused(Exception):  # noqa: N818 - an answer, no error
         self.status, self.message, self.headers = status, message, list(headers)
 
 
-class _Guard:
+class Guard:
+    """What `make_app` makes."""
+
     def __init__(self, storage: Storage, policy: Policy, places: pages.Places) -> None:
         self._storage = storage
         self._policy = policy
         self._places = places
         self._sessions = None if policy.users is None else Sessions(policy.users)
+        self._refusals = Refusals(storage.record_change)
         self._shown = _Shown(storage, places.artifacts)
-        self._pages = pages.Pages(storage, policy, self._sessions, places)
+        self._pages = pages.Pages(storage, policy, self._sessions, places, self._refusals)
+        if policy.users is not None:
+            for name, address in storage.login_places():
+                policy.limit.remember(name, address)
+
+    def may_send_much(self, environ: WSGIEnvironment) -> bool:
+        """Whether a request may have a large body; its Cookie and Host headers say whose it is."""
+        return self._visitor(environ) is not None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = _path(environ)
         if path == "/healthz":
             return _answer(start_response, "200 OK", "ok", environ)
-        answer = _Secured(start_response, path, environ)
+        answer = _Secured(start_response, path, environ, secure=self._policy.secure)
         try:
-            return self._answer(environ, answer, path)
+            body = self._answer(environ, answer, path)
+            self._record_a_refusal(environ, answer, path)
+            return body
         except _Refused as refused:
-            return answer.refuse(refused)
+            body = answer.refuse(refused)
+            self._record_a_refusal(environ, answer, path, refused.message)
+            return body
         except (StorageError, OSError) as error:
             return answer.refuse(_Refused("503 Service Unavailable", str(error)))
         except TunerError as error:
@@ -283,6 +331,12 @@ class _Guard:
 
     def _answer(self, environ: WSGIEnvironment, answer: _Secured, path: str) -> Iterable[bytes]:
         method = environ["REQUEST_METHOD"]
+        if not environ.get(_FROM_PROXY, True):
+            raise _Refused(
+                "403 Forbidden",
+                "This dashboard stands behind a proxy and answers to that alone; --trust-proxy "
+                "names one more.",
+            )
         if not self._policy.names_host(environ):
             raise _Refused(
                 "421 Misdirected Request",
@@ -310,10 +364,25 @@ class _Guard:
         environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
         return self._shown.read(environ, answer, path)
 
+    def _record_a_refusal(
+        self, environ: WSGIEnvironment, answer: _Secured, path: str, detail: str = ""
+    ) -> None:
+        if answer.status != 403 or _RECORDED in environ:
+            return
+        visitor = environ.get(pages.VISITOR_KEY)
+        with contextlib.suppress(StorageError):  # refused all the same
+            self._refusals.add(
+                who="" if visitor is None else visitor.name,
+                address=str(environ.get("REMOTE_ADDR", "")),
+                action=_action(environ, path),
+                status=answer.status,
+                detail=detail,
+            )
+
     def _visitor(self, environ: WSGIEnvironment) -> Visitor | None:
         if self._sessions is None:
             return Visitor(name=self._policy.local_name, role="editor", logged_in=False)
-        token = parse_cookie(environ).get(self._policy.cookie)
+        token = parse_cookie(environ).get(self._policy.cookie(environ))
         return self._sessions.visitor(token) if token else None
 
     def _login_first(self, environ: WSGIEnvironment, path: str) -> _Refused:
@@ -364,8 +433,9 @@ class _Guard:
         entry = self._storage.begin_change(
             who=visitor.name,
             address=str(environ.get("REMOTE_ADDR", "")),
-            action=f"{method} {path.encode('latin-1', 'replace').decode('utf-8', 'replace')}",
+            action=_action(environ, path),
         )
+        environ[_RECORDED] = True
         detail, status = "", 500
         try:
             if ours:
@@ -534,10 +604,15 @@ def _key_of(attributes: dict[str, Any]) -> str:
 class _Secured:
     """A `start_response` that adds the security headers, and remembers the status."""
 
-    def __init__(self, start_response: StartResponse, path: str, environ: WSGIEnvironment) -> None:
+    def __init__(
+        self, start_response: StartResponse, path: str, environ: WSGIEnvironment, *, secure: bool
+    ) -> None:
         self._start = start_response
         self._path = path
         self._environ = environ
+        host = re.sub(r":\d+$", "", str(environ.get("HTTP_HOST", "")).lower())
+        # For "localhost" it would hold for every other program's port of this machine, too.
+        self._sends_hsts = secure and host not in LOOPBACK_NAMES
         self.status = 0
 
     def __call__(
@@ -566,6 +641,8 @@ class _Secured:
         yield "Referrer-Policy", "same-origin"
         yield "Cross-Origin-Opener-Policy", "same-origin"
         yield "Permissions-Policy", "camera=(), geolocation=(), microphone=()"
+        if self._sends_hsts:
+            yield "Strict-Transport-Security", _HSTS
         if self._path.startswith("/artifacts/"):
             yield "Content-Security-Policy", SANDBOX_POLICY
             yield "X-Frame-Options", "SAMEORIGIN"
@@ -603,6 +680,12 @@ def _path(environ: WSGIEnvironment) -> str:
     return path or "/"
 
 
+def _action(environ: WSGIEnvironment, path: str) -> str:
+    """What a request asked for, as the record of changes has it."""
+    text = path.encode("latin-1", "replace").decode("utf-8", "replace")
+    return f"{environ['REQUEST_METHOD']} {text}"
+
+
 def _is_api(path: str) -> bool:
     return path.startswith(("/api/", f"{pages.ROOT}/api/"))
 
@@ -638,6 +721,10 @@ def _say(message: str) -> None:
 class _Container(WSGIContainer):
     """Tornado's bridge to WSGI."""
 
+    def __init__(self, app: WSGIApplication, executor: ThreadPoolExecutor, policy: Policy) -> None:
+        super().__init__(app, executor)
+        self._policy = policy
+
     def environ(self, request: HTTPServerRequest) -> dict[str, Any]:
         # Tornado takes the port out of the Host header without a look, and a request that fails
         # there is never answered. The guard judges the header itself.
@@ -647,10 +734,86 @@ class _Container(WSGIContainer):
         # Tornado has put the chunks together; nobody may take them for chunks again.
         environ.pop("HTTP_TRANSFER_ENCODING", None)
         environ["CONTENT_LENGTH"] = str(len(request.body))
+        if self._policy.proxies:
+            environ[_FROM_PROXY] = self._policy.is_proxy(environ["REMOTE_ADDR"])
+            said = environ.get("HTTP_X_REAL_IP") or environ.get("HTTP_X_FORWARDED_FOR", "")
+            asks = said.rpartition(",")[2].strip()  # the last is the one that our proxy saw
+            if environ[_FROM_PROXY] and is_valid_ip(asks):
+                environ["REMOTE_ADDR"] = asks
         return environ
 
     def _log(self, status_code: int, request: HTTPServerRequest) -> None:
         """A line for every request is no help to anybody."""
+
+
+class _Reception(HTTPServerConnectionDelegate):
+    """Looks at the head of each request before its body is read.
+
+    Whoever has no session may send what a login needs. Bodies are held in memory: without this,
+    60 strangers took 900 MB.
+    """
+
+    def __init__(self, app: Guard, container: _Container) -> None:
+        self._app = app
+        self._container = container
+
+    def start_request(
+        self, server_conn: object, request_conn: HTTPConnection
+    ) -> HTTPMessageDelegate:
+        return _Received(self._app, self._container, request_conn)
+
+
+class _Received(HTTPMessageDelegate):
+    """One request on its way in."""
+
+    def __init__(self, app: Guard, container: _Container, connection: HTTPConnection) -> None:
+        self._app = app
+        self._container = container
+        self._connection = connection
+        self._request: HTTPServerRequest | None = None
+        self._body = bytearray()
+
+    def headers_received(
+        self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
+    ) -> None:
+        assert isinstance(start_line, RequestStartLine)
+        self._request = HTTPServerRequest(
+            connection=self._connection, start_line=start_line, headers=headers
+        )
+        known = {"HTTP_COOKIE": headers.get("Cookie", ""), "HTTP_HOST": headers.get("Host", "")}
+        if self._app.may_send_much(known):
+            return
+        length = headers.get("Content-Length", "")
+        if length.isdecimal() and int(length[:20]) > _MAX_STRANGERS_BODY_BYTES:
+            self._refuse()
+        else:  # chunks do not say how long they are
+            assert isinstance(self._connection, HTTP1Connection)
+            self._connection.set_max_body_size(_MAX_STRANGERS_BODY_BYTES)
+
+    def _refuse(self) -> None:
+        limit = _MAX_STRANGERS_BODY_BYTES // 1024
+        body = json.dumps({"reason": f"Log in first to send more than {limit} KB."}).encode()
+        head = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+            "Server": "tuner",
+        }
+        answer = ResponseStartLine("HTTP/1.1", 413, "Content Too Large")
+        # Tornado closes a connection whose answer is whole before its request is.
+        self._connection.write_headers(answer, HTTPHeaders(head), body)
+        self._connection.finish()
+
+    def data_received(self, chunk: bytes) -> None:
+        self._body += chunk
+
+    def finish(self) -> None:
+        assert self._request is not None
+        self._request.body = bytes(self._body)
+        self._container(self._request)
+
+    def on_connection_close(self) -> None:
+        self._body.clear()
 
 
 class DashboardServer:
@@ -662,7 +825,7 @@ class DashboardServer:
 
     def __init__(
         self,
-        app: WSGIApplication,
+        app: Guard,
         settings: Settings,
         context: ssl.SSLContext | None,
         policy: Policy,
@@ -674,7 +837,6 @@ class DashboardServer:
         """
         self._app = app
         self._context = context
-        self._behind_proxy = settings.behind_proxy
         self._policy = policy
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         self._socket = socket.create_server(
@@ -731,10 +893,10 @@ class DashboardServer:
 
     async def _answer_until_the_end(self, executor: ThreadPoolExecutor) -> None:
         self._loop, self._ending = asyncio.get_running_loop(), asyncio.Event()
+        container = _Container(self._counted, executor, self._policy)
         server = HTTPServer(
-            _Container(self._counted, executor),
+            _Reception(self._app, container),
             ssl_options=self._context,
-            xheaders=self._behind_proxy,
             max_header_size=_MAX_HEADER_BYTES,
             max_body_size=_MAX_BODY_BYTES,
             max_buffer_size=_MAX_BODY_BYTES + _MAX_HEADER_BYTES,

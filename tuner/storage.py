@@ -64,6 +64,8 @@ __all__ = [
     "Storage",
 ]
 
+LOG_IN = "log in"  #: the action of a login in the record of changes
+
 LEASE_SECONDS = 30.0  #: a lease not renewed for this long may be taken over
 _LAST_LOOK_SECONDS = 5.0  #: who renews it within this time is alive, whatever the clock says
 
@@ -551,14 +553,21 @@ class Storage:
 
     def begin_change(self, *, who: str, address: str, action: str, detail: str = "") -> int:
         """Writes down a change before it is made; returns the entry's id."""
+        return self.record_change(who=who, address=address, action=action, detail=detail)
+
+    def record_change(
+        self, *, who: str, address: str, action: str, detail: str = "", status: int | None = None
+    ) -> int:
+        """Writes down a change with how it ended, or None as its status; returns the entry's id."""
         insert = (
             audit.insert()
             .values(
                 at=datetime.now(UTC).isoformat(timespec="seconds"),
-                who=who[:64],
-                address=address[:64],
+                who=_one_line(who)[:64],
+                address=_one_line(address)[:64],
                 action=_one_line(action)[:256],
                 detail=_one_line(detail)[:2000],
+                status=status,
             )
             .returning(audit.c.id)
         )
@@ -575,6 +584,17 @@ class Storage:
         query = sa.select(audit).order_by(audit.c.id.desc()).limit(last)
         rows = self._transaction(lambda connection: connection.execute(query).mappings().all())
         return tuple(AuditEntry(**row) for row in rows)
+
+    def login_places(self, *, last: int = 1000) -> tuple[tuple[str, str], ...]:
+        """Users and addresses of the last successful logins to the dashboard, oldest first."""
+        query = (
+            sa.select(audit.c.who, audit.c.address)
+            .where(audit.c.action == LOG_IN, audit.c.status == 200)
+            .order_by(audit.c.id.desc())
+            .limit(last)
+        )
+        rows = self._transaction(lambda connection: connection.execute(query).all())
+        return tuple((row.who, row.address) for row in reversed(rows))
 
     # --- ledger ---
 

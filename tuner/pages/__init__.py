@@ -27,13 +27,20 @@ from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
 
 from tuner import orders
-from tuner.access import MAX_PASSWORD, Policy, Sessions, Visitor
+from tuner.access import (
+    MAX_PASSWORD,
+    LoginsBusyError,
+    Policy,
+    Refusals,
+    Sessions,
+    Visitor,
+)
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
 from tuner.errors import DataError, SpecError, StorageError, TunerError
 from tuner.export import Format, best_configs, render
 from tuner.space import parameter_count_range
 from tuner.spec import StudySpec
-from tuner.storage import Storage
+from tuner.storage import LOG_IN, Storage
 from tuner.study import (
     RECORD_KEY,
     StudyStatus,
@@ -138,15 +145,28 @@ class Catalogue:
         return bool(record.get("folder") == tuned.key)
 
 
+class _LoginRefused(Exception):  # noqa: N818 - an answer, not an error
+    def __init__(self, code: int, said: str, wait: float = 0.0) -> None:
+        super().__init__(said)
+        self.code, self.said = code, said
+        self.headers = {"Retry-After": f"{wait:.0f}"} if wait else {}
+
+
 class Pages:
     """The WSGI application under /tuner."""
 
     def __init__(
-        self, storage: Storage, policy: Policy, sessions: Sessions | None, places: Places
+        self,
+        storage: Storage,
+        policy: Policy,
+        sessions: Sessions | None,
+        places: Places,
+        refusals: Refusals,
     ) -> None:
         self._storage = storage
         self._policy = policy
         self._sessions = sessions
+        self._refusals = refusals
         self._places = places
         self._catalogue = Catalogue(storage, places.artifacts)
         self._templates = jinja2.Environment(
@@ -392,53 +412,64 @@ class Pages:
     def _log_in(self, request: Request) -> Response:
         form = request.form
         name, there = form.get("name", ""), form.get("next", "")
-        token, wait = self._begin_session(request, name, form.get("password", ""))
-        if wait:
-            said = f"Too many tries; wait {wait:.0f} seconds."
-            response = self._login_page(request, there, code=429, said=said, name=name)
-            response.headers["Retry-After"] = f"{wait:.0f}"
+        try:
+            token = self._begin_session(request, name, form.get("password", ""))
+        except _LoginRefused as refused:
+            response = self._login_page(
+                request, there, code=refused.code, said=refused.said, name=name
+            )
+            response.headers.extend(refused.headers)
             return response
-        if token is None:
-            said = "User and password do not fit together."
-            return self._login_page(request, there, code=401, said=said, name=name)
-        return self._with_cookie(_redirect(_local(there)), token)
+        return self._with_cookie(request, _redirect(_local(there)), token)
 
     def _log_in_api(self, request: Request) -> Response:
         document = _document(request)
         name, password = document.get("name"), document.get("password")
         if not isinstance(name, str) or not isinstance(password, str):
             raise BadRequest('Send {"name": "...", "password": "..."}.')
-        token, wait = self._begin_session(request, name, password)
-        if wait:
-            response = _json({"reason": f"Too many tries; wait {wait:.0f} seconds."}, 429)
-            response.headers["Retry-After"] = f"{wait:.0f}"
+        try:
+            token = self._begin_session(request, name, password)
+        except _LoginRefused as refused:
+            response = _json({"reason": refused.said}, refused.code)
+            response.headers.extend(refused.headers)
             return response
-        if token is None:
-            return _json({"reason": "User and password do not fit together."}, 401)
         users = self._policy.users
         role = None if users is None else users.role(name)
-        return self._with_cookie(_json({"name": name, "role": role}), token)
+        return self._with_cookie(request, _json({"name": name, "role": role}), token)
 
-    def _begin_session(
-        self, request: Request, name: str, password: str
-    ) -> tuple[str | None, float]:
-        """A token, or None; and the seconds to wait where it was one try too many."""
+    def _begin_session(self, request: Request, name: str, password: str) -> str:
+        """The token of a new session; every try is recorded."""
         if self._policy.users is None or self._sessions is None:
             raise BadRequest("This dashboard asks for no login.")
         address, limit = request.remote_addr or "", self._policy.limit
-        wait = limit.claim(name, address)
-        if wait:
-            return None, max(1.0, wait)
-        if len(password) > MAX_PASSWORD or self._policy.users.check(name, password) is None:
-            return None, 0.0
+        try:
+            wait = limit.claim(name, address)
+            if wait:
+                raise _LoginRefused(
+                    429, f"Too many tries; wait {max(1.0, wait):.0f} seconds.", wait
+                )
+            try:
+                fits = (
+                    len(password) <= MAX_PASSWORD
+                    and self._policy.users.check(name, password, address) is not None
+                )
+            except LoginsBusyError as error:
+                limit.take_back(name, address)
+                raise _LoginRefused(503, str(error), 1.0) from error
+            if not fits:
+                raise _LoginRefused(401, "User and password do not fit together.")
+        except _LoginRefused as refused:
+            self._refusals.add(
+                who=name, address=address, action=LOG_IN, status=refused.code, detail=refused.said
+            )
+            raise
         limit.succeeded(name, address)
-        entry = self._storage.begin_change(who=name, address=address, action="log in")
-        self._storage.end_change(entry, status=200, detail="")
-        return self._sessions.begin(name), 0.0
+        self._storage.record_change(who=name, address=address, action=LOG_IN, status=200)
+        return self._sessions.begin(name)
 
-    def _with_cookie(self, response: Response, token: str) -> Response:
+    def _with_cookie(self, request: Request, response: Response, token: str) -> Response:
         response.set_cookie(
-            self._policy.cookie,
+            self._policy.cookie(request.environ),
             token,
             path="/",
             httponly=True,
@@ -447,9 +478,9 @@ class Pages:
         )
         return response
 
-    def _without_cookie(self, response: Response) -> Response:
+    def _without_cookie(self, request: Request, response: Response) -> Response:
         response.delete_cookie(
-            self._policy.cookie,
+            self._policy.cookie(request.environ),
             path="/",
             httponly=True,
             samesite="Strict",
@@ -458,20 +489,20 @@ class Pages:
         return response
 
     def _end_session(self, request: Request) -> None:
-        token = request.cookies.get(self._policy.cookie)
+        token = request.cookies.get(self._policy.cookie(request.environ))
         if token and self._sessions is not None:
             self._sessions.end(token)
 
     def _log_out(self, request: Request) -> Response:
         self._end_session(request)
         response = _redirect(LOGIN)
-        self._without_cookie(response)
+        self._without_cookie(request, response)
         response.headers["Clear-Site-Data"] = '"cache"'
         return response
 
     def _log_out_api(self, request: Request) -> Response:
         self._end_session(request)
-        return self._without_cookie(_json({}))
+        return self._without_cookie(request, _json({}))
 
     # --- the same as JSON ---
 
