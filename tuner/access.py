@@ -428,12 +428,17 @@ class LoginLimit:
 
 
 def _user_at(name: str, address: str) -> str:
-    # A name longer than a user's may be must not fill the memory; whoever has one IPv6 address
-    # has the 2**64 of its network.
+    # A name longer than a user's may be must not fill the memory.
+    return f"{name[:64].lower()} {counted_address(address)}"
+
+
+def counted_address(address: str) -> str:
+    """For whom an address counts: whoever has one IPv6 address has the 2**64 of its network."""
     with contextlib.suppress(ValueError):
-        if isinstance(found := ipaddress.ip_address(address), ipaddress.IPv6Address):
-            address = str(found.ipv4_mapped or ipaddress.ip_network((int(found), 64), strict=False))
-    return f"{name[:64].lower()} {address}"
+        found = ipaddress.ip_address(address.partition("%")[0])
+        if isinstance(found, ipaddress.IPv6Address):
+            return str(found.ipv4_mapped or ipaddress.ip_network((int(found), 64), strict=False))
+    return address
 
 
 class Refusals:

@@ -538,6 +538,9 @@ def _connect(
 ) -> AbstractContextManager[Connection]:
     """To the workers of a scheduler, or to workers of this machine that are started for it."""
     from tuner.cluster import default_workers, local_connection, remote_connection
+    from tuner.connections import raise_descriptor_limit
+
+    raise_descriptor_limit()  # each worker and each connection costs some
 
     if cluster is not None:
         return remote_connection(cluster, tls=tls, say=say)

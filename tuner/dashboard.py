@@ -31,7 +31,6 @@ import optuna_dashboard
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from tornado.http1connection import HTTP1Connection
-from tornado.httpserver import HTTPServer
 from tornado.httputil import (
     HTTPConnection,
     HTTPHeaders,
@@ -60,6 +59,7 @@ from tuner.access import (
     networks,
 )
 from tuner.artifacts import artifact_store
+from tuner.connections import MOST_OF_AN_ADDRESS, LimitedServer, raise_descriptor_limit
 from tuner.errors import StorageError, TunerError
 from tuner.storage import Storage
 from tuner.study import RECORD_KEY, load
@@ -721,6 +721,8 @@ def _say(message: str) -> None:
 class _Container(WSGIContainer):
     """Tornado's bridge to WSGI."""
 
+    server: LimitedServer | None = None  #: whose requests are answered
+
     def __init__(self, app: WSGIApplication, executor: ThreadPoolExecutor, policy: Policy) -> None:
         super().__init__(app, executor)
         self._policy = policy
@@ -741,6 +743,11 @@ class _Container(WSGIContainer):
             if environ[_FROM_PROXY] and is_valid_ip(asks):
                 environ["REMOTE_ADDR"] = asks
         return environ
+
+    async def handle_request(self, request: HTTPServerRequest) -> None:
+        server, stream = self.server, getattr(request.connection, "stream", None)
+        with server.answering(stream) if server and stream else contextlib.nullcontext():
+            await super().handle_request(request)
 
     def _log(self, status_code: int, request: HTTPServerRequest) -> None:
         """A line for every request is no help to anybody."""
@@ -849,6 +856,7 @@ class DashboardServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Event | None = None
         self._ready = threading.Event()
+        self._server: LimitedServer | None = None
         self._busy = 0
         self._count = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="dashboard")
@@ -894,7 +902,7 @@ class DashboardServer:
     async def _answer_until_the_end(self, executor: ThreadPoolExecutor) -> None:
         self._loop, self._ending = asyncio.get_running_loop(), asyncio.Event()
         container = _Container(self._counted, executor, self._policy)
-        server = HTTPServer(
+        container.server = self._server = server = LimitedServer(
             _Reception(self._app, container),
             ssl_options=self._context,
             max_header_size=_MAX_HEADER_BYTES,
@@ -903,7 +911,13 @@ class DashboardServer:
             idle_connection_timeout=_IDLE_SECONDS,
             body_timeout=_BODY_SECONDS,
         )
-        server.add_sockets([self._socket])
+        server.limit(
+            descriptors=raise_descriptor_limit(),
+            say=_say,
+            of_an_address=MOST_OF_AN_ADDRESS,
+            is_shared=self._policy.is_proxy,
+        )
+        server.listen_on(self._socket)
         self._ready.set()
         await self._ending.wait()
         server.stop()
