@@ -521,6 +521,16 @@ def test_the_terminal_is_made_in_one_place() -> None:
     assert [path for path, _ in calls] == ["tuner/cli.py"], calls
 
 
+def test_check_warns_loudly_of_dna(folder: Path) -> None:
+    letters = str.maketrans("01", "AC")
+    rows = [f"{f'{number:b}'.translate(letters) * 3},{number % 2}" for number in range(32, 64)]
+    (folder / "dna.csv").write_text("\n".join(["sequence,label", *rows]))
+    done = tuner(folder, "check", "tiny.toml", "--set", 'data.source="dna.csv"')
+    before, warning, after, *_ = done.stderr.splitlines()
+    assert before == after == "!" * 78
+    assert warning.startswith("DNA, NOT PROTEINS? 32 of 32 sequences have only the letters ACGTUN")
+
+
 def test_the_json_schema_accepts_the_shipped_study_files() -> None:
     import tomllib
 

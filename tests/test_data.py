@@ -458,7 +458,7 @@ BAD_CSV: dict[str, tuple[str | bytes, list[tuple[int | None, str, str, str]]]] =
     ),
     "UTF-16": (
         "sequence,label\nMKL,1\n".encode("utf-16"),
-        [(1, "", "0xff", "is not UTF-8 text")],
+        [(1, "", "UTF-16", "is not UTF-8 text but UTF-16; save it as UTF-8")],
     ),
     "gzip": (b"\x1f\x8b\x08\x00", [(None, "", "", "compressed with gzip; unpack it first")]),
 }
@@ -493,20 +493,13 @@ def test_line_ends_byte_order_mark_and_other_columns_do_not_matter(
     file = io.StringIO(newline="")
     writer = csv.writer(file, delimiter=delimiter, lineterminator=end)
     writer.writerow([" Label", "note", "SEQUENCE"])
-    writer.writerows([[label, f"a,b\t{end}c", f" {each} "] for each, label in ROWS])
+    note = "a,b\tc" if delimiter == "\t" else f"a,b\t{end}c"  # a TSV record is one line
+    writer.writerows([[label, note, f" {each} "] for each, label in ROWS])
     name = "other.tsv" if delimiter == "\t" else "other.csv"
     (tmp_path / name).write_bytes(mark + file.getvalue().encode())
     other = prepared(tmp_path, name)
     assert other.development_sha256 == prepared(tmp_path, "plain.csv").development_sha256
     assert other.warnings == ()
-
-
-def test_every_problem_is_reported_at_once_and_many_are_counted(tmp_path: Path):
-    lines = [f"MK{'X' * (n + 1)},1" for n in range(26)]
-    (tmp_path / "rows.csv").write_text("\n".join(["sequence,label", *lines]), encoding="utf-8")
-    found = problems_of(tmp_path, "rows.csv")
-    assert [problem.line for problem in found] == [*range(2, 22), None]
-    assert str(found[-1]) == "rows.csv: and 6 more problems"
 
 
 def test_wrong_long_and_contradicting_rows_are_reported_together(tmp_path: Path):
@@ -516,9 +509,361 @@ def test_wrong_long_and_contradicting_rows_are_reported_together(tmp_path: Path)
 
 
 def test_long_values_are_shortened(tmp_path: Path):
-    (tmp_path / "rows.csv").write_text(f"sequence,label\nM{'B' * 5000},1\n", encoding="utf-8")
+    (tmp_path / "rows.csv").write_text(f"sequence,label\nM{'B' * 150},1\n", encoding="utf-8")
     (found,) = problems_of(tmp_path, "rows.csv")
     assert found.value == "B" * 40 + "..."
+
+
+# --- checks: quoted fields of several lines ------------------------------------------------------
+
+
+def sequence_of(number: int) -> str:
+    """A different sequence for each number, of residues that are no nucleotides."""
+    return "MK" + "".join("DEFHIKLMPQ"[int(digit)] for digit in f"{number:04}")
+
+
+def table(columns: str, *, delimiter: str = ",", end: str = "\n", rows: int = 40) -> list[str]:
+    """The lines of a file with the named columns; every row has a note of its own."""
+    names = columns.split()
+    lines = [delimiter.join(names)]
+    for number in range(rows):
+        cells = {"sequence": sequence_of(number), "label": str(number % 2)}
+        lines.append(delimiter.join(cells.get(name, f"n{number}") for name in names))
+    return [line + end for line in lines]
+
+
+COLUMNS = [
+    *("sequence note label", "label note sequence", "note sequence label"),
+    *("sequence label note", "note label other sequence", "sequence note other label"),
+]
+
+
+@pytest.mark.parametrize(("swallowed", "end"), [(1, "\n"), (2, "\r\n"), (7, "\r")])
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+def test_two_lone_quotes_never_swallow_rows(
+    tmp_path: Path, name: str, columns: str, end: str, swallowed: int
+):
+    delimiter = "\t" if name.endswith("tsv") else ","
+    lines = table(columns, delimiter=delimiter, end=end)
+    for line, cell in ((4, '"n{}'), (4 + swallowed, 'n{}"')):
+        lines[line] = lines[line].replace(f"n{line - 1}", cell.format(line - 1), 1)
+    (tmp_path / name).write_bytes("".join(lines).encode())
+    (found,) = problems_of(tmp_path, name)
+    assert (found.line, found.key) == (5, "note")
+    assert f"runs over lines 5 to {5 + swallowed}, and" in found.message
+    assert "close or remove the quote" in found.message
+
+
+WRONG_ROWS: dict[str, tuple[str, str]] = {
+    # The rows at both quotes: their own mistakes must not hide that one swallows the other.
+    "labels in words": ('MKL,"a,yes\n', 'MKV,b",0\n'),
+    "no sequence": ('MKL,"a,yes\n', ',b",0\n'),
+    "unknown residues": ('MKX,"a,1\n', 'MKZ,b",0\n'),
+    "a row with commas in quotes": ('MKL,"a,1\n', 'MKV,""b, c"" d",0\n'),
+    "blank lines between": ('MKL,"a,1\n\n\n', 'MKV,b",0\n'),
+    "labels in quotes": ('MKL,"a,""1""\n', 'MKV,b",0\n'),
+    "lower case and spaces": ('mkl,"a, 1 \n', ' mkv ,b",0\n'),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ROWS)
+def test_wrong_rows_are_not_swallowed_either(tmp_path: Path, case: str):
+    first, last = WRONG_ROWS[case]
+    (tmp_path / "rows.csv").write_text(f"sequence,note,label\n{first}{last}", encoding="utf-8")
+    (found,) = problems_of(tmp_path, "rows.csv")
+    assert f"runs over lines 2 to {1 + (first + last).count(chr(10))}" in found.message
+
+
+def test_a_header_swallows_no_rows(tmp_path: Path):
+    lines = ["sequence,label,note\n", *(f"{sequence_of(n)},{n % 2},n\n" for n in range(40))]
+    lines[0] = lines[0].replace("note", '"note')
+    lines[7] = lines[7].replace(",n\n", ',n"\n')
+    (tmp_path / "rows.csv").write_text("".join(lines), encoding="utf-8")
+    (found,) = problems_of(tmp_path, "rows.csv")
+    assert "runs over lines 1 to 8" in found.message
+
+
+def test_a_quote_that_is_never_closed_is_told_with_both_lines(tmp_path: Path):
+    for name, delimiter in (("rows.csv", ","), ("rows.tsv", "\t")):
+        lines = table("sequence note label", delimiter=delimiter)
+        lines[9] = lines[9].replace("n8", '"n8')
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+        (found,) = problems_of(tmp_path, name)
+        assert found.line == 10
+        assert "from here to line 41, the end of the file" in found.message
+        assert "close or remove the one that stands alone" in found.message
+
+
+TEXTS = [
+    *("two\nlines", "a list:\n1 of 2\n\n2 of 2", "kept at 4, then cooled\nat -80, it is stable"),
+    *("bought from X, Y, Z, and W,\nall in 2020", 'a ""word"", quoted\nthen more', "\ntrailing\n"),
+    "0\n1",
+]
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_csv_fields_of_several_lines_of_text_are_read(tmp_path: Path, columns: str):
+    lines = table(columns)
+    (tmp_path / "plain.csv").write_text("".join(lines), encoding="utf-8")
+    for line, text in enumerate(TEXTS, start=3):
+        lines[line] = lines[line].replace(f"n{line - 1}", f'"{text}"', 1)
+    (tmp_path / "rows.csv").write_text("".join(lines), encoding="utf-8")
+    result = prepared(tmp_path, "rows.csv")
+    assert result.development_sha256 == prepared(tmp_path, "plain.csv").development_sha256
+    assert result.warnings == ()
+
+
+def test_lines_are_counted_on_behind_a_field_of_several_lines(tmp_path: Path):
+    lines = table("sequence note label", end="\r\n")
+    lines[3] = lines[3].replace("n2", '"two\r\nlines"')
+    lines[8] = lines[8].replace("MK", "MX")
+    (tmp_path / "rows.csv").write_bytes("".join(lines).encode())
+    (found,) = problems_of(tmp_path, "rows.csv")
+    assert found.line == 10
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+def test_quotes_inside_a_field_are_letters_of_it(tmp_path: Path, name: str):
+    delimiter = "\t" if name.endswith("tsv") else ","
+    lines = table("sequence note label", delimiter=delimiter)
+    (tmp_path / f"plain_{name}").write_text("".join(lines), encoding="utf-8")
+    for line, note in ((3, '5" primer'), (5, "3' end"), (7, 'a"')):
+        lines[line] = lines[line].replace(f"n{line - 1}", note)
+    (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    result = prepared(tmp_path, name)
+    assert result.development_sha256 == prepared(tmp_path, f"plain_{name}").development_sha256
+
+
+# --- checks: what spreadsheets and editors leave -------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+def test_an_ignored_column_may_hold_any_length(tmp_path: Path, name: str):
+    delimiter = "\t" if name.endswith("tsv") else ","
+    lines = table("sequence note label", delimiter=delimiter)
+    (tmp_path / f"plain_{name}").write_text("".join(lines), encoding="utf-8")
+    lines[3] = lines[3].replace("n2", "long " * 50_000)
+    (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    result = prepared(tmp_path, name)
+    assert result.development_sha256 == prepared(tmp_path, f"plain_{name}").development_sha256
+
+
+def test_a_sequence_of_any_length_is_read_and_told(tmp_path: Path):
+    write_csv(tmp_path / "rows.csv", [*ROWS, ("MK" * 100_000, 1)])
+    (found,) = problems_of(tmp_path, "rows.csv")
+    assert "line 122 has 200,000 residues, max_length is 200" in found.message
+
+
+@pytest.mark.parametrize("blank", ["{0}{0}", " {0}\xa0{0}", '""{0}""{0}""'])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+def test_rows_of_empty_cells_are_left_out(tmp_path: Path, name: str, blank: str):
+    delimiter = "\t" if name.endswith("tsv") else ","
+    lines = table("sequence note label", delimiter=delimiter)
+    (tmp_path / f"plain_{name}").write_text("".join(lines), encoding="utf-8")
+    empty = blank.format(delimiter) + "\n"
+    lines = [empty, *lines[:4], empty * 3, *lines[4:], empty * 1000]
+    (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    result = prepared(tmp_path, name)
+    assert result.development_sha256 == prepared(tmp_path, f"plain_{name}").development_sha256
+
+
+def test_a_row_with_a_note_alone_is_not_blank(tmp_path: Path):
+    lines = table("sequence note label")
+    (tmp_path / "rows.csv").write_text("".join([*lines, ",x,\n"]), encoding="utf-8")
+    assert [(one.line, one.key) for one in problems_of(tmp_path, "rows.csv")] == [
+        *((42, "sequence"), (42, "label")),
+    ]
+
+
+@pytest.mark.parametrize("marks", [1, 2, 3])
+def test_several_byte_order_marks_do_not_matter(tmp_path: Path, marks: int):
+    plain = prepared(tmp_path, write_fasta(tmp_path, ROWS)).development_sha256
+    write_csv(tmp_path / "rows.csv", ROWS)
+    for name in ("rows.csv", "soluble.fasta", "insoluble.fasta"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" * marks + content)
+    assert prepared(tmp_path, "rows.csv").development_sha256 == plain
+    pair = FastaPair(soluble="soluble.fasta", insoluble="insoluble.fasta")
+    assert prepared(tmp_path, pair).development_sha256 == plain
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("mark", ["", "\ufeff", "\ufeff\ufeff"])
+@pytest.mark.parametrize("width", [16, 32])
+def test_utf_16_and_utf_32_are_named_with_and_without_a_mark(
+    tmp_path: Path, encoding: str, mark: str, width: int
+):
+    pair = write_fasta(tmp_path, ROWS)
+    write_csv(tmp_path / "rows.csv", ROWS)
+    for name in ("rows.csv", "soluble.fasta"):
+        text = mark + (tmp_path / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_bytes(text.encode(encoding.replace("16", str(width))))
+    for source, file in (("rows.csv", "rows.csv"), (pair, "soluble.fasta")):
+        (found,) = problems_of(tmp_path, source)
+        assert (found.file, found.line, found.value) == (file, 1, f"UTF-{width}")
+        assert found.message == f"is not UTF-8 text but UTF-{width}; save it as UTF-8"
+
+
+# --- checks: DNA and RNA -------------------------------------------------------------------------
+
+
+def dna_of(number: int) -> str:
+    return "ATG" + "".join("ACGT"[number >> 2 * place & 3] for place in range(8))
+
+
+@pytest.mark.parametrize("source", ["rows.csv", "rows.tsv", "rows.npz", "fasta"])
+def test_dna_is_told_loudly_in_every_format(tmp_path: Path, source: str):
+    rows = [(dna_of(number), number % 2) for number in range(40)]
+    write_csv(tmp_path / "rows.csv", [(each.lower(), label) for each, label in rows])
+    write_csv(tmp_path / "rows.tsv", rows, delimiter="\t")
+    write_npz(tmp_path / "rows.npz", rows)
+    result = prepared(tmp_path, write_fasta(tmp_path, rows) if source == "fasta" else source)
+    (warning,) = result.loud
+    assert warning.startswith("DNA, NOT PROTEINS? 40 of 40 sequences have only the letters ACGTUN")
+    assert "translate them into proteins first" in warning
+    assert result.warnings[0] == warning
+
+
+def test_some_dna_among_proteins_is_told_and_short_peptides_are_not(tmp_path: Path):
+    write_csv(tmp_path / "rows.csv", [*ROWS, ("GAGAGAGAG", 1)])
+    assert prepared(tmp_path, "rows.csv").loud == ()
+    write_csv(tmp_path / "rows.csv", [*ROWS, ("GAGAGAGAG", 1), ("ACGTNACGTN", 0)])
+    (warning,) = prepared(tmp_path, "rows.csv").loud
+    assert "1 of 122 sequences have" in warning
+    assert "rows.csv, line 123: ACGTNACGTN" in warning
+
+
+def test_dna_that_is_too_long_is_told_with_the_length(tmp_path: Path):
+    write_csv(tmp_path / "rows.csv", [(dna_of(n) * 20, n % 2) for n in range(40)])
+    long, dna = problems_of(tmp_path, "rows.csv")
+    assert long.count == 40
+    assert "set max_length = 220" in long.message
+    assert dna.message.startswith("DNA, NOT PROTEINS? 40 of 40")
+
+
+def test_rna_is_told_as_rna(tmp_path: Path):
+    rows = [(dna_of(n).replace("T", "U"), n % 2) for n in range(40)]
+    write_csv(tmp_path / "rows.csv", rows)
+    found = problems_of(tmp_path, "rows.csv")[0]
+    assert (found.line, found.count) == (2, 40)
+    assert found.message.startswith("40 sequences that look like RNA (letters ACGTUN alone): line")
+    assert "translate RNA into amino acids" in found.message
+
+
+# --- checks: many problems of a kind -------------------------------------------------------------
+
+
+def test_problems_of_a_kind_are_one_with_their_number_places_and_values(tmp_path: Path):
+    words = ["yes"] * 170 + ["no"] * 129 + ["maybe"]
+    lines = [f"{sequence_of(number)},{word}" for number, word in enumerate(words)]
+    (tmp_path / "rows.csv").write_text("\n".join(["sequence,label", *lines]), encoding="utf-8")
+    (found,) = problems_of(tmp_path, "rows.csv")
+    assert (found.line, found.key, found.value, found.count) == (2, "label", "yes", 300)
+    assert found.message == (
+        "300 labels that are neither 1 nor 0: line 2 ('yes'), line 3 ('yes'), line 4 ('yes'), line "
+        "5 ('yes'), line 6 ('yes') and 295 more; in all 'yes' 170 times, 'no' 129 times, 'maybe' "
+        "once; write 1 (soluble) or 0 (insoluble)"
+    )
+
+
+def test_many_different_wrong_values_are_counted(tmp_path: Path):
+    lines = [f"{sequence_of(number)},label{number}" for number in range(30)]
+    (tmp_path / "rows.csv").write_text("\n".join(["sequence,label", *lines]), encoding="utf-8")
+    (found,) = problems_of(tmp_path, "rows.csv")
+    assert "'label9' once, and 20 others; write 1" in found.message
+
+
+def test_all_wrong_residues_of_a_sequence_are_told(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text(f"sequence,label\nMXKB*X{'J' * 9},1\n{GOOD}")
+    (found,) = problems_of(tmp_path, "rows.csv")
+    assert found.message.startswith(
+        "residues 2, 6 of the sequence are 'X', residue 4 is 'B', residue 5 is '*', residues 7, 8, "
+        "9, 10, 11 and 4 more are 'J'; only ARNDCQEGHILKMFPSTWYV can be used"
+    )
+    assert found.value == "XKB*XJJJJJJJJJ"
+
+
+def test_wrong_residues_of_many_sequences_are_counted_by_letter(tmp_path: Path):
+    lines = [f"{sequence_of(number)}X{'B' if number == 7 else ''}X,1" for number in range(20)]
+    (tmp_path / "rows.csv").write_text("\n".join(["sequence,label", *lines]), encoding="utf-8")
+    (found,) = problems_of(tmp_path, "rows.csv")
+    assert found.message.startswith(
+        "20 sequences with letters that are not residues: line 2 (residues 7, 8 are 'X'), line 3 "
+    )
+    assert "and 15 more; in all 'X' 40 times, 'B' once; only ARND" in found.message
+
+
+LENGTHS = {"rows.csv": "line 122 (250", "rows.npz": "row 5 of positives (250", "fasta": "(250"}
+
+
+@pytest.mark.parametrize("source", LENGTHS)
+def test_the_length_that_fits_is_that_of_all_sequences_of_all_files(tmp_path: Path, source: str):
+    long = [("MK" * (125 + n // 2 % 5), n % 2) for n in range(190)]
+    rows: Rows = [*ROWS, *long, ("KM" * 200, 0)]
+    write_csv(tmp_path / "rows.csv", rows)
+    write_npz(tmp_path / "rows.npz", rows, width=400)
+    pair = write_fasta(tmp_path, rows)
+    found = problems_of(tmp_path, pair if source == "fasta" else source)
+    found = [problem for problem in found if "max_length" in problem.message]
+    assert sum(problem.count for problem in found) == 191
+    assert len(found) == (2 if source == "fasta" else 1)
+    assert all("set max_length = 400 in [data]" in problem.message for problem in found)
+
+
+def test_rows_with_another_mistake_count_for_the_length_that_fits(tmp_path: Path):
+    lines = [f"{'MK' * 130},soluble", f"{'MK' * 140}X,1", f"{'MK' * 120},0"]
+    (tmp_path / "rows.csv").write_text("\n".join(["sequence,label", *lines]), encoding="utf-8")
+    found = {problem.key: problem for problem in problems_of(tmp_path, "rows.csv")[::-1]}
+    long = problems_of(tmp_path, "rows.csv")[-1]
+    assert set(found) == {"label", "sequence"}
+    assert (long.line, long.count) == (2, 3)
+    assert "line 2 (260 residues), line 3 (281 residues), line 4 (240 residues)" in long.message
+    assert "set max_length = 281" in long.message
+
+
+def test_every_kind_is_told_once_in_csv(tmp_path: Path):
+    lines = ["sequence,note,label"]
+    for number in range(6):
+        good = sequence_of(number)
+        lines += [f"{good}X,a,1", f",{number},1", f"{good},a", f"{good},a,x", f"{'MK' * 110},a,1"]
+        lines += [f'{good},"a,1', f'{good},a",0', f"AC{'U' * 9},b,0", f"MKL,a,{number % 2}"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines), encoding="utf-8")
+    found = problems_of(tmp_path, "rows.csv")
+    assert [(one.line, one.key, one.count) for one in found] == [
+        *((2, "sequence", 6), (3, "sequence", 6), (4, "", 6), (5, "label", 6)),
+        *((7, "note", 6), (9, "sequence", 6), (6, "sequence", 6), (19, "label", 3)),
+    ]
+
+
+def test_every_kind_is_told_once_in_fasta(tmp_path: Path):
+    pair = write_fasta(tmp_path, ROWS)
+    records = [">a\nMKX\n", ">b\n\n", ">\nMKL\n"] * 6
+    (tmp_path / "soluble.fasta").write_text("".join(records), encoding="utf-8")
+    found = problems_of(tmp_path, pair)
+    assert [(one.line, one.key, one.count) for one in found] == [
+        *((1, "sequence", 6), (3, "sequence", 6), (5, "id", 6), (7, "id", 10)),
+    ]
+    assert "line 7 ('a', as in line 1), line 9 ('b', as in line 3)" in found[3].message
+
+
+def test_every_kind_is_told_once_in_each_array(tmp_path: Path):
+    arrays = good_arrays()
+    for tokens in arrays.values():
+        tokens[0:8, 3] = 0
+        tokens[8:16, 2:14] = 21
+        tokens[16:24] = 0
+    np.savez(tmp_path / "rows.npz", **arrays)
+    found = problems_of(tmp_path, "rows.npz")
+    assert [(one.key, one.count) for one in found] == [
+        *(("positives", 8), ("positives", 8), ("positives", 8)),
+        *(("negatives", 8), ("negatives", 8), ("negatives", 8)),
+    ]
+    assert found[0].message == (
+        "8 rows with padding (0) inside the sequence: row 0 (at position 3), row 1 (at position 3),"
+        " row 2 (at position 3), row 3 (at position 3), row 4 (at position 3) and 3 more; padding "
+        "stands at the end only"
+    )
 
 
 # --- checks: lengths and repeats -----------------------------------------------------------------
@@ -526,11 +871,12 @@ def test_long_values_are_shortened(tmp_path: Path):
 
 def test_a_long_sequence_is_an_error_that_names_the_length_needed(tmp_path: Path):
     write_csv(tmp_path / "rows.csv", [*ROWS, ("MK" * 130, 1), ("KM" * 150, 0)])
-    found = problems_of(tmp_path, "rows.csv")
-    assert [problem.line for problem in found] == [122, 123]
-    assert "line 122 has 260 residues, max_length is 200" in found[0].message
-    assert "set max_length = 300 in [data]" in found[0].message
-    assert "or truncate = true" in found[0].message
+    (found,) = problems_of(tmp_path, "rows.csv")
+    assert (found.line, found.key, found.count) == (122, "sequence", 2)
+    assert found.message == (
+        "2 sequences longer than max_length, which is 200: line 122 (260 residues), line 123 (300 "
+        "residues); set max_length = 300 in [data] (the longest has that many), or truncate = true"
+    )
     assert prepared(tmp_path, "rows.csv", max_length=300).warnings == ()
 
 
@@ -628,7 +974,7 @@ BAD_ARRAYS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, str]] = {
         "every row has label 0; a classifier needs both",
     ),
     "contradicting labels": (
-        lambda arrays: arrays.update(negatives=arrays["positives"][:30]),
+        lambda arrays: arrays["negatives"].__setitem__(0, arrays["positives"][0]),
         "label",
         "0",
         "row 0 of negatives says 0, but the same sequence has label 1 in row 0 of positives",

@@ -319,7 +319,10 @@ def _load(
     spec = load_spec(path, overrides)
     prepared = prepare(spec.data, folder=spec.folder, artifacts=artifacts)
     for warning in prepared.warnings:
-        _note(f"Warning: {warning}")
+        if warning in prepared.loud:
+            _warn(warning)
+        else:
+            _note(f"Warning: {warning}")
     if prepared.identity.synthetic and not quiet:
         _warn_synthetic()
     return spec, prepared

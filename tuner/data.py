@@ -19,8 +19,8 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +44,21 @@ SOLUBILITY_FILE = "solubility.npz"
 CONNECT_SECONDS = 5
 READ_SECONDS = 30  # of silence in the middle of a download
 
-LISTED_PROBLEMS = 20  # of one source; the rest are counted
+SHOWN_PROBLEMS = 5  # of one kind, each with its place; the rest are counted
+SHOWN_VALUES = 10  # different wrong values of one kind, the most frequent first
+SHOWN_POSITIONS = 5  # of one wrong letter in one sequence
 MINIMUM_ROWS = 10  # of each label: below that a split of 10 % is a coin toss
 SHOWN_CHARACTERS = 40  # of a wrong value
+NUCLEOTIDES = "ACGTUN"  # letters of DNA and RNA; all but U are residues, too
+#: A shorter sequence of nucleotide letters alone may be a peptide.
+NUCLEOTIDE_LENGTH = 10
 
 _ARRAYS = (("positives", 1), ("negatives", 0))
 _NOT_A_RESIDUE = re.compile(f"[^{RESIDUES}{RESIDUES.lower()}]")
+_ONLY_NUCLEOTIDES = re.compile(f"[{NUCLEOTIDES}]+", re.IGNORECASE | re.ASCII)
+_LINE_END = re.compile(r"\r\n|\r|\n")
+#: Python's own limit of 131,072 letters would refuse long text in a column that is ignored.
+_LONGEST_FIELD = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +107,7 @@ class Prepared:
     development_file: Path  #: artifacts/development/<development_sha256>.npz
     development_sha256: str  #: of the development file's bytes
     warnings: tuple[str, ...]  #: one sentence each: what was accepted, and how often
+    loud: tuple[str, ...] = ()  #: those of `warnings` that put every result in doubt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +160,7 @@ def prepare(settings: DataSettings, *, folder: Path, artifacts: Path) -> Prepare
         development_file=development_file,
         development_sha256=sha256,
         warnings=source.warnings,
+        loud=source.loud,
     )
 
 
@@ -253,14 +264,101 @@ class _Source:
     sha256: str
     rows: tuple[_Row, ...]
     warnings: tuple[str, ...]
+    loud: tuple[str, ...] = ()  #: those of `warnings` that put every result in doubt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """What many rows can have wrong with them: told once for all rows of a file."""
+
+    several: str  #: the rows, in the plural
+    remedy: str
+
+
+_WRONG_LABEL = _Kind(
+    several="labels that are neither 1 nor 0", remedy="write 1 (soluble) or 0 (insoluble)"
+)
+_WRONG_RESIDUE = _Kind(
+    several="sequences with letters that are not residues",
+    remedy=f"only {RESIDUES} can be used (20 residues, one letter each): correct or remove it",
+)
+_RNA = _Kind(
+    several="sequences that look like RNA (letters ACGTUN alone)",
+    remedy=f"only {RESIDUES} can be used: translate RNA into amino acids",
+)
+_EMPTY = _Kind(several="empty sequences", remedy="remove it, or add its residues")
+_WRONG_FIELDS = _Kind(several="rows with too few or too many fields", remedy="correct the row")
+_SEVERAL_LINES = _Kind(
+    several="quoted fields that run over lines and may hold rows of the file",
+    remedy="close or remove the quote, or write the field on one line",
+)
+_SEVERAL_LINES_TSV = _Kind(
+    several="quoted fields that run over lines, where a TSV record is one line",
+    remedy="close or remove the quote, or write the field on one line",
+)
+_NO_ID = _Kind(several="headers without an id", remedy="write >NAME")
+_REPEATED_ID = _Kind(
+    several="ids that stand in an earlier line already", remedy="rename or remove one of the two"
+)
+_BOTH_LABELS = _Kind(
+    several="sequences that have the other label in an earlier row",
+    remedy="remove one of the two, or both",
+)
+_WRONG_TOKEN = _Kind(several="rows with impossible tokens", remedy="write 0 to 20")
+_PADDING_INSIDE = _Kind(
+    several="rows with padding (0) inside the sequence", remedy="padding stands at the end only"
+)
+_NO_TOKENS = _Kind(several="rows that are empty sequences", remedy="remove it")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Group:
+    """The problems of one kind in one column of one file."""
+
+    first: Problem
+    kind: _Kind
+    count: int = 0
+    shown: list[str] = field(default_factory=list)  #: place and detail of the first ones
+    values: Counter[str] = field(
+        default_factory=Counter
+    )  #: how often each wrong value stands there
+
+    def problem(self) -> Problem:
+        """The first of them, or one that speaks for all."""
+        if self.count == 1:
+            return self.first
+        message = f"{self.count:,} {self.kind.several}: {', '.join(self.shown)}"
+        if self.count > len(self.shown):
+            message += f" and {self.count - len(self.shown):,} more"
+            values = self.values.most_common(SHOWN_VALUES)
+            if values:
+                listed = ", ".join(f"{value} {_times(count)}" for value, count in values)
+                others = len(self.values) - len(values)
+                message += f"; in all {listed}" + (f", and {others:,} others" if others else "")
+        return replace(self.first, count=self.count, message=f"{message}; {self.kind.remedy}")
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Refused:
+    """A row that is left out for one reason, and may also be too long."""
+
+    file: str
+    line: int | None  #: as in `_Row`, like `place`
+    place: str
+    sequence: str  #: as it stands in the file; in npz with "-" for impossible tokens
 
 
 class _Problems:
     """Collects what is wrong with a source, to be reported at once."""
 
     def __init__(self) -> None:
-        self._listed: list[Problem] = []
-        self._more: Counter[str] = Counter()  # by file
+        self._listed: list[Problem | _Group] = []
+        self._groups: dict[tuple[str, str, _Kind], _Group] = {}
+        self.refused: list[_Refused] = []  #: whether they are too long is told nevertheless
 
     def __bool__(self) -> bool:
         return bool(self._listed)
@@ -268,23 +366,54 @@ class _Problems:
     def add(
         self, file: str, message: str, *, line: int | None = None, key: str = "", value: str = ""
     ) -> None:
-        """Lists the problem, or counts it where enough are listed already."""
-        if len(self._listed) == LISTED_PROBLEMS:
-            self._more[file] += 1
-            return
+        """Lists a problem that stands for itself."""
         self._listed.append(
             Problem(file=file, line=line, key=key, value=_shorten(value), message=message)
         )
 
+    def add_one(
+        self,
+        kind: _Kind,
+        file: str,
+        what: str,
+        *,
+        place: str,
+        detail: str = "",
+        line: int | None = None,
+        key: str = "",
+        value: str = "",
+        values: Mapping[str, int] | None = None,
+    ) -> None:
+        """Lists a problem of a row, together with all others of its kind in its file.
+
+        Args:
+            kind: What is wrong.
+            file: Where.
+            what: The same in words for this row, in case it stays the only one.
+            place: The row, as in "line 12".
+            detail: What is wrong with this row, where rows of this kind differ in it.
+            line: 1-based; None in npz.
+            key: The column, or the array.
+            value: What stands there.
+            values: What to count over all rows of this kind, and how often this row has it.
+        """
+        group = self._groups.get((file, key, kind))
+        if group is None:
+            message = f"{what}; {kind.remedy}"
+            first = Problem(file=file, line=line, key=key, value=_shorten(value), message=message)
+            group = self._groups[file, key, kind] = _Group(first=first, kind=kind)
+            self._listed.append(group)
+        group.count += 1
+        group.values.update(values or {})
+        if len(group.shown) < SHOWN_PROBLEMS:
+            group.shown.append(f"{place} ({detail})" if detail else place)
+
     def raise_if_any(self) -> None:
         """Raises DataError with all problems so far."""
-        if not self._listed:
-            return
-        rest = tuple(
-            Problem(file=file, line=None, key="", value="", message=f"and {count:,} more problems")
-            for file, count in self._more.items()
-        )
-        raise DataError((*self._listed, *rest))
+        if self._listed:
+            raise DataError(
+                [each.problem() if isinstance(each, _Group) else each for each in self._listed]
+            )
 
 
 def _shorten(value: str) -> str:
@@ -295,10 +424,35 @@ def _read_source(settings: DataSettings, folder: Path) -> _Source:
     """The rows of the source, checked: of usable length, each sequence once, both labels."""
     problems = _Problems()
     source = _load(settings, folder, problems)
+    loud = _nucleotide_warnings(source.rows)
     rows, warnings = _fit_length(source.rows, settings, problems)
     rows, repeated = _without_repeats(rows, settings, problems)
+    if problems and loud:  # perhaps their reason: DNA is three times as long as its protein
+        problems.add(source.rows[0].file, loud[0], key="sequence", value=source.rows[0].sequence)
     problems.raise_if_any()
-    return replace(source, rows=tuple(rows), warnings=(*source.warnings, *warnings, *repeated))
+    return replace(
+        source,
+        rows=tuple(rows),
+        warnings=(*loud, *source.warnings, *warnings, *repeated),
+        loud=tuple(loud),
+    )
+
+
+def _nucleotide_warnings(rows: Sequence[_Row]) -> list[str]:
+    """One loud sentence where sequences look like DNA: its letters are residues, too."""
+    found = [row for row in rows if _ONLY_NUCLEOTIDES.fullmatch(row.sequence)]
+    if len(found) < len(rows):
+        found = [row for row in found if len(row.sequence) >= NUCLEOTIDE_LENGTH]
+    if not found:
+        return []
+    first = found[0]
+    warning = (
+        f"DNA, NOT PROTEINS? {len(found):,} of {len(rows):,} sequences have only the letters "
+        f"{NUCLEOTIDES} (the first in {first.file}, {first.place}: {_shorten(first.sequence)}). "
+        "They are read as amino acids; if they are DNA or RNA, no result means anything: "
+        "translate them into proteins first"
+    )
+    return [warning]
 
 
 def _fit_length(
@@ -306,18 +460,26 @@ def _fit_length(
 ) -> tuple[list[_Row], list[str]]:
     """Cuts what is longer than `max_length` where the study file says so."""
     limit = settings.max_length
-    too_long = [row for row in rows if len(row.sequence) > limit]
-    if not too_long:
-        return list(rows), []
     if settings.truncate:
         cut = [replace(row, sequence=row.sequence[:limit]) for row in rows]
-        return cut, [f"{len(too_long):,} sequences were cut to their first {limit} residues"]
-    longest = max(len(row.sequence) for row in too_long)
-    for row in too_long:
-        problems.add(
+        count = sum(len(row.sequence) > limit for row in rows)
+        return cut, [f"{count:,} sequences were cut to their first {limit} residues"] * (count > 0)
+    everything: tuple[_Row | _Refused, ...] = (*rows, *problems.refused)
+    too_long = [row for row in everything if len(row.sequence) > limit]
+    # Rows that were refused for something else count, too: this is to be the length that fits all.
+    longest = max((len(row.sequence) for row in too_long), default=0)
+    kind = _Kind(
+        several=f"sequences longer than max_length, which is {limit}",
+        remedy=f"set max_length = {longest} in [data] (the longest has that many), or "
+        "truncate = true",
+    )
+    for row in sorted(too_long, key=lambda row: row.line or 0):  # stable: npz and files in order
+        problems.add_one(
+            kind,
             row.file,
-            f"{row.place} has {len(row.sequence):,} residues, max_length is {limit}; set "
-            f"max_length = {longest} in [data] (the longest has that many), or truncate = true",
+            f"{row.place} has {len(row.sequence):,} residues, max_length is {limit}",
+            place=row.place,
+            detail=f"{len(row.sequence):,} residues",
             line=row.line,
             key="sequence",
             value=row.sequence,
@@ -339,10 +501,12 @@ def _without_repeats(
         if first.label == row.label:
             continue
         where = first.place if first.file == row.file else f"{first.file}, {first.place}"
-        problems.add(
+        problems.add_one(
+            _BOTH_LABELS,
             row.file,
-            f"{row.place} says {row.label}, but the same {what} has label {first.label} in "
-            f"{where}; remove one of the two, or both",
+            f"{row.place} says {row.label}, but the same {what} has label {first.label} in {where}",
+            place=row.place,
+            detail=f"{row.label}, but {first.label} in {where}",
             line=row.line,
             key="label",
             value=str(row.label),
@@ -590,12 +754,17 @@ def _read_bytes(path: Path, file: str, problems: _Problems) -> bytes:
 
 
 def _text(file: str, content: bytes, problems: _Problems) -> str | None:
-    """The file's text, without a byte order mark; None, with a problem added, if it is none."""
+    """The file's text, without byte order marks; None, with a problem added, if it is none."""
     if content.startswith(b"\x1f\x8b"):
         problems.add(file, "is compressed with gzip; unpack it first (gunzip)")
         return None
+    wide = _wide_encoding(content)
+    if wide is not None:
+        problems.add(file, f"is not UTF-8 text but {wide}; save it as UTF-8", line=1, value=wide)
+        return None
     try:
-        return content.decode("utf-8-sig")
+        # Programs that take a mark for text put a second one before it.
+        return content.decode("utf-8").lstrip("\ufeff")
     except UnicodeDecodeError as error:
         problems.add(
             file,
@@ -606,25 +775,66 @@ def _text(file: str, content: bytes, problems: _Problems) -> str | None:
         return None
 
 
+#: The byte order mark, if any, and which of four bytes are zero in Latin letters.
+_WIDE_ENCODINGS = (
+    ("UTF-32", b"\xff\xfe\0\0", (1, 2, 3)),
+    ("UTF-32", b"\0\0\xfe\xff", (0, 1, 2)),
+    ("UTF-16", b"\xff\xfe", (1, 3)),
+    ("UTF-16", b"\xfe\xff", (0, 2)),
+)
+_ENCODING_SAMPLE = 4_096  # bytes
+
+
+def _wide_encoding(content: bytes) -> str | None:
+    """UTF-16 or UTF-32, by byte order mark or, without one, by where zero bytes stand."""
+    sample = content[:_ENCODING_SAMPLE]
+    for name, mark, zeros in _WIDE_ENCODINGS:
+        places = [sample[place::4] for place in zeros]
+        if sample.startswith(mark) or all(each.count(0) * 2 > len(each) for each in places):
+            return name
+    return None
+
+
 def _checked_sequence(
     raw: str, file: str, line: int, subject: str, problems: _Problems
 ) -> str | None:
     """The sequence in upper case; None, with a problem added, where it is not one."""
     sequence = raw.strip()
+    place = f"line {line}"
     if not sequence:
-        problems.add(
-            file, f"{subject} is empty; remove it, or add its residues", line=line, key="sequence"
-        )
+        what = f"{subject} is empty"
+        problems.add_one(_EMPTY, file, what, place=place, line=line, key="sequence")
         return None
-    wrong = _NOT_A_RESIDUE.search(sequence)
-    if wrong:
-        message = (
-            f"residue {wrong.start() + 1:,} of {subject} is {wrong[0]!r}; only {RESIDUES} can be "
-            "used (20 residues, one letter each): correct or remove it"
-        )
-        problems.add(file, message, line=line, key="sequence", value=sequence[wrong.start() :])
-        return None
-    return sequence.upper()
+    positions: dict[str, list[int]] = {}
+    for wrong in _NOT_A_RESIDUE.finditer(sequence):
+        positions.setdefault(wrong[0], []).append(wrong.start() + 1)
+    if not positions:
+        return sequence.upper()
+    first, *others = positions.items()
+    rest = "".join(f", {_bad_letter(*other)}" for other in others)
+    problems.add_one(
+        _RNA if _ONLY_NUCLEOTIDES.fullmatch(sequence) else _WRONG_RESIDUE,
+        file,
+        _bad_letter(*first, subject) + rest,
+        place=place,
+        detail=_bad_letter(*first) + rest,
+        line=line,
+        key="sequence",
+        value=sequence[first[1][0] - 1 :],
+        values={repr(letter): len(each) for letter, each in positions.items()},
+    )
+    problems.refused.append(_Refused(file=file, line=line, place=place, sequence=sequence))
+    return None
+
+
+def _bad_letter(letter: str, positions: Sequence[int], subject: str = "") -> str:
+    """Where a wrong letter stands: "residue 3 is 'X'", "residues 3, 5 and 900 more are 'X'"."""
+    of = f" of {subject}" if subject else ""
+    if len(positions) == 1:
+        return f"residue {positions[0]:,}{of} is {letter!r}"
+    listed = ", ".join(f"{position:,}" for position in positions[:SHOWN_POSITIONS])
+    more = len(positions) - SHOWN_POSITIONS
+    return f"residues {listed}{f' and {more:,} more' if more > 0 else ''}{of} are {letter!r}"
 
 
 def _lower_case_warnings(count: int) -> list[str]:
@@ -639,48 +849,174 @@ def _csv_rows(
     text = _text(file, content, problems)
     if text is None:
         return rows, []
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     lower_case = 0
     columns: list[str] = []
-    line = 1  # where the record starts: a quoted field may go over several lines
-    try:
-        for fields in reader:
-            start, line = line, reader.line_num + 1
-            if len(fields) < 2 and not "".join(fields).strip():
-                continue  # a blank line
-            if not columns:
-                columns = [field.strip().lower() for field in fields]
-                if not _has_columns(file, start, columns, delimiter, problems):
-                    break
-                continue
-            if len(fields) != len(columns):
-                message = f"{len(fields)} fields where the header names {len(columns)}"
-                value = delimiter.join(fields)
-                problems.add(file, f"{message}; correct the row", line=start, value=value)
-                continue
-            raw = fields[columns.index("sequence")]
-            label = fields[columns.index("label")].strip()
-            sequence = _checked_sequence(raw, file, start, "the sequence", problems)
-            if label not in ("0", "1"):
-                message = f"{_shorten(label)!r} is no label; write 1 (soluble) or 0 (insoluble)"
-                problems.add(file, message, line=start, key="label", value=label)
-            elif sequence is not None:
-                lower_case += sequence != raw.strip()
-                rows.append(
-                    _Row(
-                        sequence=sequence,
-                        label=int(label),
-                        file=file,
-                        line=start,
-                        place=f"line {start}",
-                    )
-                )
-    except csv.Error as error:
-        message = f"cannot be read as {delimiter!r}-separated text ({error}); check the quotes"
-        problems.add(file, message, line=line)
+    for record in _records(file, text, delimiter, problems):
+        if not columns:
+            columns = [field.strip().lower() for field in record.fields]
+            if _may_hold_rows(record, columns, file, delimiter, problems) or not _has_columns(
+                file, record.line, columns, delimiter, problems
+            ):
+                break
+        elif not _may_hold_rows(record, columns, file, delimiter, problems):
+            row = _csv_row(record, columns, file, delimiter, problems)
+            if row is not None:
+                lower_case += row.sequence != record.fields[columns.index("sequence")].strip()
+                rows.append(row)
     if not columns and not problems:
         problems.add(file, "holds no rows; the first line has to be: sequence,label")
     return rows, _lower_case_warnings(lower_case)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Record:
+    """A record of a CSV or TSV file: a line, or several where a quoted field has line breaks."""
+
+    fields: list[str]
+    line: int  #: the first, from 1
+    last_line: int
+
+    @property
+    def place(self) -> str:
+        if self.last_line == self.line:
+            return f"line {self.line}"
+        return f"lines {self.line} to {self.last_line}"
+
+
+def _records(file: str, text: str, delimiter: str, problems: _Problems) -> Iterator[_Record]:
+    """The records of a CSV or TSV file that are not blank; ends at what cannot be read."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    stream = io.StringIO(text, newline="")
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    last_line = 0
+    try:
+        for fields in reader:
+            line, last_line = last_line + 1, reader.line_num
+            # Spreadsheets save many rows of empty cells.
+            if any(map(str.strip, fields)):
+                yield _Record(fields=fields, line=line, last_line=last_line)
+    except csv.Error as error:
+        last = f"line {reader.line_num}" + ("" if stream.read(1) else ", the end of the file")
+        message = (
+            f"the record cannot be read as {delimiter!r}-separated text from here to {last} "
+            f"({error}); check the quotes: close or remove the one that stands alone"
+        )
+        problems.add(file, message, line=last_line + 1)
+
+
+def _csv_row(
+    record: _Record, columns: Sequence[str], file: str, delimiter: str, problems: _Problems
+) -> _Row | None:
+    """The row of a record; None, with problems added, where it is not one."""
+    fields, line, place = record.fields, record.line, record.place
+    if len(fields) != len(columns):
+        what = f"{len(fields)} fields where the header names {len(columns)}"
+        problems.add_one(
+            _WRONG_FIELDS,
+            file,
+            what if line == record.last_line else f"{what}, in {place}",
+            place=place,
+            detail=str(len(fields)),
+            line=line,
+            value=delimiter.join(fields),
+        )
+        return None
+    raw = fields[columns.index("sequence")]
+    label = fields[columns.index("label")].strip()
+    sequence = _checked_sequence(raw, file, line, "the sequence", problems)
+    if label in ("0", "1"):
+        if sequence is None:
+            return None
+        return _Row(sequence=sequence, label=int(label), file=file, line=line, place=f"line {line}")
+    shown = repr(_shorten(label))
+    problems.add_one(
+        _WRONG_LABEL,
+        file,
+        f"{shown} is no label",
+        place=place,
+        detail=shown,
+        line=line,
+        key="label",
+        value=label,
+        values={shown: 1},
+    )
+    if sequence is not None:
+        problems.refused.append(_Refused(file=file, line=line, place=place, sequence=sequence))
+    return None
+
+
+def _may_hold_rows(
+    record: _Record, columns: Sequence[str], file: str, delimiter: str, problems: _Problems
+) -> bool:
+    """Whether a record of several lines may have swallowed rows; adds the problem.
+
+    A lone quote makes a field of all that follows up to the next lone quote: the rest of its row,
+    whole rows, and the start of the row with that quote. If both stand in one column, what is left
+    is a row with the right number of fields: the first row's sequence with the last row's label.
+
+    In TSV a record is a line. In CSV a field may hold line breaks, so its text decides: it may not
+    in the columns `sequence` and `label`, nor where it looks like rows.
+    """
+    if record.last_line == record.line:
+        return False
+    for at, text in enumerate(record.fields):
+        if delimiter == "\t" and _LINE_END.search(text):
+            kind, why = _SEVERAL_LINES_TSV, "a TSV record is one line"
+        elif _LINE_END.search(text.strip()) and (
+            columns[at : at + 1] in (["sequence"], ["label"])
+            or _looks_like_rows(text, at, columns, delimiter)
+        ):
+            kind, why = _SEVERAL_LINES, "may hold rows of the file"
+        else:
+            continue
+        problems.add_one(
+            kind,
+            file,
+            f"a quoted field runs over {record.place}, and {why}",
+            place=record.place,
+            line=record.line,
+            key="".join(columns[at : at + 1]),
+            value=text,
+        )
+        return True
+    return False
+
+
+def _looks_like_rows(text: str, at: int, columns: Sequence[str], delimiter: str) -> bool:
+    """Whether the text of a field, the one in column `at`, may be the swallowed part of rows.
+
+    Cut at delimiters, it has a sequence and a label among its pieces. Or, as the sequences and
+    labels of a file may be wrong: each of its lines has as many delimiters as swallowed rows, and
+    where these have their sequence, a word or nothing, or where they have their label, 0 or 1.
+    """
+    first, *middle, last = (
+        [piece.strip(' "') for piece in line.split(delimiter)] for line in _LINE_END.split(text)
+    )
+    middle = [line for line in middle if any(line)]
+    pieces = [*first, *(piece for line in middle for piece in line), *last]
+    if {"0", "1"} & set(pieces) and any(
+        piece and not _NOT_A_RESIDUE.search(piece) for piece in pieces
+    ):
+        return True
+    width = len(columns)
+    whole = all(len(line) == width for line in middle)
+    if not (whole and len(first) == width - at and len(last) == at + 1):
+        return False
+
+    def swallowed(column: str) -> list[str]:
+        """Its cells in the rest of the first row, the rows between, and the start of the last."""
+        place = columns.index(column)
+        cells = [line[place] for line in middle]
+        if place > at:
+            cells.append(first[place - at])
+        if place < at:
+            cells.append(last[place])
+        return cells
+
+    if not {"sequence", "label"} <= set(columns):  # of the header, whose end was swallowed, too
+        return True
+    words = [cell for cell in swallowed("sequence") if len(cell.split()) < 2]
+    return bool(words) or bool({"0", "1"} & set(swallowed("label")))
 
 
 def _has_columns(
@@ -731,13 +1067,20 @@ def _fasta_rows(
             found += 1
             name = (record.name.split() or [""])[0]
             if not name:
-                problems.add(file, "a header without an id; write >NAME", line=line, key="id")
+                what = "a header without an id"
+                problems.add_one(_NO_ID, file, what, place=f"line {line}", line=line, key="id")
             elif line_of_id.setdefault(name, line) != line:
-                message = (
-                    f"id {_shorten(name)!r} stands in line {line_of_id[name]} already; "
-                    "rename or remove one of the two"
+                shown, first = repr(_shorten(name)), line_of_id[name]
+                problems.add_one(
+                    _REPEATED_ID,
+                    file,
+                    f"id {shown} stands in line {first} already",
+                    place=f"line {line}",
+                    detail=f"{shown}, as in line {first}",
+                    line=line,
+                    key="id",
+                    value=name,
                 )
-                problems.add(file, message, line=line, key="id", value=name)
             subject = f"the sequence {_shorten(name)!r}"
             sequence = _checked_sequence(record.sequence, file, line, subject, problems)
             if sequence is not None:
@@ -830,30 +1173,51 @@ def _token_rows(
     tokens: npt.NDArray[np.integer[Any]], file: str, name: str, label: int, problems: _Problems
 ) -> list[_Row]:
     """The rows of one array [rows, width], as sequences."""
+    letter_of_token = np.frombuffer(f"-{RESIDUES}".encode(), dtype=np.uint8)
     impossible = (tokens < 0) | (tokens > len(RESIDUES))
     real = tokens != 0
     gap = real[:, 1:] & ~real[:, :-1]
     bad = impossible.any(axis=1) | gap.any(axis=1) | ~real.any(axis=1)
-    for row in np.flatnonzero(bad):
+    for row in np.flatnonzero(bad).tolist():
+        values: dict[str, int] = {}
         if impossible[row].any():
-            position = int(impossible[row].argmax())
-            wrong = f"has token {tokens[row, position]} at position {position}; write 0 to 20"
-        elif gap[row].any():
-            position = int((~real[row]).argmax())
-            wrong = (
-                f"has padding (0) inside the sequence, at position {position}; padding stands at "
-                "the end only"
+            kind = _WRONG_TOKEN
+            wrong = np.flatnonzero(impossible[row])
+            detail = "token " + ", ".join(
+                f"{tokens[row, position]} at position {position}"
+                for position in wrong[:SHOWN_VALUES]
             )
+            if len(wrong) > SHOWN_VALUES:
+                detail += f" and {len(wrong) - SHOWN_VALUES:,} more"
+            values = Counter(f"token {token}" for token in tokens[row, wrong].tolist())
+            what = f"has {detail}"
+        elif gap[row].any():
+            kind, detail = _PADDING_INSIDE, f"at position {int((~real[row]).argmax())}"
+            what = f"has padding (0) inside the sequence, {detail}"
         else:
-            wrong = "is an empty sequence; remove it"
-        problems.add(
+            kind, detail, what = _NO_TOKENS, "", "is an empty sequence"
+        problems.add_one(
+            kind,
             file,
-            f"row {row} (counted from 0) {wrong}",
+            f"row {row} (counted from 0) {what}",
+            place=f"row {row}",
+            detail=detail,
             key=name,
             value=" ".join(str(token) for token in tokens[row, :SHOWN_CHARACTERS]),
+            values=values,
+        )
+        residues = letter_of_token[np.where(impossible[row], 0, tokens[row])]
+        end = int(np.flatnonzero(real[row]).max(initial=-1)) + 1
+        problems.refused.append(
+            _Refused(
+                file=file,
+                line=None,
+                place=f"row {row} of {name}",
+                sequence=residues[:end].tobytes().decode(),
+            )
         )
     good = np.flatnonzero(~bad)
-    letters = np.frombuffer(f"-{RESIDUES}".encode(), dtype=np.uint8)[tokens[good]]
+    letters = letter_of_token[tokens[good]]
     lengths = real[good].sum(axis=1)
     return [
         _Row(

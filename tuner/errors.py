@@ -24,6 +24,7 @@ class Problem:
     key: str  #: dotted key ("space.kernel_size") or column; "" for the whole file
     value: str  #: what stands there, shortened
     message: str  #: what is wrong, and what to write instead
+    count: int = 1  #: mistakes of this kind in the file; place and value are those of the first
 
     def __str__(self) -> str:
         place = ":".join(part for part in (self.file, str(self.line or "")) if part)
@@ -39,7 +40,7 @@ class ProblemsError(TunerError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def to_document(self) -> list[dict[str, Any]]:
-        """Plain values, ready for JSON: file, line, key, value and message of each mistake."""
+        """Plain values, ready for JSON: file, line, key, value, message and count of each."""
         return [asdict(problem) for problem in self.problems]
 
 
