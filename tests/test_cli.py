@@ -455,25 +455,31 @@ def group_members(group: int) -> list[int]:
         (("launch", "tiny.toml", "--storage", "tuner.db"), 1, "no database URL"),
         (("launch", "tiny.toml", "--storage", "sqlite:///tiny.csv"), 1, "not a database"),
         (("launch", "tiny.toml", "--artifacts", "tiny.csv"), 1, "tiny.csv"),
-        (("status", "nobody"), 1, "holds no study 'nobody'"),
-        (("stop", "nobody"), 1, "holds no study 'nobody'"),
-        (("export", "nobody"), 1, "holds no study 'nobody'"),
-        (("report", "nobody"), 1, "holds no study 'nobody'"),
-        (("delete", "nobody", "--yes"), 1, "holds no study 'nobody'"),
+        (("status", "nobody"), 1, "holds no study: there is no such file"),
+        (("stop", "nobody"), 1, "holds no study: there is no such file"),
+        (("export", "nobody"), 1, "holds no study: there is no such file"),
+        (("report", "nobody"), 1, "holds no study: there is no such file"),
+        (("delete", "nobody", "--yes"), 1, "holds no study: there is no such file"),
         (("dashboard", "--host", "0.0.0.0"), 1, "0.0.0.0"),
         (("serve", "--host", "0.0.0.0"), 1, "add-user NAME"),
         (("serve", "--users", "none.json"), 1, "no users file none.json"),
         (("dashboard", "add-user", "a b", "--password-file", "tiny.toml"), 1, "no user's name"),
         (("launch", "tiny.toml", "--detach", "--workers", "2"), 2, "--workers"),
+        (("dashboard", "log"), 1, "holds no study: there is no such file"),
+        (("status", "--storage", "sqlite://runs/tuner.db"), 1, "after three slashes"),
+        (("launch", "tiny.toml", "--storage", "sqlite://runs/tuner.db"), 1, "after three slashes"),
         (("frobnicate",), 2, "No such command"),
     ],
 )
 def test_a_mistake_of_the_user_is_one_clear_message(
     folder: Path, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
+    before = sorted(folder.rglob("*"))
     done = tuner(folder, *arguments, check=False)
     assert done.returncode == code
     assert words in done.stderr.replace("\n", " ")
+    if arguments[0] not in ("launch", "serve"):
+        assert sorted(folder.rglob("*")) == before
 
 
 def test_check_reports_every_mistake_with_its_line(folder: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
+import re
 import sqlite3
 import threading
 import time
@@ -16,7 +19,7 @@ from postgres import Postgres
 
 from tuner import database
 from tuner.database import PASSWORD_FILE_VARIABLE, closed_engine, parse_url
-from tuner.errors import LeaseLostError, StorageError
+from tuner.errors import LeaseLostError, StorageError, StorageMissingError
 from tuner.storage import Decision, Storage, check_storage
 
 
@@ -66,13 +69,249 @@ def test_ten_processes_open_an_empty_database_at_once(
         ("postgresql://u:secret@h:port/db", "no database URL"),
         ("postgresql://u:secret@127.0.0.1:1/db", "server runs"),
         ("sqlite:////proc/none/tuner.db", "folder that you may write"),
+        # where the path of a SQLite file stands, and what may follow it
+        ("sqlite://runs/tuner.db", "three slashes; write sqlite:///runs/tuner.db"),
+        ("sqlite://tuner.db", "three slashes; write sqlite:///tuner.db"),
+        ("sqlite://u:secret@host:1/tuner.db", "three slashes; write sqlite:///host/tuner.db"),
+        ("sqlite:///~/tuner.db", "no shell replaces the ~"),
+        ("sqlite:///tuner.db?timeout=abc", "timeout is one number of seconds above 0"),
+        ("sqlite:///tuner.db?timeout=nan", "timeout is one number of seconds above 0"),
+        ("sqlite:///tuner.db?timeout=-1", "timeout is one number of seconds above 0"),
+        ("sqlite:///tuner.db?timeout=", "timeout is one number of seconds above 0"),
+        ("sqlite:///tuner.db?timeout=1&timeout=2", "timeout is one number of seconds above 0"),
+        ("sqlite:///tuner.db?cached_statements=x", "no option 'cached_statements'"),
+        ("sqlite:///file:tuner.db?mode=ro&uri=true", "no option 'mode'"),
+        ("sqlite:///what?.db", "written %3F"),
+        ("sqlite:///tuner%00.db", "NUL byte"),
+        ("sqlite:///tuner\udc80.db", "not UTF-8"),
+        # the host and the port of a PostgreSQL
+        ("postgresql://u:secret@a..b/db", "'a..b' cannot be a host"),
+        (f"postgresql://u:secret@{'h' * 64}/db", "cannot be a host"),
+        (f"postgresql://u:secret@{'h.' * 127}h/db", "cannot be a host"),
+        ("postgresql://u@h/db?host=a..b&password=secret", "'a..b' cannot be a host"),
+        ("postgresql://u:secret@h\udc80/db", "not UTF-8"),
+        ("postgresql://u:sec@ret@127.0.0.1:1/db", "write @ as %40"),
+        ("postgresql://u:secret@h:0/db", "a port is a number from 1 to 65535, not 0"),
+        ("postgresql://u:secret@h:65536/db", "a port is a number from 1 to 65535, not 65536"),
+        ("postgresql://u:secret@h:-1/db", "a port is a number from 1 to 65535, not -1"),
+        ("postgresql://u@/db?host=h:70000&password=secret", "a port is a number"),
+        ("postgresql://u:secret@h/db?port=abc", "hosts or ports cannot be read"),
+        ("postgresql://u:secret@höst.invalid/db", "failed to resolve host 'höst.invalid'"),
+        ("postgresql://u:secret@127.0.0.1:1/d%00b", "NUL byte"),
+        # the options of its connection
+        ("postgresql://u:secret@127.0.0.1:1/db?prepare_threshold=0", "'prepare_threshold'"),
+        ("postgresql://u:secret@127.0.0.1:1/db?autocommit=1", "no option 'autocommit'"),
+        ("postgresql://u:secret@127.0.0.1:1/db?ssl_mode=require", 'did you mean "sslmode"'),
+        ("postgresql://u@127.0.0.1:1/db?password=secret&x=secret", "no option 'x'"),
+        ("postgresql://u@127.0.0.1:1/db?pasword=secret", 'did you mean "password"'),
+        ("postgresql://u:secret@127.0.0.1:1/db?connect_timeout=", "'connect_timeout' has no value"),
+        ("postgresql://u:secret@127.0.0.1:1/db?sslmode", "'sslmode' has no value"),
+        ("postgresql://u:se?ret@127.0.0.1:1/db?sslmode=", "'sslmode' has no value"),
+        ("postgresql://u@127.0.0.1:1/db?sslmode=disable&sslmode=allow", "'sslmode' stands twice"),
+        ("postgresql://u:secret@h:port/db?password=secret", "no database URL"),
+        ("postgresql://u@h:port/db?password=secret", "no database URL"),
+        ("secret@h", "no database URL"),
+        ("mysql://u@h/db?password=secret", "only SQLite and PostgreSQL"),
     ],
 )
-def test_an_unusable_url_is_explained_without_its_password(url: str, words: str) -> None:
-    with pytest.raises(StorageError, match=words) as caught:
-        Storage(url, patience_seconds=0.1)
+def test_an_unusable_url_is_explained_without_its_password(
+    url: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for look in (lambda: Storage(url, patience_seconds=0.1), lambda: described(url)):
+        with pytest.raises(StorageError, match=re.escape(words)) as caught:
+            look()
+        assert not re.search("secret|se.?ret", str(caught.value))
+        assert "psycopg:" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def described(url: str) -> None:
+    """What `storage check` says of a database that cannot be reached."""
+    check = check_storage(url)
+    if not check.reachable:
+        raise StorageError(check.detail)
+    if "/proc/" in url:  # it only looks, and there is no file
+        raise StorageError("folder that you may write")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("sslmode=foo", 'invalid sslmode value: "foo"'),
+        ("channel_binding=foo", 'invalid channel_binding value: "foo"'),
+        ("target_session_attrs=foo", 'invalid target_session_attrs value: "foo"'),
+        ("keepalives=abc", 'invalid integer value "abc"'),
+        ("connect_timeout=abc", "bad value for connect_timeout"),
+        ("hostaddr=abc", "could not parse network address"),
+        ("service=none", 'definition of service "none" not found'),
+    ],
+)
+def test_an_options_bad_value_is_told_at_once(option: str, words: str) -> None:
+    with pytest.raises(StorageError, match=words) as caught:  # else it would wait for an hour
+        Storage(f"postgresql://u:secret@127.0.0.1:1/db?{option}", patience_seconds=3600.0)
+    assert "its options" in str(caught.value)
     assert "secret" not in str(caught.value)
-    assert "psycopg:" not in str(caught.value)
+
+
+def test_a_server_refuses_a_setting_of_the_url_at_once(postgres: Postgres) -> None:
+    for setting in ("no_such_setting=1", "statement_timeout=abc"):
+        url = f"{postgres.database()}?options=-c%20{setting}"
+        with pytest.raises(StorageError, match=setting.partition("=")[0]):
+            Storage(url, patience_seconds=3600.0)
+
+
+def test_a_host_of_the_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGHOST", "a..b")
+    with pytest.raises(StorageError, match="Check the address"):
+        Storage("postgresql://u@/db", patience_seconds=0.1)
+
+
+def test_a_url_says_how_long_sqlite_waits_for_a_lock(tmp_path: Path) -> None:
+    with Storage(f"sqlite:///{tmp_path}/tuner.db?timeout=0.25") as storage:
+        connection = storage._rdb.engine.raw_connection()
+        assert connection.cursor().execute("PRAGMA busy_timeout").fetchone() == (250,)
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["[a].db", "a*b", "a?b.db", "a#b", "100%", "a%20b", "{x}", "ä 蛋", "'q\"", "n" * 250]
+)
+def test_a_file_may_have_any_name(name: str, tmp_path: Path) -> None:
+    # A file's own journal has eight letters more: SQLite refuses what is longer than 247.
+    name = name[:247]
+    url = f"sqlite:///{tmp_path}/{name.replace('%', '%25').replace('?', '%3F')}"
+    with Storage(url) as storage:
+        new_study(storage)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert check_storage(url).is_right
+    assert database.parse_url(database.shown(parse_url(url))) == parse_url(url)
+
+
+def refuse_links(url: str, done: str) -> None:
+    """Opens a database as on exFAT or an SMB share, and writes a study of its own."""
+
+    def refuse(source: object, target: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    os.link = refuse
+    with Storage(url) as storage:
+        optuna.create_study(storage=storage.optuna, study_name=done)
+
+
+def test_processes_open_a_database_at_once_where_hard_links_are_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/[a].db"
+    context = multiprocessing.get_context("spawn")
+    names = [f"study-{number}" for number in range(4)]
+    openers = [context.Process(target=refuse_links, args=(url, name)) for name in names]
+    for opener in openers:
+        opener.start()
+    for opener in openers:
+        opener.join()
+    assert [opener.exitcode for opener in openers] == [0] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["[a].db"]
+    with Storage(url) as storage:  # no rename took the place of a database with a study in it
+        assert sorted(optuna.get_all_study_names(storage.optuna)) == names
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_a_database_published_meanwhile_keeps_its_place_where_hard_links_are_refused(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tuner.db"
+
+    def another_was_first(source: object, target: object) -> None:
+        monkeypatch.undo()
+        open_first(path)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", another_was_first)
+    with Storage(f"sqlite:///{path}") as storage:
+        assert optuna.get_all_study_names(storage.optuna) == ["theirs"]
+    assert [left.name for left in tmp_path.iterdir()] == ["tuner.db"]
+
+
+def open_first(path: Path) -> None:
+    with Storage(f"sqlite:///{path}") as storage:
+        optuna.create_study(storage=storage.optuna, study_name="theirs")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"secret\xff\n", "is not UTF-8"),
+        ("secret".encode("utf-16"), "is not UTF-8"),
+        (b"secret\nmore\n", "more than one line"),
+        (b"secret\rmore", "more than one line"),
+        (b"sec\0ret", "NUL byte"),
+        (b"secret" * 1000, "more than 4096 bytes"),
+    ],
+)
+def test_a_password_file_that_cannot_be_used_is_told(
+    content: bytes | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "password"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setenv(PASSWORD_FILE_VARIABLE, str(file))
+    with pytest.raises(StorageError, match=words) as caught:
+        Storage("postgresql://u@127.0.0.1:1/db", patience_seconds=0.1)
+    assert str(file) in str(caught.value)
+    assert PASSWORD_FILE_VARIABLE in str(caught.value)
+    assert "secret" not in repr(caught.value.__context__)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_folder_is_no_password_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PASSWORD_FILE_VARIABLE, str(tmp_path))
+    with pytest.raises(StorageError, match="Is a directory; it should name the file"):
+        parse_url("postgresql://u@127.0.0.1:1/db")
+
+
+@pytest.mark.parametrize("content", ["pass word", "pass word\n", "\ufeffpass word\r\n"])
+def test_a_password_file_may_end_its_line(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "password"
+    file.write_text(content, encoding="utf-8")
+    monkeypatch.setenv(PASSWORD_FILE_VARIABLE, str(file))
+    assert parse_url("postgresql://u@127.0.0.1:1/db").password == "pass word"
+
+
+def test_who_only_reads_makes_nothing(empty_database_url: str, tmp_path: Path) -> None:
+    with pytest.raises(StorageMissingError, match="holds no study"):
+        Storage(empty_database_url, create=False)
+    assert check_storage(empty_database_url).schema == "missing"
+    assert list(tmp_path.iterdir()) == []
+    open_and_close(empty_database_url)
+    with Storage(empty_database_url, create=False) as storage:
+        assert storage.queued() == ()
+
+
+def test_who_only_reads_leaves_anothers_database_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.db"
+    plain = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    optuna.create_study(storage=plain, study_name="theirs")
+    plain.remove_session()
+    plain.engine.dispose()
+    before = path.read_bytes()
+    with pytest.raises(StorageMissingError, match="holds no study of the tuner"):
+        Storage(f"sqlite:///{path}", create=False)
+    assert check_storage(f"sqlite:///{path}").schema == "missing"
+    assert path.read_bytes() == before
+
+
+def test_who_opens_a_database_that_is_right_does_not_wait_for_who_writes(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/tuner.db"
+    open_and_close(url)
+    writer = sqlite3.connect(tmp_path / "tuner.db", isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    with Storage(f"{url}?timeout=0.01", patience_seconds=0.1) as storage:
+        assert storage.queued() == ()
+    writer.close()
 
 
 def test_a_file_that_is_no_database_is_left_as_it_is(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tuner.artifacts import (
     DEFAULT_USERS_FILE,
     development_path,
 )
-from tuner.errors import ProblemsError, TunerError
+from tuner.errors import ProblemsError, StorageMissingError, TunerError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,8 +225,13 @@ def _print_json(document: Any) -> None:
 
 
 def _open(
-    url: str, *, patience_seconds: float | None = 5.0, say: Callable[[str], None] = _note
+    url: str,
+    *,
+    patience_seconds: float | None = 5.0,
+    say: Callable[[str], None] = _note,
+    create: bool = False,
 ) -> Storage:
+    """Opens a storage; only a verb that puts something into it makes one that is not there."""
     import optuna
     from stamina.instrumentation import set_on_retry_hooks
 
@@ -234,7 +239,7 @@ def _open(
 
     set_on_retry_hooks(())  # an outage is told in our words
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return Storage(url, patience_seconds=patience_seconds, say=say)
+    return Storage(url, patience_seconds=patience_seconds, say=say, create=create)
 
 
 def _version(value: bool) -> None:
@@ -434,7 +439,7 @@ def launch(
     spec, prepared = _load(spec_path, given, artifacts)
     from tuner.study import clear_error, create_or_resume, status
 
-    with _open(storage, patience_seconds=None) as opened:
+    with _open(storage, patience_seconds=None, create=True) as opened:
         tuned = create_or_resume(
             opened,
             spec,
@@ -706,21 +711,27 @@ def status(
     from tuner.study import list_names, load
     from tuner.study import status as read_status
 
-    with _open(storage) as opened:
-        while True:
-            names = [name] if name else list_names(opened)
-            found = [read_status(load(opened, one, artifacts_root=artifacts)) for one in names]
-            documents = [one.to_document() for one in found]
-            if as_json:
-                _print_json(documents[0] if name else documents)
-            elif not found:
-                typer.echo("No study yet. `tuner launch studies/quickstart.toml` makes one.")
-            else:
-                table = status_details(found[0]) if name else status_table(found)
-                terminal().print(table)
-            if not watch:
-                return
-            time.sleep(2.0)
+    def show(found: list[StudyStatus]) -> None:
+        documents = [one.to_document() for one in found]
+        if as_json:
+            _print_json(documents[0] if name else documents)
+        elif not found:
+            typer.echo("No study yet. `tuner launch studies/quickstart.toml` makes one.")
+        else:
+            terminal().print(status_details(found[0]) if name else status_table(found))
+
+    try:
+        with _open(storage) as opened:
+            while True:
+                names = [name] if name else list_names(opened)
+                show([read_status(load(opened, one, artifacts_root=artifacts)) for one in names])
+                if not watch:
+                    return
+                time.sleep(2.0)
+    except StorageMissingError:
+        if name:
+            raise
+        show([])
 
 
 @app.command(epilog="Example: tuner stop quickstart")
@@ -903,7 +914,7 @@ def dashboard(
         artifacts=artifacts,
     )
     make_policy(settings)  # what is wrong is said before a database is opened
-    with _open(storage) as opened:
+    with _open(storage, create=True) as opened:
         serve(opened, settings)
 
 
@@ -1058,7 +1069,9 @@ def serve(
     make_policy(settings)  # what is wrong is said before a database is waited for
     # Until the service listens, SIGTERM ends it as Ctrl-C does: what was opened is closed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _open(storage, patience_seconds=None, say=_log).close()  # waits for one that is not up yet
+    _open(
+        storage, patience_seconds=None, say=_log, create=True
+    ).close()  # waits for one that is not up yet
     with (
         # It gives up on a database that is away, so that a signal is heard meanwhile.
         _open(storage, patience_seconds=2.0, say=lambda _: None) as shown,

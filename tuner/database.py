@@ -9,23 +9,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
+import re
 import socket
 import sys
+import tempfile
 import threading
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
+from urllib.parse import parse_qsl
 
 import optuna
 import sqlalchemy as sa
 import stamina
+from filelock import FileLock
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
@@ -34,7 +38,8 @@ from sqlalchemy import event, orm
 from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError, SQLAlchemyError
 
 from tuner.artifacts import DEFAULT_STORAGE_URL
-from tuner.errors import LeaseLostError, StorageError
+from tuner.errors import LeaseLostError, StorageError, StorageMissingError
+from tuner.toml_file import did_you_mean
 
 SCHEMA_VERSION = 3
 #: A file with the password of a PostgreSQL URL that has none: secrets stay out of argv.
@@ -54,6 +59,9 @@ _RETRY_SECONDS = 2.0  #: longest pause between two tries
 _SQLITE_BUSY_SECONDS = 30.0  #: how long a statement waits for another process's write lock
 _STATEMENT_SECONDS = 20.0  #: PostgreSQL ends a statement after this long
 _SILENCE_SECONDS = 30.0  #: a connection that answers nothing for this long is given up
+_LONGEST_HOST = 253  #: letters of a host's name, RFC 1035
+_LAST_PORT = 65535
+_LONGEST_PASSWORD = 4096  #: bytes of a password file
 _SCHEMA_LOCK = 0x74756E6572  #: "tuner": the key of PostgreSQL's advisory lock
 
 _PSYCOPG_ARGUMENTS = {
@@ -156,7 +164,7 @@ def parse_url(url: str) -> sa.URL:
     """The URL of a database that a study can live in, with its password where a file has it.
 
     Raises:
-        StorageError: It is no such URL.
+        StorageError: A study cannot live there, or a part of the URL cannot be used.
     """
     try:
         parsed = sa.make_url(url)
@@ -165,46 +173,172 @@ def parse_url(url: str) -> sa.URL:
             f"--storage {mask(url)!r} is no database URL; write sqlite:///PATH, "
             f"like {DEFAULT_STORAGE_URL}, or postgresql://USER@HOST/DATABASE."
         ) from None
-    masked = parsed.render_as_string(hide_password=True)
     backend = parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql") or parsed.drivername not in (
         backend,
         "postgresql+psycopg",
     ):
-        raise StorageError(
-            f"--storage {masked}: only SQLite and PostgreSQL are known; write sqlite:///PATH, "
-            f"like {DEFAULT_STORAGE_URL}, or postgresql://USER@HOST/DATABASE."
+        _refuse(
+            parsed,
+            "only SQLite and PostgreSQL are known; write sqlite:///PATH, "
+            f"like {DEFAULT_STORAGE_URL}, or postgresql://USER@HOST/DATABASE",
         )
+    options = _options(url)
+    texts = (parsed.username, parsed.password, parsed.host, parsed.database, *sum(options, ()))
+    if not all(_is_plain(text) for text in texts if text):
+        _refuse(parsed, "it holds a NUL byte, or bytes that are not UTF-8; remove them", bare=True)
     if backend == "sqlite":
-        if not parsed.database or parsed.database == ":memory:":
-            raise StorageError(
-                f"--storage {masked}: a study must outlive its process; name a file, "
-                f"for instance {DEFAULT_STORAGE_URL}."
-            )
+        _check_file(parsed, options)
         return parsed
     if not parsed.database:
-        raise StorageError(f"--storage {masked} names no database: postgresql://USER@HOST/DATABASE")
-    return _with_password(parsed.set(drivername="postgresql+psycopg"))
+        _refuse(parsed, "it names no database; write postgresql://USER@HOST/DATABASE")
+    parsed = parsed.set(drivername="postgresql+psycopg")
+    _check_server(parsed, options)
+    return _with_password(parsed)
+
+
+def _refuse(parsed: sa.URL, problem: str, *, bare: bool = False) -> NoReturn:
+    # Without its options: one that is not known may be a secret, too.
+    scheme = parsed.drivername.removesuffix("+psycopg")
+    place = f"{scheme}://***" if bare else shown(parsed.set(query={}))
+    raise StorageError(f"--storage {place}: {problem}.")
+
+
+def _options(url: str) -> list[tuple[str, str]]:
+    """What stands after the question mark, also what has no value: SQLAlchemy drops that."""
+    # As SQLAlchemy reads it: a user or a password may hold a question mark.
+    place = re.sub("^[^:/]*(:[^@]*)?@", "", url.partition("://")[2])
+    return parse_qsl(place.partition("?")[2], keep_blank_values=True)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a database is given the text as it is: libpq stops at a NUL, and says nothing."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        return False
+
+
+def _check_file(parsed: sa.URL, options: list[tuple[str, str]]) -> None:
+    if parsed.host or parsed.username is not None or parsed.port is not None:
+        meant = "/".join(part for part in (parsed.host, parsed.database) if part)
+        _refuse(
+            parsed,
+            f"the path stands after three slashes; write sqlite:///{meant}",
+        )
+    if not parsed.database or parsed.database == ":memory:":
+        _refuse(
+            parsed,
+            f"a study must outlive its process; name a file, for instance {DEFAULT_STORAGE_URL}",
+        )
+    path = Path(parsed.database)
+    if parsed.database.startswith("~") and not path.exists():
+        _refuse(
+            parsed,
+            f"no shell replaces the ~ here, and {path.parts[0]!r} would be a folder of that name; "
+            "write sqlite:////home/...",
+        )
+    for name, value in options:
+        if name != "timeout":
+            _refuse(
+                parsed,
+                f"SQLite has no option {name!r} here, only ?timeout=SECONDS (a question mark in a "
+                "file's name is written %3F)",
+            )
+        if len(options) > 1 or not 0 < _number(value) < math.inf:
+            _refuse(parsed, "timeout is one number of seconds above 0, for instance ?timeout=30")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _check_server(parsed: sa.URL, options: list[tuple[str, str]]) -> None:
+    dialect = parsed.get_dialect()
+    libpq: Any = dialect.import_dbapi()
+    known = {option.keyword.decode() for option in libpq.pq.Conninfo.get_defaults()}
+    for position, (name, value) in enumerate(options):
+        if name not in known:
+            hint = did_you_mean(name, known) or "; remove it"
+            _refuse(parsed, f"libpq, which connects to PostgreSQL, has no option {name!r}{hint}")
+        if not value:
+            _refuse(parsed, f"its option {name!r} has no value; give it one, or leave it out")
+        if name not in ("host", "port") and name in dict(options[:position]):
+            _refuse(parsed, f"its option {name!r} stands twice; remove one")
+    try:
+        _, arguments = dialect().create_connect_args(parsed)
+    except (SQLAlchemyError, ValueError):
+        _refuse(
+            parsed,
+            "its hosts or ports cannot be read; several are written ?host=one:5432&host=two:5432",
+        )
+    for host in str(arguments.get("host", "")).split(","):
+        if "@" in host[1:]:  # a first one marks a socket
+            problem = "its host holds an @; in a user or a password, write @ as %40"
+            _refuse(parsed, problem, bare=True)
+        try:
+            is_name = len(host.encode("idna")) <= _LONGEST_HOST or host.startswith("/")
+        except UnicodeError:
+            is_name = host.startswith("/")
+        if not is_name:
+            _refuse(
+                parsed,
+                f"{host[:80]!r} cannot be a host: the parts between its dots have 1 to 63 letters, "
+                f"all of it at most {_LONGEST_HOST}",
+                bare=True,
+            )
+    ports = [parsed.port, *str(arguments.get("port", "")).split(",")]
+    for port in ports:
+        if port not in (None, "") and not 0 < _number(str(port)) <= _LAST_PORT:
+            _refuse(parsed, f"a port is a number from 1 to {_LAST_PORT}, not {port}")
 
 
 def _with_password(url: sa.URL) -> sa.URL:
     file = os.environ.get(PASSWORD_FILE_VARIABLE)
-    if url.password is not None or not file:
+    if url.password is not None or "password" in url.query or not file:
         return url
+    place = f"${PASSWORD_FILE_VARIABLE}: {file}"
+    remedy = "it should name the file that holds the database's password"
     try:
-        return url.set(password=Path(file).read_text().strip())
+        with Path(file).open("rb") as opened:
+            content = opened.read(_LONGEST_PASSWORD + 1)
     except OSError as error:
-        raise StorageError(
-            f"${PASSWORD_FILE_VARIABLE}: {file}: {error.strerror}; it should name the file that "
-            "holds the database's password."
-        ) from error
+        raise StorageError(f"{place}: {error.strerror}; {remedy}.") from error
+    problem = password = ""
+    try:
+        password = content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:  # it carries what it could not read: nothing may be raised in here
+        problem = "is not UTF-8 text"
+    if len(content) > _LONGEST_PASSWORD:
+        problem = f"has more than {_LONGEST_PASSWORD} bytes"
+    elif len(password.splitlines()) > 1:
+        problem = "has more than one line"
+    elif not _is_plain(password):
+        problem = "holds a NUL byte"
+    elif not password:
+        problem = problem or "is empty"
+    if problem:
+        raise StorageError(f"{place}: {problem}; {remedy}, and nothing else.")
+    return url.set(password=password)
+
+
+#: Options of a connection that are secrets; libpq has one in each version more.
+_SECRET_OPTIONS = (
+    "password",
+    "sslpassword",
+    "scram_client_key",
+    "scram_server_key",
+    "oauth_client_secret",
+)
 
 
 def shown(url: sa.URL) -> str:
     """The URL as its user writes it, without its password."""
-    plain = url.set(drivername=url.get_backend_name())
-    plain = plain.difference_update_query(["password", "sslpassword"])
-    return plain.render_as_string(hide_password=True)
+    plain = url.set(drivername=url.drivername.removesuffix("+psycopg"))  # which we put there
+    return plain.difference_update_query(_SECRET_OPTIONS).render_as_string(hide_password=True)
 
 
 def mask(url: str) -> str:
@@ -212,8 +346,11 @@ def mask(url: str) -> str:
     try:
         return shown(sa.make_url(url))
     except (SQLAlchemyError, ValueError):
-        before, at, after = url.rpartition("@")
-        return f"{before.partition('://')[0]}://***@{after}" if at else url
+        scheme, separator, _ = url.partition("://")
+        if "@" in url:  # where its password begins and ends cannot be said
+            return f"{scheme}://***" if separator else "***"
+        place, mark, _ = url.partition("?")
+        return f"{place}?***" if mark else place
 
 
 # --- calls ---
@@ -492,7 +629,9 @@ def is_sqlite(engine: sa.Engine) -> bool:
 
 def _engine_arguments(url: sa.URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
-        return {"connect_args": {"timeout": _SQLITE_BUSY_SECONDS}}
+        return {
+            "connect_args": {"timeout": float(str(url.query.get("timeout", _SQLITE_BUSY_SECONDS)))}
+        }
     # What the URL says (sslmode, connect_timeout, ...) goes before what we think.
     ours = {key: value for key, value in _PSYCOPG_ARGUMENTS.items() if key not in url.query}
     return {"connect_args": ours}
@@ -523,30 +662,39 @@ def _configure_server(connection: Any, _record: object) -> None:
         raise
 
 
-def open_database(url: sa.URL, calls: Calls, *, upgrade: bool = False) -> FencedStorage:
+def open_database(
+    url: sa.URL, calls: Calls, *, upgrade: bool = False, create: bool = True
+) -> FencedStorage:
     """Opens a database, and creates its schema where it is empty.
 
     Many processes may open an empty database at once, where `create_all` races: SQLite's file
     is published whole, PostgreSQL's tables are created under a lock.
 
+    Args:
+        url: Where it is.
+        calls: Runs what the storage is asked.
+        upgrade: Brings a schema of an older Optuna up to date.
+        create: Makes what is missing: folder, file, tables.
+
     Raises:
+        StorageMissingError: It holds no tables of the tuner, and none are to be made.
         StorageError: The schema is of another version.
     """
+    if not create:
+        _require_tables(url)
     if url.get_backend_name() == "sqlite":
         path = Path(str(url.database))
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             _publish_empty_database(path)
-        with closed_engine(url) as engine:
-            _create_tables(engine, url)
-    else:
-        with closed_engine(url) as engine, engine.connect() as connection:
-            if upgrade or not _is_current(connection):
-                connection.rollback()
+    with closed_engine(url) as engine, engine.connect() as connection:
+        if upgrade or not _is_current(connection):
+            connection.rollback()
+            if not is_sqlite(engine):
                 connection.execute(sa.select(sa.func.pg_advisory_lock(_SCHEMA_LOCK)))
                 connection.commit()
-                _create_tables(engine, url)
-                # The lock ends with the connection.
+            _create_tables(engine, url)
+            # The lock ends with the connection.
     rdb = FencedStorage(url, calls)
     try:
         _check_optunas_version(rdb, url, upgrade=upgrade)
@@ -573,12 +721,35 @@ def _check_optunas_version(rdb: FencedStorage, url: sa.URL, *, upgrade: bool) ->
     rdb.upgrade()
 
 
+def _require_tables(url: sa.URL) -> None:
+    """Looks whether the tuner's tables are there; a file that has none stays as it is.
+
+    Raises:
+        StorageMissingError: They are not.
+    """
+    remedy = "`tuner launch SPEC` makes one, --storage names another database"
+    if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
+        raise StorageMissingError(f"{shown(url)} holds no study: there is no such file; {remedy}.")
+    with closed_engine(url, configured=False) as engine:
+        if not sa.inspect(engine).has_table(schema.name):
+            raise StorageMissingError(f"{shown(url)} holds no study of the tuner; {remedy}.")
+
+
 @contextlib.contextmanager
-def closed_engine(url: sa.URL, *, pooled: bool = False) -> Iterator[sa.Engine]:
-    """An engine for the length of a block, with our settings of each connection."""
+def closed_engine(
+    url: sa.URL, *, pooled: bool = False, configured: bool = True
+) -> Iterator[sa.Engine]:
+    """An engine for the length of a block.
+
+    Args:
+        url: Of the database.
+        pooled: It keeps its connection between two uses.
+        configured: With our settings of each connection, of which SQLite keeps one in its file.
+    """
     pool = {} if pooled else {"poolclass": sa.NullPool}
     engine = sa.create_engine(url, **pool, **_engine_arguments(url))
-    _configure(engine)
+    if configured:
+        _configure(engine)
     try:
         yield engine
     finally:
@@ -601,7 +772,7 @@ def schema_state(url: sa.URL) -> tuple[SchemaState, str]:
     made_by_itself = "`tuner storage init` makes it, and so does every other verb."
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
         return "missing", f"There is no file yet; {made_by_itself}"
-    with closed_engine(url) as engine, engine.connect() as connection:
+    with closed_engine(url, configured=False) as engine, engine.connect() as connection:
         tables = sa.inspect(connection)
         if not tables.has_table(schema.name) or not tables.has_table("alembic_version"):
             return "missing", f"It holds no tables of the tuner yet; {made_by_itself}"
@@ -659,18 +830,32 @@ def _create_optunas_tables(url: sa.URL) -> None:
 
 
 def _publish_empty_database(path: Path) -> None:
-    """Creates the schema beside and links it into place whole."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
-    url = sa.make_url(f"sqlite:///{beside}")
-    try:
+    """Creates the schema beside, and gives the whole file its name unless another has it by then.
+
+    Where the file system has no hard links (exFAT, most SMB shares), a rename does; it would take
+    the place of a file that another process published and wrote to meanwhile, so a lock keeps
+    others away between the look and the rename.
+    """
+    with tempfile.TemporaryDirectory(prefix=".tuner-new-", dir=path.parent) as folder:
+        beside = Path(folder, "tuner.db")
+        url = sa.URL.create("sqlite", database=str(beside))
         _create_optunas_tables(url)
         with closed_engine(url) as engine:
             _create_tables(engine, url)
-        with contextlib.suppress(FileExistsError):  # another process was first: use its file
+        try:
             os.link(beside, path)
-    finally:
-        for leftover in path.parent.glob(f"{beside.name}*"):
-            leftover.unlink(missing_ok=True)
+        except FileExistsError:  # another process was first: use its file
+            pass
+        except OSError:
+            with FileLock(path.with_name(_PUBLISHING_LOCK)) as lock:
+                if not path.exists():
+                    beside.replace(path)
+                # Who waits for it finds the database published, whatever file is locked.
+                Path(lock.lock_file).unlink(missing_ok=True)
+
+
+#: Beside a database that is being published where hard links are refused.
+_PUBLISHING_LOCK = ".tuner-new.lock"
 
 
 def lock_for_writing(connection: sa.Connection) -> None:
@@ -712,21 +897,13 @@ def _note_bulk_write(state: orm.ORMExecuteState) -> None:
 
 # --- errors ---
 
-#: Words of errors that no waiting mends: SQLite's, then PostgreSQL's.
-_PERMANENT = (
-    "no such table",
-    "no such column",
-    "readonly database",
-    "not a database",
-    "malformed",
-    "unable to open",
-    "authentication failed",
-    "no password supplied",
-    "does not exist",
-    "no pg_hba.conf entry",
-    "permission denied",
-    "invalid sslmode",
-    "invalid connection option",
+#: What errors say that no waiting ends: SQLite's, PostgreSQL's, and libpq's of an option's value.
+_PERMANENT = re.compile(
+    "no such table|no such column|readonly database|not a database|malformed|unable to open"
+    "|authentication failed|no password supplied|does not exist|no pg_hba.conf entry"
+    "|permission denied|invalid connection option"
+    r"|invalid \w+ value|invalid port number|invalid value for parameter|bad value for"
+    "|could not parse network address|definition of service|unrecognized configuration parameter"
 )
 
 
@@ -735,8 +912,8 @@ def is_outage(error: BaseException) -> bool:
     cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
     if isinstance(cause, DatabaseError) and cause.connection_invalidated:
         return True  # PostgreSQL was stopped in the middle of a statement
-    return isinstance(cause, OperationalError | InterfaceError) and not any(
-        words in str(cause) for words in _PERMANENT
+    return isinstance(cause, OperationalError | InterfaceError) and not _PERMANENT.search(
+        str(cause)
     )
 
 
@@ -747,7 +924,7 @@ def explained(url: sa.URL) -> Iterator[None]:
     remedy = (
         "Check that the path is right, readable and writable, and is a database of the tuner."
         if url.get_backend_name() == "sqlite"
-        else "Check the address, the user and the password, and that the server runs "
+        else "Check the address, its options, the user and the password, and that the server runs "
         "(`tuner storage check`)."
     )
     try:
@@ -756,6 +933,8 @@ def explained(url: sa.URL) -> Iterator[None]:
         cause = error.__cause__ if not isinstance(error, SQLAlchemyError) else error
         reason = str(getattr(cause, "orig", None) or cause or error).strip().rstrip(".")
         raise StorageError(f"{masked}: {reason}. {remedy}") from error
+    except UnicodeError as error:  # a host of $PGHOST, say, that no name can be
+        raise StorageError(f"{masked}: {error}. {remedy}") from error
     except OSError as error:
         raise StorageError(
             f"{masked}: {error.strerror or error}. Name a --storage in a folder that you may write."

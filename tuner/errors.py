@@ -56,6 +56,10 @@ class StorageError(TunerError):
     """The database cannot be reached or is not what it should be."""
 
 
+class StorageMissingError(StorageError):
+    """There is no database yet, or none of the tuner's, and only a look at it was asked for."""
+
+
 class StudyInUseError(StorageError):
     """A live coordinator holds the study's lease."""
 

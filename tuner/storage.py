@@ -212,6 +212,7 @@ class Storage:
         patience_seconds: float | None = 5.0,
         say: Callable[[str], None] = say_on_stderr,
         upgrade: bool = False,
+        create: bool = True,
     ) -> None:
         """Opens the database and creates its schema where it is empty.
 
@@ -221,8 +222,10 @@ class Storage:
                 (a database that never answered is given up after ten seconds all the same).
             say: Takes the lines about outages.
             upgrade: Brings a schema of an older Optuna up to date.
+            create: Makes the schema, its file and that one's folder where they are missing.
 
         Raises:
+            StorageMissingError: They are missing, and are not to be made.
             StorageError: The URL is no usable one, or what stands there is no database of ours.
         """
         self.url = url
@@ -232,7 +235,7 @@ class Storage:
         try:
             with explained(self._parsed):
                 self._rdb: FencedStorage = self._calls.run(
-                    open_database, self._parsed, self._calls, upgrade=upgrade
+                    open_database, self._parsed, self._calls, upgrade=upgrade, create=create
                 )
         except BaseException:
             self._calls.close()
