@@ -7,6 +7,8 @@ import errno
 import os
 import signal
 import socket
+import ssl
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import dask
 import psutil
 import pytest
 from clusters import assert_memory_is_kept, eventually
+from distributed import Client, Security
 from fakes import FakeRun, Notes, assert_whole, make_study, small_spec
 from optuna.trial import TrialState
 
@@ -427,6 +430,95 @@ def test_a_worker_that_is_slow_to_start_again_is_not_given_up() -> None:
         time.sleep(1.5)
         os.kill(second, signal.SIGCONT)
         assert eventually(lambda: connection.slots() == 1)
+
+
+# --- who can reach the scheduler of this machine ---
+
+
+def ports_of_ours() -> set[int]:
+    """Where this process and its worker processes listen."""
+    processes = [psutil.Process(), *map(psutil.Process, worker_processes())]
+    return {
+        connection.laddr.port
+        for process in processes
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def first_words(port: int, context: ssl.SSLContext | None, question: bytes = b"") -> bytes:
+    """What a server says first; nothing where it hangs up or refuses the certificate."""
+    with contextlib.ExitStack() as stack:
+        one = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+        try:
+            if context is not None:
+                one = stack.enter_context(context.wrap_socket(one))
+            one.sendall(question)
+            return one.recv(100)
+        except (ssl.SSLError, ConnectionError):
+            return b""
+
+
+def with_certificate_of(security: Security | None) -> ssl.SSLContext:
+    """A client that trusts every server, and shows this certificate."""
+    if security is not None:
+        context = security.get_connection_args("client")["ssl_context"]
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+@pytest.fixture(scope="module")
+def ports(local: Connection) -> set[int]:
+    assert eventually(lambda: local.slots() == 2)
+    assert eventually(lambda: len(ports_of_ours()) >= 5)  # scheduler, two nannies, two workers
+    return ports_of_ours()
+
+
+def test_every_port_of_a_local_cluster_asks_for_its_certificate(
+    local: Connection, ports: set[int]
+) -> None:
+    own = with_certificate_of(local.client.security)
+    assert all(first_words(port, own) for port in ports)  # the answer that others do not get
+    for stranger in (None, Security.temporary()):
+        context = with_certificate_of(stranger)
+        assert {port: first_words(port, context) for port in ports} == dict.fromkeys(ports, b"")
+
+
+@pytest.mark.parametrize("question", [b"GET /json/identity.json HTTP/1.0\r\n\r\n", b"\0" * 64])
+def test_no_port_of_a_local_cluster_answers_in_the_clear(ports: set[int], question: bytes) -> None:
+    answers = {port: first_words(port, None, question) for port in ports}
+    # At most the alert of TLS (record type 21), and no word of HTTP's or Dask's.
+    assert all(answer[:1] in (b"", b"\x15") for answer in answers.values()), answers
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "tls"])
+def test_a_dask_client_of_another_run_cannot_connect(local: Connection, scheme: str) -> None:
+    address = local.client.scheduler.address
+    assert address.startswith("tls://127.0.0.1:")
+    other = None if scheme == "tcp" else Security.temporary()
+    with pytest.raises(OSError):  # noqa: PT011 - which one depends on who hangs up first
+        Client(address.replace("tls", scheme), security=other, timeout=2, set_as_default=False)
+    own = local.client.security
+    with Client(address, security=own, timeout=30, set_as_default=False) as second:
+        assert second.submit(abs, -1).result() == 1
+
+
+def test_the_key_of_a_local_cluster_is_in_no_command_line_environment_or_file(
+    local: Connection, ports: set[int]
+) -> None:
+    key = local.client.security.tls_worker_key
+    assert "PRIVATE KEY" in key
+    line = key.splitlines()[1]
+    for process in map(psutil.Process, worker_processes()):
+        assert line not in " ".join(process.cmdline())
+        assert line not in str(process.environ())
+    kept = Path(tempfile.gettempdir())
+    files = [path for path in kept.rglob("*") if path.is_file()]
+    assert not [path for path in files if line.encode() in path.read_bytes()]
+    assert line not in f"{local.client!r} {local.client.security!r} {local.client.cluster!r}"
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import dask
 from dask.system import CPU_COUNT
-from distributed import Client, Future, KilledWorker, LocalCluster
+from distributed import Client, Future, KilledWorker, Nanny, Scheduler, Security, SpecCluster
 
 from tuner.artifacts import publish
 from tuner.attempt import (
@@ -45,6 +45,8 @@ from tuner.processes import (
     BFLOAT16,
     SLOT,
     TRAINING_SETTINGS,
+    TrainingWorker,
+    WithoutHttp,
     children_deaf_to_interrupts,
     silence_dask,
     training_environment,
@@ -779,7 +781,7 @@ def default_workers() -> int:
 
 @contextlib.contextmanager
 def local_connection(workers: int, *, threads: int = 1, say: Say) -> Iterator[Connection]:
-    """Worker processes on this machine, gone when the block ends.
+    """Worker processes on this machine, gone when the block ends; no other process reaches them.
 
     Args:
         workers: Processes, one training each.
@@ -802,19 +804,7 @@ def local_connection(workers: int, *, threads: int = 1, say: Say) -> Iterator[Co
         dask.config.set(settings | {"temporary-directory": folder}),
     ):
         with children_deaf_to_interrupts():
-            cluster = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                memory_limit=0,
-                host="127.0.0.1",
-                dashboard_address=None,
-                # It serves HTTP all the same, at a port that another launch may have by default.
-                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-                resources=training_resources(),
-                local_directory=folder,
-                env=environment,
-                silence_logs=logging.CRITICAL,
-            )
+            cluster = _local_cluster(workers, folder=folder, environment=environment)
             connection = Connection(
                 lambda: Client(cluster),
                 say=say,
@@ -823,6 +813,36 @@ def local_connection(workers: int, *, threads: int = 1, say: Say) -> Iterator[Co
             )
         with cluster, connection:
             yield connection
+
+
+class _LocalScheduler(WithoutHttp, Scheduler):
+    """The scheduler in this process."""
+
+
+def _local_cluster(workers: int, *, folder: str, environment: Mapping[str, str]) -> SpecCluster:
+    """Worker processes and their scheduler, which talk to nobody but each other and this process.
+
+    Every user of the machine reaches its loopback addresses, and Dask runs whatever code it is
+    sent. So everything speaks TLS, with a certificate and key of this one run: they are in the
+    memory of these processes, and reach a worker through the pipe that starts it.
+    """
+    security = Security.temporary()
+    common: dict[str, Any] = {"host": "127.0.0.1", "protocol": "tls://", "security": security}
+    training = common | {
+        "nthreads": 1,
+        "memory_limit": 0,
+        "resources": training_resources(),
+        "local_directory": folder,
+        "env": dict(environment),
+        "silence_logs": logging.CRITICAL,
+        "worker_class": TrainingWorker,
+    }
+    return SpecCluster(
+        scheduler={"cls": _LocalScheduler, "options": common},
+        workers={number: {"cls": Nanny, "options": training} for number in range(workers)},
+        security=security,
+        silence_logs=logging.CRITICAL,
+    )
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from distributed import Worker
+
 from tuner.steady import keep_steady
 
 keep_steady()  # coordinator, `tuner worker` and training processes alike import this module
@@ -64,6 +66,21 @@ def training_resources(*, has_gpu: bool = False) -> dict[str, int]:
     """The Dask resources of a process that trains; what a GPU gains from bfloat16 is not known."""
     fast = has_fast_bfloat16() and not has_gpu
     return {SLOT: 1} | ({BFLOAT16: 1} if fast else {})
+
+
+class WithoutHttp:
+    """A Dask server that opens no HTTP port.
+
+    Dask opens one for every scheduler and worker, with or without a dashboard. It asks for no
+    certificate, and shows tasks, logs and addresses to every user of the machine.
+    """
+
+    def start_http_server(self, *_: object, **__: object) -> None:
+        """Overrides `distributed.node.ServerNode.start_http_server`."""
+
+
+class TrainingWorker(WithoutHttp, Worker):
+    """The Dask worker of a training process."""
 
 
 def is_dask_heard() -> bool:
