@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
+import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from tuner.artifacts import publish
+from tuner.artifacts import publish, replaceable, require_writable
 
 
 def test_what_gets_the_name_is_on_the_disk_before(
@@ -76,3 +80,117 @@ def test_who_may_no_longer_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"7.npz": b"newer"}
     # Asked when all was written, so that nothing but the new name comes after.
     assert asked == [{"old", "new"}, {"old", "newer"}]
+
+
+# --- what has the name already ---
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+
+
+def make_link_to_a_pipe(path: Path) -> None:
+    os.mkfifo(path.with_name("pipe"))
+    path.symlink_to("pipe")
+
+
+def make_link_in_a_circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (make_pipe, "it is a pipe"),
+        (make_socket, "it is a socket"),
+        (Path.mkdir, "it is a folder"),
+        (make_link_to_a_pipe, "it is a pipe"),
+        (make_link_in_a_circle, "symbolic links"),
+    ],
+)
+def test_what_is_not_a_regular_file_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    make(Path("there"))
+    before = {path.name: (path.lstat().st_ino, path.lstat().st_mode) for path in Path().iterdir()}
+    with pytest.raises(OSError, match=told):
+        publish(Path("there"), b"weights")
+    after = {path.name: (path.lstat().st_ino, path.lstat().st_mode) for path in Path().iterdir()}
+    assert after == before
+    with pytest.raises(OSError, match=told):
+        require_writable(Path(), "there")
+
+
+def test_a_device_is_not_replaceable() -> None:
+    with pytest.raises(OSError, match="it is a device, not a regular file"):
+        replaceable(Path(os.devnull))
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_stays_and_the_file_that_it_names_is_written(tmp_path: Path, is_there: bool) -> None:
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "7.npz", tmp_path / "link.npz"
+    if is_there:
+        target.write_bytes(b"old")
+    (tmp_path / "link").symlink_to("there/7.npz")
+    link.symlink_to("link")
+    publish(link, b"new")
+    assert link.is_symlink()
+    assert not target.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert [path.name for path in target.parent.iterdir()] == ["7.npz"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o755])
+def test_a_file_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    file = tmp_path / "7.npz"
+    file.write_bytes(b"old")
+    file.chmod(mode)
+    publish(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert stat.S_IMODE(file.stat().st_mode) == mode
+
+
+def test_a_private_file_is_private_before_its_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "7.npz"
+    file.write_bytes(b"old")
+    file.chmod(0o600)
+    asked: list[tuple[Path, int | None]] = []
+    opened = os.open
+
+    def note(path: Path, flags: int, mode: int = 0o777) -> int:
+        asked.append((path, mode))
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", note)
+    publish(file, b"new", durable=False)
+    assert [mode for _, mode in asked] == [0o600]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize(("may", "uid", "mode"), [(True, 65534, 0o664), (False, 0, 0o644)])
+def test_a_file_keeps_its_owner_where_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, may: bool, uid: int, mode: int
+) -> None:
+    file = tmp_path / "7.npz"
+    file.write_bytes(b"old")
+    file.chmod(0o664)
+    os.chown(file, 65534, 65534)
+
+    def refuse(*_: int) -> NoReturn:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not may:
+        monkeypatch.setattr(os, "fchown", refuse)
+    publish(file, b"new")
+    found = file.stat()
+    # What the group might do is for that group alone.
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (uid, uid, mode)

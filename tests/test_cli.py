@@ -185,6 +185,36 @@ def test_an_export_brings_the_trained_network_and_every_trial(launched: dict, fo
     assert exported["config"]["blocks"][0]["filters"] == exported["sampled"]["block1.filters"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full device")
+@pytest.mark.parametrize("arguments", [("check", "--schema"), ("status",), ("--version",)])
+def test_an_output_that_takes_nothing_is_told_of_in_a_line(
+    launched: dict, folder: Path, arguments: tuple[str, ...]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tuner.cli", *arguments],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=170,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "the output: No space left on device. With --debug it is told where that happened."
+    ]
+
+
+def test_a_launch_that_could_not_export_at_its_end_does_not_begin(folder: Path) -> None:
+    arguments = ("launch", "tiny.toml", "--name", "unwritable", "--export", "/proc/tuner")
+    done = tuner(folder, *arguments, check=False)
+    assert done.returncode == 1
+    assert "/proc/tuner: cannot be written" in done.stderr
+    assert tuner(folder, "status", "unwritable", check=False).returncode == 1
+
+
 def test_kill_9_of_the_coordinator_costs_nothing_and_leaves_no_process(folder: Path) -> None:
     arguments = ("launch", "tiny.toml", "--name", "killed", "--workers", "2", "--trials", "2",
                  "--set", "training.max_epochs=300", "--set", "training.patience=300",

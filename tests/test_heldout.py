@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from finished_study import WINNER, finished_study, storage_in, write_rows
 
-from tuner import data, heldout
+from tuner import data, heldout, study
 from tuner.data import DataIdentity, HeldOutRows
 from tuner.errors import DataError, StudyError
 from tuner.storage import Storage
@@ -192,3 +192,81 @@ def test_an_opener_without_a_name_is_still_written_down(
     monkeypatch.setattr(getpass, "getuser", nameless)
     open_split(tuned)
     assert tuned.storage.ledger()[0].opened_by.startswith("uid ")
+
+
+# --- data that is elsewhere now ---
+
+
+def moved(tuned: TunedStudy, root: Path) -> TunedStudy:
+    return study.load(tuned.storage, tuned.name, artifacts_root=root)
+
+
+@pytest.mark.parametrize("source", ["rows.csv", "../data/rows.csv", "data/rows.csv"])
+@pytest.mark.parametrize("stand_in", ["the project", "elsewhere"])
+def test_a_project_that_was_moved_is_opened_where_it_is_now(
+    storage: Storage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    stand_in: str,
+) -> None:
+    project, now = tmp_path / "a" / "project", tmp_path / "b" / "renamed"
+    folder = project / "studies"
+    folder.mkdir(parents=True)
+    (folder / source).parent.mkdir(exist_ok=True)
+    write_rows((folder / source).parent)
+    tuned = finished_study(storage, folder, data={"source": source, "split": {"seed": 1}})
+    now.parent.mkdir()
+    project.rename(now)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(now if stand_in == "the project" else tmp_path / "elsewhere")
+    artifacts = (
+        Path("studies/artifacts") if stand_in == "the project" else now / "studies/artifacts"
+    )
+    tuned = moved(tuned, artifacts)
+    settings = heldout.check_source(tuned)
+    _, rows = heldout.open_test_split(
+        tuned, trial=tuned.ranked()[0], config_hash="c" * 64, settings=settings
+    )
+    assert len(rows.labels) == tuned.record.data.test_rows
+
+
+def test_other_data_of_the_same_name_is_not_taken_for_that_which_was_moved(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    tuned = finished_study(storage, tmp_path / "old")
+    (tmp_path / "old" / "rows.csv").unlink()
+    write_rows(tmp_path, rows=399)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StudyError, match=r"old/rows\.csv: No such file.*--data"):
+        heldout.check_source(tuned)
+
+
+def test_the_data_can_be_named_as_a_file_or_as_its_folder(
+    tuned: TunedStudy, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (tmp_path / "rows.csv").rename(there / "old-rows.csv")
+    for given in (there, there / "old-rows.csv"):
+        settings = heldout.check_source(tuned, given)
+        assert settings.source == str(there / "old-rows.csv")
+    (there / "old-rows.txt").write_bytes((there / "old-rows.csv").read_bytes())
+    with pytest.raises(StudyError, match=r"old-rows\.txt: .* name a \.csv file, or the folder"):
+        heldout.check_source(tuned, there / "old-rows.txt")
+    write_rows(there, rows=399)
+    for given, told in (
+        (there / "rows.csv", "is not there; it is rows.csv, with sha256"),
+        (tmp_path / "artifacts", "is not there"),
+        (there / "missing.csv", "No such file"),
+    ):
+        with pytest.raises(StudyError, match=told):
+            heldout.check_source(tuned, given)
+    assert tuned.storage.ledger() == ()
+
+
+def test_data_that_was_generated_cannot_be_named(tuned: TunedStudy, tmp_path: Path) -> None:
+    synthetic = with_data(tuned, synthetic=True, source="synthetic")
+    with pytest.raises(StudyError, match="is synthetic; leave it out"):
+        heldout.check_source(synthetic, tmp_path)

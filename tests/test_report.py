@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -374,6 +375,35 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_opened(
     with pytest.raises(TunerError, match=r"file: the report cannot be written there .*-o"):
         reported(tuned, tmp_path / "file")
     assert tuned.storage.ledger() == ()
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_a_pipe_in_the_way_of_a_report_is_found_out_before_anything_is_opened(
+    tuned: TunedStudy, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "report").mkdir()
+    os.mkfifo(tmp_path / "report" / name)
+    with pytest.raises(TunerError, match=rf"{name}: the report cannot be written there \(it is a"):
+        reported(tuned, tmp_path / "report")
+    assert tuned.storage.ledger() == ()
+
+
+def test_a_report_can_be_told_where_the_data_is_now(tuned: TunedStudy, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "rows.csv").rename(tmp_path / "there" / "rows.csv")
+    (tmp_path / "there" / "rows.csv").rename(tmp_path / "there" / "copy.csv")
+    with pytest.raises(StudyError, match=r"--data, then report again. Nothing was opened"):
+        reported(tuned)
+    root = tuned.artifacts.folder.parent
+    written = write_report(
+        tuned.storage,
+        tuned.name,
+        artifacts_root=root,
+        data=tmp_path / "there" / "copy.csv",
+        evaluate=predict,
+    )
+    assert written.opened_now
+    assert len(tuned.storage.ledger()) == 1
 
 
 def test_a_disk_that_fills_up_loses_no_report(

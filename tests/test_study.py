@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import StudyError, TrialEndedError
 from tuner.objective import Objective
+from tuner.spec import StudySpec
 from tuner.storage import Storage
 from tuner.study import (
     create_or_resume,
@@ -281,4 +282,39 @@ def test_delete_removes_trials_and_artifacts_but_never_ledger_rows(tmp_path: Pat
     assert list_names(made.storage) == []
     assert not made.artifacts.folder.exists()
     assert len(made.storage.ledger(split_id=IDENTITY.split_id)) == 1
+    made.storage.close()
+
+
+# --- a folder that was moved ---
+
+
+def in_a_folder(spec: StudySpec, folder: Path, source: str) -> StudySpec:
+    settings = spec.data.model_copy(update={"source": source})
+    return spec.model_copy(update={"folder": folder, "data": settings})
+
+
+def test_a_launch_elsewhere_renews_where_the_study_file_and_its_data_are(tmp_path: Path) -> None:
+    base = in_a_folder(small_spec(), tmp_path / "old", "rows.csv")
+    made = make_study(tmp_path, base)
+    moved = in_a_folder(base, tmp_path / "new" / "studies", "../data/rows.csv")
+    assert moved.spec_hash == base.spec_hash
+    renewed = again(made, moved)
+    assert renewed.record.spec == moved
+    loaded = load(made.storage, made.name, artifacts_root=tmp_path / "artifacts")
+    assert loaded.record == renewed.record
+    # Nothing else of what the study was made of has changed.
+    assert replace(loaded.record, spec=base) == made.record
+    made.storage.close()
+
+
+@pytest.mark.parametrize("field", ["sha256", "split_id"])
+def test_a_folder_with_other_data_is_not_renewed(tmp_path: Path, field: str) -> None:
+    base = in_a_folder(small_spec(), tmp_path / "old", "rows.csv")
+    made = make_study(tmp_path, base)
+    with pytest.raises(StudyError, match=f"other data .{field}"):
+        again(made, in_a_folder(base, tmp_path, "rows.csv"), replace(IDENTITY, **{field: "f" * 64}))
+    with pytest.raises(StudyError, match="another study file"):
+        again(made, in_a_folder(base, tmp_path, "others.csv"))
+    loaded = load(made.storage, made.name, artifacts_root=tmp_path / "artifacts")
+    assert loaded.record == made.record
     made.storage.close()

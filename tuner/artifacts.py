@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import mimetypes
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from tuner.errors import TunerError
 
@@ -190,6 +192,9 @@ def publish(
 ) -> None:
     """Writes a file whole: a reader sees the old content or the new, never a part.
 
+    An existing file keeps its mode and, where this process may give files away, its owner. A
+    symbolic link stays, and the file that it names is written.
+
     Args:
         path: Where to.
         content: All of it.
@@ -197,14 +202,19 @@ def publish(
             else. That takes milliseconds of a disk, which a drawing is not worth.
         only_if: Asked last of all, so that a process that was frozen meanwhile does not replace
             what came since; False: the old content stays.
+
+    Raises:
+        OSError: It cannot be written; also where a folder, a pipe, a device or a socket has this
+            name, which a file must never replace.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_UNFINISHED}")
+    path, old = replaceable(path)
+    beside = path.with_name(f".{uuid.uuid4().hex}{_UNFINISHED}")
     try:
         try:
-            file = beside.open("wb")
+            file = _create(beside, old)
         except FileNotFoundError:  # the first file of its folder
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = beside.open("wb")
+            file = _create(beside, old)
         with file:
             file.write(content)
             if durable:
@@ -215,10 +225,79 @@ def publish(
         else:
             beside.unlink()
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what failed first is what is told
+            beside.unlink()
         raise
     if durable:
         _sync_folder(path.parent)
+
+
+def replaceable(path: Path) -> tuple[Path, os.stat_result | None]:
+    """The file that `publish` replaces, and what it is now; None where there is none yet.
+
+    Raises:
+        OSError: What has this name is not a regular file, so nothing may replace it.
+    """
+    try:
+        old = path.stat()
+    except FileNotFoundError:  # also the target of a symbolic link may be missing
+        old = None
+    if old is not None and not stat.S_ISREG(old.st_mode):
+        raise OSError(errno.EINVAL, f"it is {_kind(old.st_mode)}, not a regular file", str(path))
+    return (Path(os.path.realpath(path)) if path.is_symlink() else path), old
+
+
+def _kind(mode: int) -> str:
+    known = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISBLK, "a device"),
+        (stat.S_ISCHR, "a device"),
+    )
+    return next((kind for is_it, kind in known if is_it(mode)), "a special file")
+
+
+def require_writable(folder: Path, *files: str) -> None:
+    """Makes sure that files can be written into a folder, which is made where it is missing.
+
+    Args:
+        folder: The folder.
+        files: Names in it that `publish` will write.
+
+    Raises:
+        OSError: They cannot.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    for name in files:
+        replaceable(folder / name)
+
+
+def _create(beside: Path, old: os.stat_result | None) -> BinaryIO:
+    """Opens a new file, with the owner and the mode of the one that it will replace.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(beside, flags, 0o666 if old is None else 0o600)
+    if old is not None and hasattr(os, "fchown"):
+        mode = stat.S_IMODE(old.st_mode)
+        made = os.fstat(descriptor)
+        if (made.st_uid, made.st_gid) != (old.st_uid, old.st_gid):
+            try:
+                os.fchown(descriptor, old.st_uid, old.st_gid)
+            except OSError:  # an ordinary user may give a file to a group of one's own only
+                with contextlib.suppress(OSError):
+                    os.fchown(descriptor, -1, old.st_gid)
+        if os.fstat(descriptor).st_gid != old.st_gid:
+            # What its group could do is not for another group: that one has what all others have.
+            mode = (mode & ~0o070) | (mode & 0o007) << 3
+        with contextlib.suppress(OSError):  # a file system without modes
+            os.fchmod(descriptor, mode)
+    return os.fdopen(descriptor, "wb")
 
 
 def _sync_folder(folder: Path) -> None:

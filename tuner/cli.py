@@ -160,6 +160,12 @@ DataFolder = Annotated[
         "--data", metavar="DIR", help="The data files that an uploaded study file may name."
     ),
 ]
+SourcePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="PATH", help="Where the study's data is now: its file, or its folder."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Overrides any key of the study file."),
@@ -176,24 +182,42 @@ def main() -> NoReturn:
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, stream=sys.stderr)
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a full disk is told of here, and not on the way out
     except KeyboardInterrupt:
         _complain("Interrupted.")
         sys.exit(130)
-    except BrokenPipeError:  # `tuner status | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
-        if debug or not _is_explained(error):
+        _leave_stdout_if_it_takes_nothing()
+        if isinstance(error, BrokenPipeError):  # `tuner status | head`
+            sys.exit(1)
+        message = _explanation(error)
+        if debug or message is None:
             raise
-        _complain(str(error))
+        _complain(message)
         sys.exit(1)
     sys.exit(0)
 
 
-def _is_explained(error: Exception) -> bool:
-    """Whether the message is for the user: ours, or the database's in the middle of a study."""
-    return isinstance(error, TunerError) or type(error).__name__ == "StorageInternalError"
+def _leave_stdout_if_it_takes_nothing() -> None:
+    """What was not printed would be tried again when Python ends, with a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explanation(error: Exception) -> str | None:
+    """What to tell the user; None of an error that is a mistake of ours."""
+    # Optuna's is the database's, in the middle of a study.
+    if isinstance(error, TunerError) or type(error).__name__ == "StorageInternalError":
+        return str(error)
+    if isinstance(error, OSError):
+        place = "the output" if error.filename is None else error.filename
+        return f"{place}: {error.strerror or error}. With --debug it is told where that happened."
+    return None
 
 
 def _complain(message: str) -> None:
@@ -322,7 +346,7 @@ def _load(
     from tuner.spec import load_spec
 
     spec = load_spec(path, overrides)
-    prepared = prepare(spec.data, folder=spec.folder, artifacts=artifacts)
+    prepared = prepare(spec.data, folder=spec.folder, artifacts=artifacts, sha256=spec.data_sha256)
     for warning in prepared.warnings:
         if warning in prepared.loud:
             _warn(warning)
@@ -433,6 +457,10 @@ def launch(
         _refuse_with_detach(here)
     _refuse_two_places(cluster, workers)
     tls = _tls(tls_ca, tls_cert, tls_key, cluster)
+    if export_to is not None:
+        from tuner.export import require_writable_output
+
+        require_writable_output(export_to)
     from tuner.orders import overrides_for
 
     given = [*(overrides or []), *overrides_for(name, trials)]
@@ -615,7 +643,7 @@ def _stop_on_signals(stop_gracefully: Callable[[], None]) -> None:
 def _export_best(tuned: TunedStudy, folder: Path) -> Path:
     from tuner.export import best_configs, write_configs
 
-    return write_configs(best_configs(tuned), folder, "toml")[0]
+    return write_configs(best_configs(tuned), folder)[0]
 
 
 def _print_summary(
@@ -790,8 +818,9 @@ def export(
         typer.Option(min=0, metavar="N", help="This trial, whatever became of it."),
     ] = None,
     form: Annotated[
-        Literal["toml", "json", "yaml"], typer.Option("--format", help="Of the study files.")
-    ] = "toml",
+        Literal["toml", "json", "yaml"] | None,
+        typer.Option("--format", help="Of the study files; by the suffix of -o, else toml."),
+    ] = None,
     trials: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Write all trials as CSV, too.")
     ] = None,
@@ -802,6 +831,7 @@ def export(
         Path | None,
         typer.Option("-o", "--output", metavar="PATH", help="A folder, or one file."),
     ] = None,
+    data: SourcePath = None,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
@@ -822,7 +852,11 @@ def export(
         tuned = load(opened, name, artifacts_root=artifacts)
         rows = None if trials is None else write_trials(tuned, trials)
         wanted = top or 1
-        configs = best_configs(tuned, wanted) if trial is None else (config_of_trial(tuned, trial),)
+        configs = (
+            best_configs(tuned, wanted, data=data)
+            if trial is None
+            else (config_of_trial(tuned, trial, data=data),)
+        )
         paths: tuple[Path, ...] = ()
         if output is not None or not as_json:
             paths = write_configs(configs, output or DEFAULT_EXPORT_FOLDER, form)
@@ -854,6 +888,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write it.")
     ] = None,
+    data: SourcePath = None,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
@@ -862,7 +897,7 @@ def report(
     from tuner.report import write_report
 
     with _open(storage) as opened:
-        written = write_report(opened, name, artifacts_root=artifacts, output=output)
+        written = write_report(opened, name, artifacts_root=artifacts, output=output, data=data)
     if as_json:
         _print_json(written.to_document())
         return

@@ -11,17 +11,21 @@ on those rows alone: not on the file, its format or the order of its rows.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
+import functools
 import hashlib
 import io
+import itertools
 import logging
 import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,19 +132,27 @@ class HeldOutRows:
     labels: Tokens  #: [test rows]; 1 is soluble, 0 insoluble
 
 
-def prepare(settings: DataSettings, *, folder: Path, artifacts: Path) -> Prepared:
+def prepare(
+    settings: DataSettings, *, folder: Path, artifacts: Path, sha256: str | None = None
+) -> Prepared:
     """Reads the source once, checks and splits it, and writes the development file.
 
     Args:
         settings: The study file's `[data]`.
         folder: Where the study file lies; relative paths start here.
         artifacts: The development file goes to `development/` under it.
+        sha256: Of the source, where the study file tells it (an exported one does): a source that
+            is missing is then looked for in `folder` under any name, and one of another content
+            is warned of.
 
     Raises:
         DataError: The source cannot be used; lists every problem found.
         TunerError: The development file cannot be written.
     """
-    source = _read_source(settings, folder)
+    there = _beside_the_study_file(settings, folder, sha256)
+    source = _read_source(there or settings, folder)
+    if there is not None:
+        source = replace(source, name=", ".join(_names(settings)))
     split = _split(source, settings.split)
     training_tokens, training_labels = _arrays(split.training, settings.max_length)
     validation_tokens, validation_labels = _arrays(split.validation, settings.max_length)
@@ -152,14 +164,14 @@ def prepare(settings: DataSettings, *, folder: Path, artifacts: Path) -> Prepare
             "validation_labels": validation_labels,
         }
     )
-    sha256 = hashlib.sha256(content).hexdigest()
-    development_file = development_path(artifacts, sha256)
+    development_sha256 = hashlib.sha256(content).hexdigest()
+    development_file = development_path(artifacts, development_sha256)
     _write_development(development_file, content)
     return Prepared(
         identity=_identity(source, split, settings),
         development_file=development_file,
-        development_sha256=sha256,
-        warnings=source.warnings,
+        development_sha256=development_sha256,
+        warnings=(*source.warnings, *_warn_of_another_source(there, source, sha256)),
         loud=source.loud,
     )
 
@@ -722,6 +734,116 @@ def _check_labels(file: str, rows: Sequence[_Row], problems: _Problems) -> None:
 
 
 # --- files ---------------------------------------------------------------------------------------
+
+
+def source_files(settings: DataSettings, folder: Path) -> tuple[Path, ...]:
+    """The files that a study file in `folder` names as its source.
+
+    One, or two of a pair (soluble, insoluble); none of "solubility" and "synthetic".
+    """
+    if settings.source in ("solubility", "synthetic"):
+        return ()
+    return tuple(_resolve(name, folder) for name in _names(settings))
+
+
+def source_sha256(files: Sequence[Path]) -> str:
+    """What `DataIdentity.sha256` is of these files: of the bytes, or of a pair's two digests.
+
+    Raises:
+        OSError: One cannot be read, or is not a regular file.
+    """
+    return _joint_sha256([_file_sha256(file) for file in files])
+
+
+def find_source(
+    settings: DataSettings, folders: Iterable[Path], sha256: str
+) -> tuple[Path, ...] | None:
+    """Files of this content, in the order of `source_files`; None where there are none.
+
+    In each folder looked for as the study file names them, then by their last names, then under
+    any name that ends alike.
+
+    Args:
+        settings: The study file's `[data]`.
+        folders: Where to look, the likeliest first.
+        sha256: Their `source_sha256`.
+    """
+    names = _names(settings)
+    digest = functools.cache(_file_sha256)
+    for folder in dict.fromkeys(folders):
+        named = tuple(_resolve(name, folder) for name in names)
+        likely = (named, tuple(folder / file.name for file in named))
+        for files in itertools.chain(likely, _alike(folder, names)):
+            with contextlib.suppress(OSError):
+                if _joint_sha256([digest(file) for file in files]) == sha256:
+                    return files
+    return None
+
+
+def with_files(settings: DataSettings, files: Sequence[Path]) -> DataSettings:
+    """The same settings with these files as the source."""
+    paths = [str(file) for file in files]
+    if isinstance(settings.source, str):
+        return settings.model_copy(update={"source": paths[0]})
+    pair = settings.source.model_copy(update=dict(zip(PAIR, paths, strict=True)))
+    return settings.model_copy(update={"source": pair})
+
+
+#: The keys of a pair of FASTA files, in the order of `source_files`.
+PAIR = ("soluble", "insoluble")
+
+
+def _names(settings: DataSettings) -> tuple[str, ...]:
+    """The source's files as the study file names them."""
+    source = settings.source
+    if isinstance(source, str):
+        return (SOLUBILITY_FILE if source == "solubility" else source,)
+    return (source.soluble, source.insoluble)
+
+
+def _alike(folder: Path, names: Sequence[str]) -> Iterator[tuple[Path, ...]]:
+    """Files of the folder that may stand for those of these names; for two, every pair."""
+    suffixes = {PurePath(name).suffix.lower() for name in names}
+    try:
+        inside = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    except OSError:
+        return
+    yield from itertools.permutations(inside, len(names))
+
+
+def _joint_sha256(digests: Sequence[bytes]) -> str:
+    return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
+
+
+def _file_sha256(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # reading a pipe might never end
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _beside_the_study_file(
+    settings: DataSettings, folder: Path, sha256: str | None
+) -> DataSettings | None:
+    """The settings with files of the known content, where those that are named are missing."""
+    named = source_files(settings, folder)
+    if sha256 is None or all(os.access(file, os.F_OK) for file in named):
+        return None
+    found = find_source(settings, [folder], sha256)
+    return None if found is None else with_files(settings, found)
+
+
+def _warn_of_another_source(
+    there: DataSettings | None, source: _Source, sha256: str | None
+) -> Iterator[str]:
+    if there is not None:
+        found = ", ".join(_names(there))
+        yield f"the data is not where the study file names it; {found} has the same sha256"
+    elif sha256 is not None and not source.synthetic and source.sha256 != sha256:
+        yield (
+            f"{source.name} has sha256 {source.sha256[:12]}, but [provenance] of the study file "
+            f"tells of {sha256[:12]}: these are other data than the configuration was found on"
+        )
 
 
 def _resolve(name: str, folder: Path) -> Path:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import hashlib
 import io
 import json
+import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -17,13 +20,17 @@ import tomli_w
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.artifacts import publish
-from tuner.errors import StudyError
+from tuner.artifacts import publish, require_writable
+from tuner.data import PAIR
+from tuner.errors import StudyError, TunerError
 from tuner.objective import DETAIL_KEY, ENDED_KEY, curve_of
 from tuner.space import ModelConfig, space_of
-from tuner.study import RESUMED_KEY, StudyRecord, TunedStudy
+from tuner.spec import name_problem
+from tuner.study import RESUMED_KEY, StudyRecord, TunedStudy, source_files
 
 Format = Literal["toml", "json", "yaml"]
+#: By the suffix of a study file, as `tuner.spec.load_spec` reads it.
+_FORMATS: Mapping[str, Format] = {".toml": "toml", ".json": "json", ".yaml": "yaml", ".yml": "yaml"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +44,8 @@ class ExportedConfig:
     sampled: Mapping[str, Any]  #: what was searched, by its name in the study file
     config: ModelConfig
     provenance: Mapping[str, Any]
-    document: Mapping[str, Any]  #: the study file
+    document: Mapping[str, Any]  #: the study file, with its data beside it
+    files: tuple[Path, ...]  #: its data on this machine; none of "solubility" and synthetic data
 
     def to_document(self) -> dict[str, Any]:
         return {
@@ -50,12 +58,30 @@ class ExportedConfig:
             "provenance": dict(self.provenance),
         }
 
+    def document_in(self, folder: Path) -> dict[str, Any]:
+        """The study file for a folder: its data is named from there."""
+        source = self.document["data"]["source"]
+        named: str | dict[str, str]
+        if isinstance(source, str):
+            named = next((_named_from(folder, file, source) for file in self.files), source)
+        else:
+            pair = zip(source.items(), self.files, strict=True)
+            named = {key: _named_from(folder, file, name) for (key, name), file in pair}
+        return {**self.document, "data": {**self.document["data"], "source": named}}
 
-def best_configs(tuned: TunedStudy, top: int = 1) -> tuple[ExportedConfig, ...]:
+
+def best_configs(
+    tuned: TunedStudy, top: int = 1, *, data: Path | None = None
+) -> tuple[ExportedConfig, ...]:
     """The `top` fully trained trials with the lowest validation loss, best first.
 
+    Args:
+        tuned: The study.
+        top: How many.
+        data: Where its data is, see `tuner.study.source_files`.
+
     Raises:
-        StudyError: No trial was trained to its end yet.
+        StudyError: No trial was trained to its end yet, or the data is not at `data`.
     """
     ranked = tuned.ranked()
     if not ranked:
@@ -63,14 +89,23 @@ def best_configs(tuned: TunedStudy, top: int = 1) -> tuple[ExportedConfig, ...]:
             f"Study {tuned.name!r} has no fully trained trial yet, so there is nothing to export; "
             "launch it again to go on."
         )
-    return tuple(_exported(tuned, rank, trial) for rank, trial in enumerate(ranked[:top], start=1))
+    files = _source_files(tuned, data)
+    return tuple(
+        _exported(tuned, rank, trial, files) for rank, trial in enumerate(ranked[:top], start=1)
+    )
 
 
-def config_of_trial(tuned: TunedStudy, number: int) -> ExportedConfig:
+def config_of_trial(tuned: TunedStudy, number: int, *, data: Path | None = None) -> ExportedConfig:
     """The configuration of any trial, whatever became of it.
 
+    Args:
+        tuned: The study.
+        number: Of the trial.
+        data: Where the study's data is, see `tuner.study.source_files`.
+
     Raises:
-        StudyError: There is no such trial, or nothing was sampled for it yet.
+        StudyError: There is no such trial, nothing was sampled for it yet, or the data is not at
+            `data`.
     """
     trials = tuned.trials()
     trial = next((one for one in trials if one.number == number), None)
@@ -82,7 +117,7 @@ def config_of_trial(tuned: TunedStudy, number: int) -> ExportedConfig:
             f"Trial {number} of study {tuned.name!r} waits to be started, so its configuration "
             "is not sampled yet; launch the study to go on."
         )
-    return _exported(tuned, None, trial)
+    return _exported(tuned, None, trial, _source_files(tuned, data))
 
 
 def config_hash(config: ModelConfig) -> str:
@@ -91,7 +126,16 @@ def config_hash(config: ModelConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _exported(tuned: TunedStudy, rank: int | None, trial: FrozenTrial) -> ExportedConfig:
+def _source_files(tuned: TunedStudy, data: Path | None) -> tuple[Path, ...]:
+    # The data set "solubility" is found by that name on every machine.
+    if data is None and tuned.record.spec.data.source == "solubility":
+        return ()
+    return source_files(tuned, data)
+
+
+def _exported(
+    tuned: TunedStudy, rank: int | None, trial: FrozenTrial, files: tuple[Path, ...]
+) -> ExportedConfig:
     record, spec = tuned.record, tuned.record.spec
     config = spec.space.resolve(trial.params)
     best = min(curve_of(trial), key=lambda epoch: epoch.validation_loss, default=None)
@@ -109,7 +153,8 @@ def _exported(tuned: TunedStudy, rank: int | None, trial: FrozenTrial) -> Export
         "spec_hash": spec.spec_hash,
         "config_hash": config_hash(config),
         "precision": tuned.precision_of(config),
-        "data": record.data.to_document(),
+        # A path of this machine says nothing on another: the data is known by its hash.
+        "data": {**record.data.to_document(), "source": _without_folders(record.data.source)},
         "development_sha256": record.development_sha256,
         "versions": dict(record.versions),
         "study_created_at": record.created_at,
@@ -124,12 +169,17 @@ def _exported(tuned: TunedStudy, rank: int | None, trial: FrozenTrial) -> Export
         sampled=trial.params,
         config=config,
         provenance=provenance,
-        document=_study_file(tuned, trial, config, provenance),
+        document=_study_file(tuned, trial, config, provenance, files),
+        files=files,
     )
 
 
 def _study_file(
-    tuned: TunedStudy, trial: FrozenTrial, config: ModelConfig, provenance: Mapping[str, Any]
+    tuned: TunedStudy,
+    trial: FrozenTrial,
+    config: ModelConfig,
+    provenance: Mapping[str, Any],
+    files: tuple[Path, ...],
 ) -> dict[str, Any]:
     """A study of one trial that trains this trial's network again, bit for bit."""
     record = tuned.record
@@ -137,7 +187,7 @@ def _study_file(
     for key in ("hyperband", "stop", "known"):
         document.pop(key, None)
     document |= {
-        "name": f"{tuned.name}-trial-{trial.number}",
+        "name": name_of_trial(tuned.name, trial.number),
         "trials": 1,
         "sampler": {"kind": "random"},
         "space": space_of(config),
@@ -148,58 +198,159 @@ def _study_file(
         "precision": tuned.precision_of(config),
     }
     document["data"].pop("fallback", None)
-    document["data"]["source"] = _source(record)
+    document["data"]["source"] = _source(record, files)
     return document
 
 
-def _source(record: StudyRecord) -> str | dict[str, str]:
-    """Where the exported file finds the data, wherever it is moved."""
-    source, folder = record.spec.data.source, record.spec.folder
+def name_of_trial(study: str, number: int) -> str:
+    """The name of the study that trains one trial of `study` again.
+
+    Where that would be longer than a name may be, the name of `study` is cut, and a part of its
+    hash keeps apart what begins alike.
+    """
+    name = f"{study}-trial-{number}"
+    if name_problem(name) is None:
+        return name
+    mark = hashlib.sha256(study.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    shortened = (f"{study[:kept]}-{mark}-trial-{number}" for kept in range(len(study), 0, -1))
+    return next((one for one in shortened if name_problem(one) is None), f"{mark}-trial-{number}")
+
+
+def _source(record: StudyRecord, files: tuple[Path, ...]) -> str | dict[str, str]:
+    """The study file's `data.source` where the data lies beside it."""
+    source = record.spec.data.source
     if record.data.synthetic:
         return "synthetic"
-    if source == "solubility":
+    if not files and isinstance(source, str):
         return source
-    if isinstance(source, str):
-        return str((folder / source).absolute())
-    return {key: str((folder / value).absolute()) for key, value in source.model_dump().items()}
+    names = [file.name for file in files]
+    return names[0] if isinstance(source, str) else dict(zip(PAIR, names, strict=True))
 
 
-def render(exported: ExportedConfig, form: Format) -> str:
-    """The study file as text."""
+def _named_from(folder: Path, file: Path, name: str) -> str:
+    """How a study file in `folder` names `file`; `name`, if it were to lie beside it."""
+    if not os.access(file, os.F_OK):
+        return name  # it is looked for by its hash there
+    try:
+        # The file itself may be a link, which is to stay one.
+        at = Path(os.path.realpath(file.parent)) / file.name
+        relative = PurePath(os.path.relpath(at, os.path.realpath(folder))).as_posix()
+        relative.encode()
+    except ValueError:  # on another drive, or in a folder whose name is not Unicode
+        return name
+    return f"./{relative}" if relative.startswith("~") else relative
+
+
+def _without_folders(source: str) -> str:
+    """What `DataIdentity.source` tells, without folders of this machine."""
+    return ", ".join(
+        PurePath(name).name if PurePath(name).is_absolute() or name.startswith("~/") else name
+        for name in source.split(", ")
+    )
+
+
+def render(exported: ExportedConfig, form: Format, folder: Path | None = None) -> str:
+    """The study file as text.
+
+    Args:
+        exported: The configuration.
+        form: The file's format.
+        folder: Where the file will lie; its data lies beside it where that is not known.
+    """
+    document = dict(exported.document) if folder is None else exported.document_in(folder)
     if form == "json":
-        return json.dumps(exported.document, indent=2) + "\n"
+        return json.dumps(document, indent=2) + "\n"
     if form == "yaml":
-        return yaml.safe_dump(dict(exported.document), sort_keys=False)
-    return tomli_w.dumps(exported.document)
+        return yaml.safe_dump(document, sort_keys=False)
+    return tomli_w.dumps(document)
 
 
 def write_configs(
-    configs: tuple[ExportedConfig, ...], output: Path, form: Format
+    configs: tuple[ExportedConfig, ...], output: Path, form: Format | None = None
 ) -> tuple[Path, ...]:
     """Writes one file for each configuration, each whole.
 
     Args:
         configs: What to write.
-        output: A file (one configuration, and a name with the format's suffix) or a folder.
-        form: The files' format.
+        output: A file (one configuration, and a name with a format's suffix) or a folder.
+        form: The files' format; by the suffix of `output`, else TOML, where it is not given.
 
     Returns:
         The files, in the order of `configs`.
+
+    Raises:
+        StudyError: One file is named for several configurations, or for another format.
+        TunerError: They cannot be written.
     """
-    if output.suffix in (".toml", ".json", ".yaml", ".yml"):
+    of_suffix = _format_of_file(output)
+    if of_suffix is not None:
+        if form not in (None, of_suffix):
+            raise StudyError(
+                f"-o {output} ends in {output.suffix}, so it is read as {of_suffix}, and --format "
+                f"asks for {form}; leave --format out, or name a file that ends in .{form}."
+            )
+        form = of_suffix
         if len(configs) > 1:
             raise StudyError(
                 f"-o {output} is one file, and --top asks for {len(configs)}; name a folder."
             )
         paths = [output]
     else:
+        form = form or "toml"
         paths = [
             output / f"{one.provenance['study']}-{_rank(one)}trial-{one.trial}.{form}"
             for one in configs
         ]
     for path, exported in zip(paths, configs, strict=True):
-        publish(path, render(exported, form).encode())
+        _write(path, render(exported, form, path.parent).encode(), exported.files)
     return tuple(paths)
+
+
+def _format_of_file(output: Path) -> Format | None:
+    """The format of the one file that `output` names; None where it names a folder.
+
+    Raises:
+        TunerError: It cannot be looked at.
+    """
+    try:
+        return None if output.is_dir() else _FORMATS.get(output.suffix.lower())
+    except OSError as error:
+        raise _unwritable(output, error) from error
+
+
+def require_writable_output(output: Path) -> None:
+    """Makes sure that `write_configs` can write there, before hours are spent on a study.
+
+    Raises:
+        TunerError: It cannot.
+    """
+    try:
+        if _format_of_file(output) is None:
+            require_writable(output)
+        else:
+            require_writable(output.parent, output.name)
+    except OSError as error:
+        raise _unwritable(output, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> TunerError:
+    return TunerError(
+        f"{path}: cannot be written ({error.strerror or error}); name another file or folder."
+    )
+
+
+def _write(path: Path, content: bytes, data: tuple[Path, ...]) -> None:
+    """Publishes a file that the user asked for.
+
+    Raises:
+        TunerError: It cannot be written, or is the study's data.
+    """
+    try:
+        if path.exists() and any(os.access(file, os.F_OK) and path.samefile(file) for file in data):
+            raise OSError(errno.EEXIST, "it is the data of the study")
+        publish(path, content)
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def _rank(exported: ExportedConfig) -> str:
@@ -211,6 +362,7 @@ def write_model(tuned: TunedStudy, exported: ExportedConfig, path: Path) -> None
 
     Raises:
         StudyError: The weights of this trial were not kept.
+        TunerError: They cannot be read, or the file cannot be written.
     """
     kept = tuned.artifacts.weights(exported.trial)
     if not kept.exists():
@@ -218,8 +370,14 @@ def write_model(tuned: TunedStudy, exported: ExportedConfig, path: Path) -> None
             f"The weights of trial {exported.trial} are not in {kept.parent}: only those of the "
             "best trials are kept. Ask for fewer (--top), or launch the exported study file."
         )
-    with np.load(kept) as weights:
-        arrays = {name: weights[name] for name in weights.files}
+    try:
+        with np.load(kept) as weights:
+            arrays = {name: weights[name] for name in weights.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise TunerError(
+            f"{kept}: the weights of trial {exported.trial} cannot be read ({error}). Put a sound "
+            "copy there, or launch the exported study file."
+        ) from error
     description = json.dumps(
         {
             "config": dataclasses.asdict(exported.config),
@@ -229,7 +387,7 @@ def write_model(tuned: TunedStudy, exported: ExportedConfig, path: Path) -> None
     )
     content = io.BytesIO()
     np.savez_compressed(content, tuner=np.array(description), **arrays)
-    publish(path, content.getvalue())
+    _write(path, content.getvalue(), exported.files)
 
 
 def write_trials(tuned: TunedStudy, path: Path) -> int:
@@ -237,6 +395,9 @@ def write_trials(tuned: TunedStudy, path: Path) -> int:
 
     Columns: number, state, validation_loss (nats), epochs, bracket, ended, detail, resumed,
     started, ended_at, then one column for each sampled hyperparameter (`param.NAME`).
+
+    Raises:
+        TunerError: The file cannot be written.
     """
     spec, trials = tuned.record.spec, tuned.trials()
     names = sorted({name for trial in trials for name in trial.params})
@@ -255,5 +416,5 @@ def write_trials(tuned: TunedStudy, path: Path) -> int:
             + [attrs.get(RESUMED_KEY, 0), trial.datetime_start, trial.datetime_complete]
             + [trial.params.get(name) for name in names]
         )
-    publish(path, text.getvalue().encode())
+    _write(path, text.getvalue().encode(), _source_files(tuned, None))
     return len(trials)

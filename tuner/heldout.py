@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import hashlib
 import os
 import socket
 from datetime import UTC, datetime
@@ -15,37 +14,52 @@ from tuner import data
 from tuner.data import DataIdentity, HeldOutRows
 from tuner.errors import StudyError
 from tuner.spec import DataSettings
-from tuner.study import TunedStudy
+from tuner.study import TunedStudy, source_files
 
 
-def check_source(tuned: TunedStudy) -> None:
-    """Makes sure that the study's source is where it was and has not changed.
+def check_source(tuned: TunedStudy, given: Path | None = None) -> DataSettings:
+    """Makes sure that the study's source is there and has not changed.
 
     Its bytes are hashed, no row is read: an opening that would fail is so found before it
     stands in the ledger.
+
+    Args:
+        tuned: The study.
+        given: Where its source is said to be, see `tuner.study.source_files`.
+
+    Returns:
+        The study's data settings with the source as it was found, for `open_test_split`.
 
     Raises:
         DataError: The data set "solubility" is nowhere to be found.
         StudyError: The source is missing or another one.
     """
     settings, folder = _settings(tuned), tuned.record.spec.folder
-    if settings.source == "synthetic":
-        return  # generated, not read
-    if settings.source == "solubility":
-        if data.locate(folder) is None:
+    if settings.source == "solubility" and given is None and data.locate(folder) is not None:
+        return settings
+    files = source_files(tuned, given)
+    if not files:
+        if settings.source == "solubility":
             data.fetch()
-        return
-    source = settings.source
-    if isinstance(source, str):
-        found = _file_sha256(tuned, folder, source).hex()
-    else:
-        pair = [_file_sha256(tuned, folder, name) for name in (source.soluble, source.insoluble)]
-        found = hashlib.sha256(b"".join(pair)).hexdigest()
+        return settings  # or generated, not read
+    try:
+        found = data.source_sha256(files)
+    except OSError as error:
+        raise StudyError(
+            f"{error.filename}: {error.strerror or error}. Study {tuned.name!r} was made from this "
+            "file, and its test split is read from there: put it back, or name the file or its "
+            "folder with --data, then report again. Nothing was opened."
+        ) from error
     _compare(tuned, "sha256", tuned.record.data.sha256, found)
+    return data.with_files(settings, files)
 
 
 def open_test_split(
-    tuned: TunedStudy, *, trial: FrozenTrial, config_hash: str
+    tuned: TunedStudy,
+    *,
+    trial: FrozenTrial,
+    config_hash: str,
+    settings: DataSettings | None = None,
 ) -> tuple[int, HeldOutRows]:
     """Writes the ledger row, then reads the test rows.
 
@@ -53,6 +67,7 @@ def open_test_split(
         tuned: The study whose split is opened.
         trial: The trial that will be evaluated on it, chosen before.
         config_hash: The sha256 of its configuration.
+        settings: What `check_source` found; as the study file has them where that was not asked.
 
     Returns:
         The ledger entry's id, and the rows.
@@ -72,7 +87,7 @@ def open_test_split(
         spec_hash=record.spec.spec_hash,
         split_id=record.data.split_id,
     )
-    identity, rows = data.read_held_out(_settings(tuned), folder=record.spec.folder)
+    identity, rows = data.read_held_out(settings or _settings(tuned), folder=record.spec.folder)
     _require_same(tuned, identity)
     return entry, rows
 
@@ -95,23 +110,8 @@ def _compare(tuned: TunedStudy, field: str, recorded: str, found: str) -> None:
         raise StudyError(
             f"{tuned.record.data.source}: {field} is {found[:12]}, but study {tuned.name!r} was "
             f"made from {recorded[:12]}: the data changed since. Put the old file back where it "
-            "was, or launch a new study on the new one (--name)."
+            "was, name a copy of it with --data, or launch a new study on the new one (--name)."
         )
-
-
-def _file_sha256(tuned: TunedStudy, folder: Path, name: str) -> bytes:
-    path = folder / (Path(name).expanduser() if name.startswith("~/") else Path(name))
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe might never end
-            raise OSError("it is not a regular file")
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise StudyError(
-            f"{path}: {error.strerror or error}. Study {tuned.name!r} was made from this file, "
-            "and its test split is read from there: put it back, then report again. Nothing was "
-            "opened."
-        ) from error
 
 
 def _who() -> str:

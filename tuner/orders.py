@@ -184,7 +184,7 @@ def prepare_here(storage: Storage, spec: StudySpec, *, artifacts_root: Path) -> 
         earlier = _rows_of_an_earlier_study(storage, spec, artifacts_root)
         if earlier is not None:
             return earlier
-    return prepare(spec.data, folder=spec.folder, artifacts=artifacts_root)
+    return prepare(spec.data, folder=spec.folder, artifacts=artifacts_root, sha256=spec.data_sha256)
 
 
 def _rows_of_an_earlier_study(

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner import heldout, report_page, study
-from tuner.artifacts import development_path, publish
+from tuner.artifacts import development_path, publish, require_writable
 from tuner.data import DevelopmentData, load_development
 from tuner.errors import StudyError, TunerError
 from tuner.export import config_hash
@@ -36,6 +35,8 @@ from tuner.study_note import hang_page
 
 #: (configuration, its trained weights, uint8 tokens [n, max_length]) -> probabilities [n]
 Evaluate: TypeAlias = Callable[[ModelConfig, bytes, npt.NDArray[np.uint8]], npt.NDArray[np.float64]]
+
+JSON_FILE, HTML_FILE = "report.json", "report.html"
 
 #: How far the kept weights' validation loss may be from the recorded one, nats. A study in
 #: bfloat16 chose by coarser figures than those of the evaluation, which is in float32.
@@ -91,6 +92,7 @@ def write_report(
     *,
     artifacts_root: Path,
     output: Path | None = None,
+    data: Path | None = None,
     evaluate: Evaluate | None = None,
 ) -> Report:
     """Evaluates the winner of a finished study on the test split and writes the report.
@@ -103,6 +105,8 @@ def write_report(
         name: The study's name.
         artifacts_root: Where its weights and development file are.
         output: The folder of `report.json` and `report.html`; the study's own by default.
+        data: Where the study's data is now, if not where its study file names it: a file, or the
+            folder that holds it.
         evaluate: Predicts with trained weights; `tuner.predict.probabilities` by default.
 
     Raises:
@@ -117,13 +121,13 @@ def write_report(
     recorded = _recorded_report(tuned)
     opened_now = recorded is None
     if recorded is None:
-        recorded = _open_and_evaluate(tuned, evaluate or _probabilities)
+        recorded = _open_and_evaluate(tuned, evaluate or _probabilities, data)
     document = _with_the_ledger_of_now(tuned, recorded)
     page = report_page.render(document)
     written = Report(
         document=document,
-        json_file=folder / "report.json",
-        html_file=folder / "report.html",
+        json_file=folder / JSON_FILE,
+        html_file=folder / HTML_FILE,
         opened_now=opened_now,
     )
     text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
@@ -145,7 +149,7 @@ def _recorded_report(tuned: TunedStudy) -> dict[str, Any] | None:
     return next((report for report in reports if report is not None), None)
 
 
-def _open_and_evaluate(tuned: TunedStudy, evaluate: Evaluate) -> dict[str, Any]:
+def _open_and_evaluate(tuned: TunedStudy, evaluate: Evaluate, data: Path | None) -> dict[str, Any]:
     """Opens the split, and records what the winner is worth on it."""
     _require_finished(tuned)
     # While this process holds the lease no coordinator starts, and no second report opens.
@@ -155,8 +159,10 @@ def _open_and_evaluate(tuned: TunedStudy, evaluate: Evaluate) -> dict[str, Any]:
         weights = _kept_weights(tuned, winner)
         config = tuned.record.spec.space.resolve(winner.params)
         validation = _validation_metrics(tuned, winner, config, weights, evaluate)
-        heldout.check_source(tuned)
-        entry, rows = heldout.open_test_split(tuned, trial=winner, config_hash=config_hash(config))
+        source = heldout.check_source(tuned, data)
+        entry, rows = heldout.open_test_split(
+            tuned, trial=winner, config_hash=config_hash(config), settings=source
+        )
         probabilities = _predict(evaluate, config, weights, rows.tokens)
         test = measure(rows.labels, probabilities)
         document = {
@@ -360,13 +366,12 @@ def _changed_versions(tuned: TunedStudy) -> str:
 
 def _require_writable(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        require_writable(folder, JSON_FILE, HTML_FILE)
     except OSError as error:
         raise TunerError(
-            f"{folder}: the report cannot be written there ({error.strerror or error}); name a "
-            "folder that you may write with -o. Nothing was opened."
+            f"{error.filename or folder}: the report cannot be written there "
+            f"({error.strerror or error}); name a folder that you may write with -o. Nothing was "
+            "opened."
         ) from error
 
 

@@ -244,7 +244,7 @@ class _Settings(_Table):
     stop: StopSettings | None = None
     """leave the table out to use the whole budget"""
     provenance: dict[str, Any] | None = None
-    """where an exported configuration comes from; changes nothing"""
+    """where an exported configuration comes from; its data is found again by the hash in there"""
 
 
 class StudySpec(_Settings):
@@ -294,6 +294,13 @@ class StudySpec(_Settings):
         turns = itertools.islice(itertools.cycle(self.bracket_turns), trials)
         counts = Counter(turns)
         return tuple(counts[bracket] for bracket in range(self.bracket_count))
+
+    @property
+    def data_sha256(self) -> str | None:
+        """The `DataIdentity.sha256` that an exported study file tells of; None of any other."""
+        found = (self.provenance or {}).get("data") or {}
+        sha256 = found.get("sha256") if isinstance(found, Mapping) else None
+        return sha256 if isinstance(sha256, str) else None
 
     def to_document(self) -> dict[str, Any]:
         """The whole study file as plain values, every default written out.
