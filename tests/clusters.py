@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -108,6 +110,48 @@ def scheduler(port: int | None = None, more: Sequence[str] = ()) -> Iterator[str
     with program(*SCHEDULER, "--port", str(port), *more) as running:
         running.says("Scheduler at")
         yield f"{'tls' if more and '--tls-ca-file' in more else 'tcp'}://127.0.0.1:{port}"
+
+
+#: What a port of another program may say to whoever connects; None: it hangs up.
+STRANGERS = {
+    "silent": b"",
+    "hangs up": None,
+    "mail server": b"220 mail.example ESMTP ready\r\n",
+    "web server": b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n",
+    "half a message": b"\1\0\0\0",
+}
+
+
+@contextmanager
+def stranger(kind: str, port: int = 0) -> Iterator[str]:
+    """What listens where a scheduler was looked for, and is another program; its address."""
+    is_over = threading.Event()
+    kept: list[socket.socket] = []
+    says = STRANGERS[kind]
+
+    def listen(server: socket.socket) -> None:
+        server.settimeout(0.05)
+        while not is_over.is_set():
+            try:
+                client = server.accept()[0]
+            except TimeoutError:
+                continue
+            kept.append(client)
+            with contextlib.suppress(OSError):  # it looked whether anything listens, and went
+                client.sendall(says or b"")
+            if says is None:
+                client.close()
+
+    with socket.create_server(("127.0.0.1", port)) as server:
+        thread = threading.Thread(target=listen, args=(server,), name="stranger")
+        thread.start()
+        try:
+            yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        finally:
+            is_over.set()
+            thread.join()
+            for client in kept:
+                client.close()
 
 
 def assert_memory_is_kept(connection: Connection) -> None:

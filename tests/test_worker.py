@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import ipaddress
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,17 +24,20 @@ from clusters import (
     DASK_WORKER,
     ROOT,
     SCHEDULER,
+    STRANGERS,
     TUNER_WORKER,
     Program,
     assert_memory_is_kept,
     eventually,
     program,
     scheduler,
+    stranger,
 )
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from distributed.core import Server
 from distributed.utils import get_ip
 from fakes import FakeRun, Notes, assert_whole, make_study, small_spec
 from ports import free_port
@@ -183,26 +186,92 @@ def test_a_worker_that_never_joined_does_not_say_that_it_gave_trials_back() -> N
         assert worker.says("Worker ended") == ended
 
 
-def test_a_worker_that_is_not_taken_says_why() -> None:
-    """What answers here is no scheduler: it hangs up."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        hanging_up = threading.Event()
+@pytest.mark.parametrize("kind", ["silent", "hangs up"])
+def test_a_worker_says_that_what_answers_is_not_a_scheduler(kind: str) -> None:
+    with stranger(kind) as address, program(*TUNER_WORKER, address) as worker:
+        line = worker.says("this worker waits for it", timeout=60)
+        assert f"Something answers at {address}, but no Dask scheduler" in line
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
 
-        def hang_up() -> None:
-            server.settimeout(0.1)
-            while not hanging_up.is_set():
-                with contextlib.suppress(TimeoutError):
-                    server.accept()[0].close()
 
-        thread = threading.Thread(target=hang_up)
-        thread.start()
-        port = server.getsockname()[1]
-        with program(*TUNER_WORKER, f"tcp://127.0.0.1:{port}") as worker:
-            line = worker.says("does not take this worker", timeout=60)
-        hanging_up.set()
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_what_answers_and_is_not_a_scheduler_is_told(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.cluster._CONNECT_SECONDS", 0.5)
+    words = rf"Something answers at {{}}, but no Dask scheduler .* without TLS: {WHY[kind]}"
+    with (
+        stranger(kind) as address,
+        pytest.raises(ClusterError, match=words.format(address)),
+        remote_connection(address, say=print),
+    ):
+        pass
+
+
+WHY = {
+    "silent": "it accepted the connection, and did not answer within",
+    "hangs up": ".*([Cc]losed|reset)",
+    "mail server": "what it says is not Dask's protocol",
+    "web server": "what it says is not Dask's protocol",
+    "half a message": "it accepted the connection, and did not answer within",
+}
+
+
+def test_another_part_of_dask_is_not_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.cluster._CONNECT_SECONDS", 5.0)
+    started, is_over = threading.Event(), threading.Event()
+    addresses: list[str] = []
+
+    async def serve() -> None:
+        async with Server({}) as server:
+            await server.listen("tcp://127.0.0.1:0")
+            addresses.append(server.address)
+            started.set()
+            await asyncio.to_thread(is_over.wait)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    assert started.wait(30)
+    try:
+        with (
+            pytest.raises(ClusterError, match="another part of it than a scheduler"),
+            remote_connection(addresses[0], say=print),
+        ):
+            pass
+    finally:
+        is_over.set()
         thread.join()
-    assert "Timed out" in line or "losed" in line or "connect" in line
-    assert "failed to start" not in line
+
+
+def test_a_running_study_says_that_what_answers_is_not_its_scheduler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tuner.cluster._CONNECT_SECONDS", 2.0)
+    port = free_port()
+    said: list[str] = []
+    with contextlib.ExitStack() as stack:
+        with scheduler(port) as address:
+            stack.enter_context(remote_connection(address, say=said.append))
+        with stranger("silent", port):
+            assert eventually(lambda: bool(said), 60)
+        assert f"(Something answers at {address}, but no Dask scheduler" in said[0]
+        with scheduler(port):
+            assert eventually(lambda: "is back" in said[-1], 60)
+
+
+@pytest.mark.parametrize("verb", ["launch", "serve"])
+def test_every_verb_says_that_what_answers_is_not_a_scheduler(verb: str, tmp_path: Path) -> None:
+    study = tmp_path / "study.toml"
+    study.write_text('name = "q"\ntrials = 1\n[data]\nsource = "synthetic"\n[space]\n')
+    places = ("--storage", f"sqlite:///{tmp_path}/t.db", "--artifacts", str(tmp_path / "a"))
+    what = (str(study),) if verb == "launch" else ("--port", "0")
+    with (
+        stranger("silent") as address,
+        program("-m", "tuner.cli", verb, *what, *places, "--cluster", address) as running,
+    ):
+        running.says(f"Something answers at {address}, but no Dask scheduler", timeout=90)
+        assert running.wait() == 1
 
 
 class HungryRun(FakeRun):

@@ -53,10 +53,10 @@ from tuner.processes import (
     training_resources,
 )
 from tuner.scheduler import (
+    SchedulerAwayError,
     TlsFiles,
     exposure,
-    is_answering,
-    scheduler_address,
+    require_scheduler,
     worker_command,
 )
 from tuner.space import ModelConfig
@@ -863,10 +863,7 @@ def remote_connection(
     warned_of: set[str] = set()
 
     def open_client() -> Client:
-        address = scheduler_address(cluster, tls)
-        place = address if address == cluster else f"{address} (of {cluster})"
-        if not is_answering(address, patience_seconds=_CONNECT_SECONDS):
-            raise ClusterError(f"No Dask scheduler answers at {place}.")
+        address = require_scheduler(cluster, tls, patience_seconds=_CONNECT_SECONDS)
         try:
             client = Client(
                 address,
@@ -876,10 +873,7 @@ def remote_connection(
             )
         except (OSError, ValueError, ImportError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            raise ClusterError(
-                f"Something answers at {place}, but no Dask scheduler that can be spoken to"
-                f"{'' if tls else ' without TLS'}: {reason}"
-            ) from error
+            raise ClusterError(f"The Dask scheduler at {address} went away: {reason}") from error
         if exposure(address) is None:  # else it was said when the address was given
             try:
                 listening = client.run_on_scheduler(_listening_on())
@@ -894,7 +888,8 @@ def remote_connection(
 
     deadline = time.monotonic() + _CONNECT_SECONDS
     while time.monotonic() < deadline:  # it may be starting
-        if is_answering(scheduler_address(cluster, tls), patience_seconds=_CONNECT_SECONDS):
+        with contextlib.suppress(SchedulerAwayError):
+            require_scheduler(cluster, tls, patience_seconds=_CONNECT_SECONDS)
             break
         time.sleep(0.2)
     join = f"Start one: {worker_command(cluster, tls)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import socket
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from distributed import Security
+from distributed.comm.core import connect
 
 from tuner.errors import ClusterError
 
@@ -58,6 +60,10 @@ def tls_files(ca: Path | None, cert: Path | None, key: Path | None) -> TlsFiles 
 
 class SchedulerFileMissingError(ClusterError):
     """The scheduler writes it when it starts: it may come."""
+
+
+class SchedulerAwayError(ClusterError):
+    """Nothing listens at its address: it may come."""
 
 
 def scheduler_address(cluster: str, tls: TlsFiles | None = None) -> str:
@@ -145,15 +151,71 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def is_answering(address: str, *, patience_seconds: float) -> bool:
-    """Whether anything listens there; cheaper than a Dask client, which is slow to give up."""
+def require_scheduler(cluster: str, tls: TlsFiles | None, *, patience_seconds: float) -> str:
+    """The address that --cluster means, where a Dask scheduler answers.
+
+    Dask's client waits without end at a port that accepts and stays silent (distributed issue
+    8071): so it is made only after the scheduler has said what it is.
+
+    Args:
+        cluster: As `scheduler_address` takes it.
+        tls: What the scheduler asks of who connects.
+        patience_seconds: For the connection, and once more for the answer.
+
+    Raises:
+        SchedulerAwayError: Nothing listens there.
+        ClusterError: What listens there is not a scheduler, or does not talk to us; or as
+            `scheduler_address`.
+    """
+    address = scheduler_address(cluster, tls)
+    place = address if address == cluster else f"{address} (of {cluster})"
     parts = urlsplit(address)
     target: tuple[Any, Any] = (parts.hostname, parts.port)
     try:
+        # First: Dask tries a port where nothing listens again and again.
         socket.create_connection(target, timeout=patience_seconds).close()
-    except OSError:
-        return False
-    return True
+    except (OSError, UnicodeError):  # the latter of a host that no name can be
+        raise SchedulerAwayError(f"No Dask scheduler answers at {place}.") from None
+    try:
+        asyncio.run(_greet(address, tls, patience_seconds))
+    except Exception as error:
+        raise ClusterError(
+            f"Something answers at {place}, but no Dask scheduler that can be spoken to"
+            f"{'' if tls else ' without TLS'}: {_in_words(error, patience_seconds)}"
+        ) from error
+    return address
+
+
+async def _greet(address: str, tls: TlsFiles | None, patience_seconds: float) -> None:
+    """Asks what listens there, and has it answer as a scheduler does."""
+    security = Security() if tls is None else tls.security()
+    # The outer limit is for what Dask's own does not cover: half a message, a name server.
+    async with asyncio.timeout(patience_seconds + 1.0):
+        comm = await connect(
+            address,
+            timeout=patience_seconds,
+            deserialize=False,
+            **security.get_connection_args("client"),
+        )
+        try:
+            await comm.write({"op": "identity", "n_workers": 0, "reply": True})
+            answer = await comm.read()
+        finally:
+            comm.abort()
+    if not isinstance(answer, dict) or answer.get("type") != "Scheduler":
+        raise OSError("it speaks as Dask does, but is another part of it than a scheduler")
+
+
+def _in_words(error: Exception, patience_seconds: float) -> str:
+    if isinstance(error, TimeoutError) or "Timed out" in str(error):
+        return (
+            f"it accepted the connection, and did not answer within {patience_seconds:.0f} s. Is "
+            "this the port of Dask's dashboard, or another program's?"
+        )
+    deepest = error.__cause__ or error
+    if not isinstance(deepest, OSError):  # of whoever tried to read the answer as Dask's
+        return "what it says is not Dask's protocol"
+    return (str(deepest) or type(deepest).__name__).splitlines()[0]
 
 
 def worker_command(cluster: str, tls: TlsFiles | None) -> str:

@@ -50,8 +50,8 @@ from tuner.scheduler import (
     SchedulerFileMissingError,
     TlsFiles,
     exposure,
-    is_answering,
     is_loopback,
+    require_scheduler,
     scheduler_address,
 )
 
@@ -59,6 +59,7 @@ Say = Callable[[str], None]
 
 _LONGEST_PAUSE_SECONDS = 3.0  #: between two attempts to reach a scheduler that is away
 _LOOK_SECONDS = 0.25  #: between two looks at whether the worker processes still serve
+_ANSWER_SECONDS = 3.0  #: for a scheduler to accept a connection, and to answer
 _JOIN_SECONDS = 30.0  #: for a worker process to start and register
 _LEAVE_SECONDS = 6.0  #: for a worker process to give its trial back and end
 _LEAST_MEMORY = "100MB"  #: a training process that does nothing takes about as much
@@ -311,18 +312,18 @@ class _Host:
                 raise ClusterError(unfit)
 
     async def _wait_for_scheduler(self) -> str:
-        said = False
+        complaint = ""
         pause = 0.2
+        cluster, tls = self._settings.cluster, self._settings.tls
         while True:
             try:
-                address = scheduler_address(self._settings.cluster, self._settings.tls)
-                if await asyncio.to_thread(is_answering, address, patience_seconds=3.0):
-                    return address
-                reason = f"No Dask scheduler answers at {address}"
-            except ClusterError as error:  # its file is not there yet, or not written whole
+                return await asyncio.to_thread(
+                    require_scheduler, cluster, tls, patience_seconds=_ANSWER_SECONDS
+                )
+            except ClusterError as error:  # also: its file is not there yet, or not written whole
                 reason = str(error).removesuffix(".")
-            if not said:
-                said = True
+            if reason != complaint:
+                complaint = reason
                 self._say(f"{reason}; this worker waits for it.")
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.6)
