@@ -21,11 +21,14 @@ from typing import TypeVar
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
+from typer.testing import CliRunner
 
+from tuner.cli import app
 from tuner.data import synthetic_sequences
+from tuner.errors import SetupError
 from tuner.objective import curve_of
 from tuner.storage import Storage
-from tuner.study import ERROR_KEY, FINISHED, RESUMED_KEY, load
+from tuner.study import ERROR_KEY, FINISHED, RESUMED_KEY, list_names, load
 from tuner.trial_page import AGAIN_KEY
 
 T = TypeVar("T")
@@ -510,6 +513,36 @@ def test_a_mistake_of_the_user_is_one_clear_message(
     assert words in done.stderr.replace("\n", " ")
     if arguments[0] not in ("launch", "serve"):
         assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("missing", ["tensorflow", "keras"])
+@pytest.mark.parametrize(
+    "arguments", [("launch", "tiny.toml"), ("serve",), ("worker", "--cluster", "tcp://127.0.0.1:1")]
+)
+def test_who_is_to_train_without_tensorflow_ends_before_anything_is_made(
+    folder: Path, arguments: tuple[str, ...], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, missing, None)  # to whoever looks for it, it is not installed
+    before = sorted(folder.rglob("*"))
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, SetupError)
+    assert f"{missing} cannot be found here" in str(done.exception)
+    assert "tuner[cpu] or tuner[gpu]" in str(done.exception)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("where", [("--detach",), ("--cluster", "tcp://127.0.0.1:1")])
+def test_who_lets_others_train_needs_no_tensorflow(
+    folder: Path, where: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("tuner.cluster._CONNECT_SECONDS", 0.1)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    done = CliRunner().invoke(app, ["launch", "tiny.toml", *where])
+    assert done.exception is None or "No Dask scheduler answers" in str(done.exception)
+    with Storage(f"sqlite:///{folder}/runs/tuner.db", create=False) as storage:
+        assert list_names(storage) == ["tiny"]
 
 
 def test_check_reports_every_mistake_with_its_line(folder: Path) -> None:

@@ -457,6 +457,8 @@ def launch(
         _refuse_with_detach(here)
     _refuse_two_places(cluster, workers)
     tls = _tls(tls_ca, tls_cert, tls_key, cluster)
+    if cluster is None and not detach:
+        _require_training()
     if export_to is not None:
         from tuner.export import require_writable_output
 
@@ -513,6 +515,13 @@ def _refuse_two_places(cluster: str | None, workers: int | None) -> None:
             "--workers starts workers on this machine, --cluster uses those of a scheduler; "
             "`tuner worker --cluster ...` adds one to it."
         )
+
+
+def _require_training() -> None:
+    """Ends a verb that trains on this machine before it makes anything, where it cannot."""
+    from tuner.processes import require_training
+
+    require_training()
 
 
 def _refuse_with_detach(options: dict[str, object]) -> None:
@@ -704,6 +713,7 @@ def worker(
     from tuner.scheduler import SchedulerFileMissingError, tls_files
     from tuner.worker import WorkerSettings, serve
 
+    _require_training()
     # Not isdigit(): a superscript two is a digit that int() does not read.
     if workers != "auto" and not re.fullmatch("[1-9][0-9]{0,3}", workers):
         raise typer.BadParameter("must be 1 to 9999, or auto", param_hint="--workers")
@@ -1085,6 +1095,8 @@ def serve(
     """Drives every study that was launched with --detach, and shows the dashboard."""
     _refuse_two_places(cluster, workers)
     tls = _tls(tls_ca, tls_cert, tls_key, cluster)
+    if cluster is None:
+        _require_training()
     settings = _dashboard_settings(
         host=host,
         port=port,

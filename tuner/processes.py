@@ -8,10 +8,12 @@ import multiprocessing.resource_tracker
 import signal
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from distributed import Worker
 
+from tuner.errors import SetupError
 from tuner.steady import keep_steady
 
 keep_steady()  # coordinator, `tuner worker` and training processes alike import this module
@@ -36,6 +38,22 @@ TRAINING_SETTINGS = {
         "MALLOC_MMAP_THRESHOLD_": 32 << 20,  # bytes of one block; the most that it can be
     }.items()
 }
+
+
+def require_training() -> None:
+    """Looks whether this installation can train, without the seconds that an import takes.
+
+    Raises:
+        SetupError: TensorFlow or Keras is not installed.
+    """
+    missing = [name for name in ("tensorflow", "keras") if find_spec(name) is None]
+    if missing:
+        raise SetupError(
+            f"This machine cannot train: {' and '.join(missing)} cannot be found here. Install the "
+            "package with its extra, tuner[cpu] or tuner[gpu] (in the project's folder: `make "
+            "setup`, or `pip install '.[cpu]'`), or let the workers of a cluster train: --cluster "
+            "ADDRESS."
+        )
 
 
 def training_environment(threads: int) -> dict[str, str]:
