@@ -125,6 +125,24 @@ def test_a_document_that_is_none_is_refused(ada: Browser, document: object) -> N
     assert ada.post("/tuner/api/studies", data=deep, headers=kind).status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"toml": study_file() + "# \ud800"}, "not UTF-8 text"),
+        ({"toml": study_file(), "name": "\udfff"}, "U+DFFF"),
+        ({"file": "\ud83d"}, "no study file of this server"),
+        ({"file": "tiny.toml", "name": "a\ud83d"}, "U+D83D"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_a_mistake_like_any_other(
+    ada: Browser, document: dict[str, str], words: str
+) -> None:
+    for path in ("/tuner/api/check", "/tuner/api/studies"):
+        answer = ada.post(path, json=document)
+        assert answer.status_code == 422
+        assert words in answer.text
+
+
 def test_mistakes_are_told_as_tuner_check_tells_them(ada: Browser) -> None:
     text = study_file().replace("trials = 3", "trials = 0").replace("learning_rate", "lerning_rate")
     answer = ada.post("/tuner/api/studies", json={"toml": text})

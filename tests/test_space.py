@@ -586,6 +586,29 @@ def test_a_kernel_between_the_ends_can_give_the_smallest_count():
     assert parameter_count_range(space, 19) == (min(counts), max(counts))
 
 
+@pytest.mark.parametrize("arrangement", ["stacked", "parallel"])
+@pytest.mark.parametrize("spread", [
+    Integers(low=1, high=6250),
+    Choices(choices=tuple(range(6250, 0, -7)) + tuple(range(2, 6250, 11))),
+], ids=["range", "choices"])  # fmt: skip
+def test_a_space_of_sixteen_wide_kernels_is_counted_without_trying_them(arrangement, spread):
+    # Without pooling the count is linear in each kernel: only the ends can be extreme.
+    sizes = spread.choices if isinstance(spread, Choices) else (spread.low, spread.high)
+    entries = {
+        "masking": False, "padding": "valid", "pool_size": 1, "head": "flatten",
+        "arrangement": arrangement,
+    }  # fmt: skip
+    space = SearchSpace.of(entries | {"blocks": Integers(low=1, high=16), "kernel_size": spread})
+    counts = [
+        parameter_count(
+            SearchSpace.of(entries | {"blocks": blocks, "kernel_size": size}).resolve({}), 100_000
+        )
+        for blocks in range(1, 17)
+        for size in (min(sizes), max(sizes))
+    ]
+    assert parameter_count_range(space, 100_000) == (min(counts), max(counts))
+
+
 def test_all_combinations_are_listed_by_the_helper_of_these_tests():
     space = SearchSpace.of({"blocks": Integers(low=1, high=2), "filters": Choices(choices=(1, 2))})
     found = [tuple(block.filters for block in c.blocks) for c in every_configuration(space)]

@@ -564,6 +564,36 @@ MISTAKES = [
         2,
         "above 0",
     ),
+    (
+        "[space]\nconv_l2 = { low = 0.0, high = 1.0, step = 1e-30 }",
+        "space.conv_l2",
+        2,
+        "more than 10,000,000 steps of 1e-30",
+    ),
+    (
+        "[space]\nconv_l2 = { low = 0.0, high = 1.0, step = 5e-324 }",
+        "space.conv_l2",
+        2,
+        "more than 10,000,000 steps of 5e-324",
+    ),
+    (
+        f"[space]\nconv_l2 = {{ low = 0.5, high = 0.5, step = 1{'0' * 400} }}",
+        "space.conv_l2.step",
+        2,
+        "at most 1000000, not 1000",
+    ),
+    (
+        f"[space]\nunits = {{ low = 3, high = 3, step = 1{'0' * 400} }}",
+        "space.units.step",
+        2,
+        "at most 65536, not 1000",
+    ),
+    (
+        "[space]\nconv_l2 = { low = 1e-300, high = 1.0, step = 0.3 }",
+        "space.conv_l2",
+        2,
+        "write high = 0.9 or high = 1.2",
+    ),
     # choices
     ("[space]\nunits = { choices = [] }", "space.units.choices", 2, "at least one value"),
     ("[space]\nunits = { choices = 3 }", "space.units.choices", 2, "must be a list"),
@@ -853,7 +883,7 @@ def test_mistakes_of_file_and_overrides_come_together(problems):
         ("[data]\n" + "a." * 50_000 + "a = 1", 2, "keys of a few parts"),
         ("[data]\n" + "'a b' . " * 50_000 + "a = 1", 2, "keys of a few parts"),
         ("[data]\n" + f"{'a' * 120}." * 500 + "a = 1", None, "keys of a few parts"),
-        ("a = 1" + "0" * 5000, None, "thousands of digits"),
+        ("a = 1" + "0" * 5000, 1, "thousands of digits"),
     ],
 )
 def test_wrong_syntax_is_reported_with_its_line(problems, text, line, message):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import product
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias, cast, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from tuner.errors import StudyError
 
 ParameterValue: TypeAlias = int | float | str | bool
+_Counts: TypeAlias = npt.NDArray[np.int64]
 
 Padding = Literal["same", "valid"]
 Normalization = Literal["none", "batch", "layer"]
@@ -203,7 +207,8 @@ BLOCK_KEYS = tuple(key.name for key in _KEYS if key.of_block)
 DENSE_KEYS = tuple(key.name for key in _KEYS if key.of_dense)
 OUTPUT_KEYS = ("dense_dropout",)
 
-_LAYER = re.compile(r"(block|dense)([1-9][0-9]*)|output")
+#: Six digits are more layers than any network has, and few enough for `int`.
+_LAYER = re.compile(r"(block|dense)([1-9][0-9]{0,5})|output")
 
 
 def layer_keys(layer: str) -> tuple[str, ...]:
@@ -805,11 +810,11 @@ def parameter_count_range(space: SearchSpace, max_length: int) -> tuple[int, int
 
 
 def _structures(space: SearchSpace) -> list[dict[str, ParameterValue]]:
-    """All combinations of what the count neither only grows nor only falls with."""
+    """All combinations of what the count neither only grows nor only falls with, but `blocks`."""
     entries = dict(space.entries)
     searched = {
         name: _values(entry)
-        for name in ("blocks", "head", "arrangement")
+        for name in ("head", "arrangement")
         if isinstance(entry := entries[name], Integers | Choices)
     }
     return [dict(zip(searched, values, strict=True)) for values in product(*searched.values())]
@@ -825,8 +830,11 @@ def _extreme_count(
 
     The count grows with everything else but pooling, "valid" padding and the kernel's width. The
     first two only shorten what a flatten head sees. The kernel does both: longer ones cost
-    weights and, where padding is "valid", leave fewer positions, so all of them are tried.
+    weights and, where padding is "valid", leave fewer positions, so all of them are tried. So are
+    all numbers of blocks: a smaller network is the beginning of the largest.
     """
+    numbers = cast(Sequence[int], _values(dict(space.entries)["blocks"]))
+    fixed = {**fixed, "blocks": max(numbers)}
     kernels: dict[str, Dimension] = {}
     cost: Mapping[str, Callable[[Any], int]] = {
         "pool_size": lambda size: -size,
@@ -848,25 +856,124 @@ def _extreme_count(
 
     config = space.resolve_with(pick)
     if config.head != "flatten":
-        return parameter_count(config, max_length)
+        first = (replace(config, blocks=config.blocks[:number]) for number in numbers)
+        return int(extreme(parameter_count(one, max_length) for one in first))
     stacked = config.arrangement == "stacked"
-    count = TOKENS * config.embedding_dim + _dense_parameters(config, 0)
     per_feature = config.dense[0].units if config.dense else 1
+    better, unreachable = (np.minimum, _FAR) if extreme is min else (np.maximum, -_FAR)
+    start = np.full(max_length + 1, unreachable)
+    start[max_length] = 0
     # Convolution weights by positions left: of the blocks so far, or in parallel of one alone.
-    by_length = {max_length: 0}
-    channels = config.embedding_dim
+    by_length, channels, beside = start, config.embedding_dim, 0
+    counts: dict[int, int] = {}
     for number, block in enumerate(config.blocks, start=1):
-        after: dict[int, int] = {}
-        for kernel_size in _values(kernels.get(f"block{number}", block.kernel_size)):
-            variant = replace(block, kernel_size=cast(int, kernel_size))
-            weights = _block_parameters(variant, channels)
-            for length, before in by_length.items():
-                left = _after_block(variant, length)
-                after[left] = extreme(after.get(left, before + weights), before + weights)
+        sizes = kernels.get(f"block{number}", block.kernel_size)
+        later = config.blocks[number - 1 :] if stacked else (block,)
+        after = _weights_after(
+            by_length,
+            block,
+            channels,
+            _kernels_to_try(sizes, math.prod(one.pool_size for one in later)),
+            better,
+        )
+        (left,) = np.nonzero(np.abs(after) < _FAR)
+        counts[number] = int(extreme(after[left] + left * (block.filters * per_feature)))
         if stacked:
             by_length, channels = after, block.filters
-        if not stacked or number == len(config.blocks):
-            count += extreme(
-                weights + left * block.filters * per_feature for left, weights in after.items()
-            )
-    return count
+        else:
+            counts[number] = beside = beside + counts[number]
+    count = TOKENS * config.embedding_dim + _dense_parameters(config, 0)
+    return count + int(extreme(counts[number] for number in numbers))
+
+
+def _kernels_to_try(sizes: Entry, period: int) -> Sequence[int]:
+    """The kernels among `sizes` that can give an extreme count.
+
+    A kernel that is longer by the product of the pool sizes from its block on, the `period`,
+    leaves exactly one position fewer at the end, so the count is linear in steps of it: of the
+    kernels that are alike modulo the period the shortest and the longest are enough.
+    """
+    if isinstance(sizes, Integers):
+        return range(sizes.low, sizes.high + 1, sizes.step)
+    ends: dict[int, tuple[int, int]] = {}
+    for size in cast(Sequence[int], _values(sizes)):
+        low, high = ends.get(size % period, (size, size))
+        ends[size % period] = min(low, size), max(high, size)
+    return sorted({size for pair in ends.values() for size in pair})
+
+
+_FAR = np.int64(2**61)  #: beyond any count; a length that no choice of kernels leaves has this
+
+
+def _weights_after(
+    before: _Counts,
+    block: BlockConfig,
+    channels: int,
+    kernel_sizes: Sequence[int],
+    better: np.ufunc,
+) -> _Counts:
+    """The extreme convolution weights of the blocks up to this one, by the positions left.
+
+    With "valid" padding a kernel of k leaves m = L - k + 1 positions and costs b + a k weights, so
+    that extreme(w[L] + b + a k) over all k is b - a (m - 1) + extreme(w[L] + a L): of a window of
+    lengths, whose extremes take log(kernels) passes instead of one for each kernel.
+
+    Args:
+        before: The weights before this block, int64 [max_length + 1], by the positions left.
+        block: Its `kernel_size` is not looked at.
+        channels: Its input's.
+        kernel_sizes: Those that it may have, rising.
+        better: `np.minimum` or `np.maximum`.
+    """
+    unreachable = _FAR if better is np.minimum else -_FAR
+    lengths = np.arange(len(before))
+    slope = channels * block.filters
+    base = _block_parameters(replace(block, kernel_size=0), channels)
+    if block.padding == "same":
+        ends = (slope * min(kernel_sizes), slope * max(kernel_sizes))
+        after = before + base + better(*ends)
+    else:
+        rising = before + slope * lengths
+        best = np.full_like(before, unreachable)
+        for first, step, count in _progressions(kernel_sizes):
+            best = better(best, _window(rising, first - 1, step, count, better, unreachable))
+        after = best + base - slope * (lengths - 1)
+    after[np.abs(after) > _FAR // 2] = unreachable
+    padded = np.full(-(-len(after) // block.pool_size) * block.pool_size, unreachable)
+    padded[: len(after)] = after
+    pooled: _Counts = better.reduce(padded.reshape(-1, block.pool_size), axis=1)
+    return pooled
+
+
+def _window(
+    values: _Counts, offset: int, step: int, count: int, better: np.ufunc, outside: np.int64
+) -> _Counts:
+    """For each i the extreme of values[i + offset + step j] with j = 0 .. count - 1."""
+
+    def moved(array: _Counts, by: int) -> _Counts:
+        found = np.full_like(array, outside)
+        if by < len(array):
+            found[: len(array) - by] = array[by:]
+        return found
+
+    best, width = moved(values, offset), 1
+    while 2 * width <= count:
+        best = better(best, moved(best, width * step))
+        width *= 2
+    widest: _Counts = better(best, moved(best, (count - width) * step))
+    return widest
+
+
+def _progressions(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Rising numbers as arithmetic progressions: first, step, how many."""
+    if isinstance(numbers, range):
+        yield numbers.start, numbers.step, len(numbers)
+        return
+    at = 0
+    while at < len(numbers):
+        end = min(at + 2, len(numbers))
+        step = numbers[end - 1] - numbers[at] if end - at == 2 else 1
+        while end < len(numbers) and numbers[end] - numbers[end - 1] == step:
+            end += 1
+        yield numbers[at], step, end - at
+        at = end

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import decimal
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from tuner.document import MAX_MISTAKES
 from tuner.space import (
     BLOCK_KEYS,
     DENSE_KEYS,
@@ -102,18 +103,18 @@ def _check_layers_exist(
 
 def _unknown_in_space(name: str) -> str:
     if re.fullmatch(r"(block|dense)0\d*", name):
-        return f"unknown key {toml_value(name)}; blocks and dense layers are counted from 1"
+        return f"unknown key {shown(name)}; blocks and dense layers are counted from 1"
     layers = ("block1", "block2", "block3", "dense1", "dense2", "output")
     near = did_you_mean(name, [*KEYS, *layers])
-    return f"unknown key {toml_value(name)} in [space]{near or _list_of(KEYS)}"
+    return f"unknown key {shown(name)} in [space]{near or _list_of(KEYS)}"
 
 
 def _unknown_in_layer(layer: str, name: str) -> str:
     known = layer_keys(layer)
     if near := did_you_mean(name, known):
-        return f"unknown key {toml_value(name)} in [space.{layer}]{near}"
+        return f"unknown key {shown(name)} in [space.{layer}]{near}"
     if name not in KEYS:
-        return f"unknown key {toml_value(name)} in [space.{layer}]{_list_of(known)}"
+        return f"unknown key {shown(name)} in [space.{layer}]{_list_of(known)}"
     if KEYS[name].of_block or KEYS[name].of_dense:
         place = (
             "blocks ([space.block1])" if KEYS[name].of_block else "dense layers ([space.dense1])"
@@ -150,9 +151,7 @@ def _read_choices(
 ) -> Choices | None:
     before = len(mistakes)
     for name in table.keys() - {"choices"}:
-        message = (
-            f"choices stand alone: remove {toml_value(name)}, or write a range without choices"
-        )
+        message = f"choices stand alone: remove {shown(name)}, or write a range without choices"
         mistakes.append(Mistake(path=(*path, name), value=table[name], message=message))
     choices, path = table["choices"], (*path, "choices")
     if not isinstance(choices, list) or not choices:
@@ -170,10 +169,22 @@ def _read_choices(
             seen[isinstance(choice, bool), choice] = choice
             continue
         mistakes.append(Mistake(path=(*path, index), value=choice, message=message))
+        if _enough(mistakes, path):
+            break
     return Choices(choices=tuple(seen.values())) if len(mistakes) == before else None
 
 
+def _enough(mistakes: list[Mistake], path: KeyPath) -> bool:
+    """Whether a list has more mistakes than anybody reads at once; then says that it is so."""
+    if len(mistakes) < MAX_MISTAKES:
+        return False
+    message = f"{MAX_MISTAKES} mistakes were found up to here; correct them first"
+    mistakes.append(Mistake(path=path, value=None, message=message))
+    return True
+
+
 _RANGE_KEYS = ("low", "high", "step", "log")
+_MAX_STEPS = 10_000_000  #: with more of them a float no longer tells one step from the next
 
 
 def _read_range(
@@ -190,7 +201,7 @@ def _read_range(
         if name not in _RANGE_KEYS:
             known = (*_RANGE_KEYS, "choices")
             near = did_you_mean(name, known) or _list_of(known)
-            mistaken(name, f"unknown key {toml_value(name)} in the range of {key.name}{near}")
+            mistaken(name, f"unknown key {shown(name)} in the range of {key.name}{near}")
     if key.kind in ("boolean", "choice"):
         every: Sequence[object] = key.choices or (True, False)
         mistaken(
@@ -233,24 +244,34 @@ def _check_step_and_log(key: Key, table: Mapping[str, Any], *, mistaken_at: Any)
         return
     step = table["step"]
     number = int if key.kind == "integer" else int | float
-    if isinstance(step, bool) or not isinstance(step, number) or not 0 < step < math.inf:
+    if isinstance(step, bool) or not isinstance(step, number) or not 0 < step <= key.high:
         what = "a whole number of at least 1" if key.kind == "integer" else "a number above 0"
-        mistaken_at("step", f"must be {what}, not {shown(step)}")
+        mistaken_at("step", f"must be {what} and at most {int(key.high)}, not {shown(step)}")
     elif table.get("log") is True and not (key.kind == "integer" and step == 1):
         mistaken_at("step", "a logarithmic range has no step; remove step or log")
 
 
 def _step_misfit(low: float, high: float, step: float) -> str:
     """What to say where steps from `low` do not meet `high`; '' where they do."""
-    # Decimal, so that 0.3 is three steps of 0.1.
-    first, last, width = (Decimal(str(value)) for value in (low, high, step))
-    if (last - first) % width == 0:
-        return ""
-    below = first + (last - first) // width * width
-    return (
-        f"steps of {step} from low = {low} do not meet high = {high}; "
-        f"write high = {below} or high = {below + width}"
-    )
+    # Decimal, so that 0.3 is three steps of 0.1; with as many digits as floats can lie apart.
+    with decimal.localcontext(prec=1000):
+        first, last, width = (Decimal(str(value)) for value in (low, high, step))
+        steps, rest = divmod(last - first, width)
+        if steps > _MAX_STEPS:
+            return (
+                f"there are more than {_MAX_STEPS:,} steps of {step} from low = {low} to high = "
+                f"{high}; raise step, or leave it out for any value"
+            )
+        if not rest:
+            return ""
+        below, above = (
+            int(end) if end == int(end) else float(end)
+            for end in (first + steps * width, first + (steps + 1) * width)
+        )
+        return (
+            f"steps of {step} from low = {low} do not meet high = {high}; "
+            f"write high = {below} or high = {above}"
+        )
 
 
 def must_be(key: Key, value: object) -> str:
@@ -286,19 +307,20 @@ def read_known(
         mistakes.append(Mistake(path=("known",), value=tables, message=message))
         return ()
     read: list[Mapping[str, ParameterValue]] = []
+    first: dict[frozenset[tuple[str, ParameterValue]], int] = {}  # a file may list thousands
     for index, table in enumerate(tables):
         path = ("known", index)
         if not isinstance(table, Mapping):
             message = f"must be a table, such as {{ learning_rate = 1e-3 }}, not {shown(table)}"
             mistakes.append(Mistake(path=path, value=table, message=message))
             continue
+        if _enough(mistakes, path):
+            break
         before = len(mistakes)
         configuration = _read_configuration(table, path, space, mistakes, mistaken=mistaken)
-        if configuration in read and len(mistakes) == before:
-            message = (
-                f"known configuration {index + 1} is the same as {read.index(configuration) + 1}; "
-                "remove one"
-            )
+        earlier = first.setdefault(frozenset(configuration.items()), len(read))
+        if earlier < len(read) and len(mistakes) == before:
+            message = f"known configuration {index + 1} is the same as {earlier + 1}; remove one"
             mistakes.append(Mistake(path=path, value=table, message=message))
         read.append(configuration)
     return tuple(read)
@@ -384,7 +406,7 @@ def _names(
         layer, _, key = name.rpartition(".")
         if key not in (layer_keys(layer) if layer else KEYS):
             near = did_you_mean(name, [*space.parameters, *KEYS])
-            message = f"unknown hyperparameter {toml_value(name)}{near or _list_of(KEYS)}"
+            message = f"unknown hyperparameter {shown(name)}{near or _list_of(KEYS)}"
         elif isinstance(value, Mapping | list):
             message = f"a known configuration has bare values, not {shown(value)}"
         elif not KEYS[key].allows(value):

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from tuner.document import excess, odd_text
 from tuner.errors import SpecError
 from tuner.precision import Precision
 from tuner.space import KEYS, ParameterValue, SearchSpace
@@ -118,6 +120,26 @@ def _check_source(source: str) -> str:
 
 def _none_from_word(value: object) -> object:
     return None if value == "none" else value
+
+
+def _check_provenance(table: dict[str, Any]) -> dict[str, Any]:
+    """What can be stored and written again in every format; null says nothing, and is left out."""
+
+    def checked(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            return {
+                name: checked(item, f"{key}.{name}")
+                for name, item in value.items()
+                if item is not None
+            }
+        if isinstance(value, list):
+            return [checked(item, key) for item in value if item is not None]
+        if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+            return value
+        what = "a finite number" if isinstance(value, float) else "text in quotes, or a number"
+        raise _wrong(f"{key} must be {what}, not {shown(value)}")
+
+    return {name: checked(item, name) for name, item in table.items() if item is not None}
 
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -243,7 +265,7 @@ class _Settings(_Table):
     sampler: SamplerSettings = SamplerSettings()
     stop: StopSettings | None = None
     """leave the table out to use the whole budget"""
-    provenance: dict[str, Any] | None = None
+    provenance: Annotated[dict[str, Any], AfterValidator(_check_provenance)] | None = None
     """where an exported configuration comes from; its data is found again by the hash in there"""
 
 
@@ -453,6 +475,13 @@ _LENGTH_KEYS = frozenset(
 
 def _check(document: Mapping[str, Any], folder: Path) -> tuple[StudySpec | None, Sequence[Mistake]]:
     """The spec, or None and what is wrong."""
+    if message := excess(document):
+        return None, [Mistake(path=(), value=None, message=message)]
+    odd = [
+        Mistake(path=path, value=value, message=text) for path, value, text in odd_text(document)
+    ]
+    if odd:
+        return None, odd
     mistakes: list[Mistake] = []
     settings = None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,17 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from tuner import yaml_file
+from tuner.document import (
+    MAX_DEPTH,
+    MAX_FILE_BYTES,
+    TOO_DEEP,
+    TOO_MANY_DIGITS,
+    excess,
+    line_of_many_digits,
+)
 from tuner.errors import Problem, SpecError
 from tuner.space import toml_value
 from tuner.toml_lines import KeyPath, key_lines
 
-MAX_FILE_BYTES = 1_000_000
-_MAX_DEPTH = 32  #: parts of a key such as `a.b.c`, and values within values
 #: A key of thousands of parts, over which `tomllib` takes minutes. The expression is bounded
 #: everywhere, or it would take as long itself; of parts that are longer a file has few.
 _LONG_KEY = re.compile(
     r"""(?<![\w-])(?:(?:[\w-]{1,99}+|"(?:[^"\\\n]|\\.){0,99}+"|'[^'\n]{0,99}+')"""
-    rf"[ \t]{{0,99}}+\.[ \t]{{0,99}}+){{{_MAX_DEPTH}}}"
+    rf"[ \t]{{0,99}}+\.[ \t]{{0,99}}+){{{MAX_DEPTH}}}"
 )
 
 
@@ -42,10 +49,15 @@ def shown(value: object, width: int = 60) -> str:
         text = toml_value(value)
     except ValueError:  # Python refuses to write integers of more than 4300 digits
         return "a number of thousands of digits"
-    text = "".join(
+    return _shortened(text, width)
+
+
+def _shortened(text: str, width: int = 200) -> str:
+    """A text on one line, and no longer than `width`."""
+    text = text if len(text) <= width else f"{text[: width - 4]} ..."
+    return "".join(
         letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
     )
-    return text if len(text) <= width else f"{text[: width - 4]} ..."
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
@@ -58,9 +70,13 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 def without_the_quotes(value: object) -> str:
     """A hint where `value` is a number written as text."""
     try:
-        float(value if isinstance(value, str) else "no text")
+        number = float(value if isinstance(value, str) else "no text")
     except ValueError:
         return ""
+    # What PyYAML dumps is what every reader of YAML takes for a number.
+    if math.isfinite(number) and yaml_file.reads_as_text(str(value)):
+        in_yaml = yaml_file.written(int(number) if number.is_integer() else number)
+        return f" (write it without the quotes; in YAML as {in_yaml})"
     return " (write it without the quotes)"
 
 
@@ -79,11 +95,11 @@ class Places:
     overridden: Sequence[KeyPath]  #: what `--set` wrote
 
     def problem(self, mistake: Mistake) -> Problem:
-        key = ".".join(map(str, mistake.path))
+        key = _shortened(".".join(map(str, mistake.path)))
         value = "" if mistake.value is None else shown(mistake.value)
         for path in (mistake.path, *mistake.also):
             if any(path[: len(written)] == written for written in self.overridden):
-                at = f"--set {'.'.join(map(str, path))}"
+                at = f"--set {_shortened('.'.join(map(str, path)))}"
                 prefix = "" if path == mistake.path else f"{key}: "
                 return Problem(
                     file="", line=None, key=at, value=value, message=prefix + mistake.message
@@ -114,8 +130,7 @@ def read_file(
     """
     text = _read_text(path)
     exported = path.suffix.lower() in yaml_file.SUFFIXES
-    document = _parse_exported(text, path) if exported else _parse(text, path)
-    lines = yaml_file.key_lines(text) if exported else key_lines(text)
+    document, lines = _parse_exported(text, path) if exported else _parse(text, path)
     problems: list[Problem] = []
     overridden: list[KeyPath] = []
     for override in overrides:
@@ -149,8 +164,8 @@ def _read_text(path: Path) -> str:
     if len(content) > MAX_FILE_BYTES:
         raise fail(f"is larger than {MAX_FILE_BYTES} bytes: no study file; name another")
     try:
-        # Editors on Windows put a byte order mark at the beginning.
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
+        # Editors on Windows put a byte order mark at the beginning, and some a second one.
+        return content.decode("utf-8").lstrip("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise fail("is not UTF-8 text from here on; save the file as UTF-8", line) from error
@@ -184,68 +199,52 @@ _SYNTAX_REMEDIES = (
 )
 
 
-def _parse_exported(text: str, path: Path) -> dict[str, Any]:
-    """The document of a JSON or YAML file.
+def _parse_exported(text: str, path: Path) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:
+    """The document of a JSON or YAML file, and its lines.
 
     Raises:
         SpecError: The syntax is wrong.
     """
     try:
-        return yaml_file.parse(text, path.suffix.lower())
+        document, lines = yaml_file.parse(text, path.suffix.lower())
     except yaml_file.SyntaxMistakeError as error:
-        problem = Problem(file=str(path), line=error.line, key="", value="", message=str(error))
-        raise SpecError([problem]) from error
+        raise _unreadable(path, str(error), error.line) from error
+    if message := excess(document):
+        raise _unreadable(path, message)
+    return document, lines
 
 
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    """The TOML document.
+def _parse(text: str, path: Path) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:
+    """The TOML document, and its lines.
 
     Raises:
         SpecError: The syntax is wrong; only the first mistake can be told.
     """
-    long = _LONG_KEY.search(text)
+    if long := _LONG_KEY.search(text):
+        raise _unreadable(path, TOO_DEEP, text.count("\n", 0, long.start()) + 1)
     try:
-        if long is not None:
-            raise RecursionError
         document = tomllib.loads(text)
-        _refuse_depth(document)
-        return document
     except tomllib.TOMLDecodeError as error:
         place = re.search(r" ?\(at (?:line (\d+), column \d+|end of document)\)$", str(error))
         what = str(error)[: place.start()] if place else str(error)
         remedy = next((remedy for start, remedy in _SYNTAX_REMEDIES if what.startswith(start)), "")
         message = f"is not valid TOML: {what}" + (f"; {remedy}" if remedy else "")
         line = int(place[1] or text.rstrip().count("\n") + 1) if place else None
-        cause: Exception = error
+        lines = text.split("\n")
+        value = lines[line - 1].strip() if line and line <= len(lines) else ""
+        raise _unreadable(path, message, line, value) from error
     except RecursionError as error:
-        message = (
-            "is nested too deeply for a study file; write fewer brackets in brackets, and keys of "
-            "a few parts"
-        )
-        line = text.count("\n", 0, long.start()) + 1 if long else None
-        cause = error
-    except ValueError as error:  # of int(): Python reads no more than 4300 digits
-        message = "holds a number of thousands of digits; shorten it"
-        line, cause = None, error
-    lines = text.split("\n")
-    value = lines[line - 1].strip() if line and line <= len(lines) else ""
+        raise _unreadable(path, TOO_DEEP) from error
+    except ValueError as error:  # of int()
+        raise _unreadable(path, TOO_MANY_DIGITS, line_of_many_digits(text)) from error
+    if too_much := excess(document):
+        raise _unreadable(path, too_much)
+    return document, key_lines(text)
+
+
+def _unreadable(path: Path, message: str, line: int | None = None, value: str = "") -> SpecError:
     problem = Problem(file=str(path), line=line, key="", value=value[:60], message=message)
-    raise SpecError([problem]) from cause
-
-
-def _refuse_depth(document: dict[str, Any]) -> None:
-    """Lets nothing through that a recursive function could fail on.
-
-    Raises:
-        RecursionError: Its values lie deeper in one another than any study file's.
-    """
-    level: list[Any] = [document]
-    for _ in range(_MAX_DEPTH):
-        inside = [one.values() if isinstance(one, dict) else one for one in level]
-        level = [value for values in inside for value in values if isinstance(value, dict | list)]
-        if not level:
-            return
-    raise RecursionError
+    return SpecError([problem])
 
 
 # Overrides.
@@ -256,9 +255,9 @@ class _BadOverrideError(Exception):
 
     def __init__(self, override: str, message: str) -> None:
         key, _, value = override.partition("=")
-        self.problem = Problem(
-            file="", line=None, key=f"--set {key.strip()}".rstrip(), value=value, message=message
-        )
+        at = f"--set {key.strip()}".rstrip()
+        at, value = (text if len(text) <= 200 else f"{text[:196]} ..." for text in (at, value))
+        self.problem = Problem(file="", line=None, key=at, value=value, message=message)
         super().__init__(message)
 
 
@@ -268,6 +267,8 @@ def _override(document: dict[str, Any], override: str) -> KeyPath:
     if not equals or not key or not text or not key.isprintable():
         raise _BadOverrideError(override, "write --set key=value, as in --set data.split.seed=1")
     try:
+        if _LONG_KEY.search(f"{key}."):
+            raise RecursionError
         names = _single_path(tomllib.loads(f"{key} = 0"))
     except (ValueError, RecursionError) as error:
         message = "is no key; write it as in --set data.split.seed=1"
@@ -300,7 +301,8 @@ def _single_path(table: dict[str, Any]) -> list[str]:
 def _index_in(container: dict[str, Any] | list[Any], name: str, override: str) -> str | int:
     if isinstance(container, dict):
         return name
-    if name.isdecimal() and int(name) < len(container):
+    # Not int() alone: it reads other digits than ours, and of thousands of them none.
+    if re.fullmatch("[0-9]{1,6}", name) and int(name) < len(container):
         return int(name)
     message = f"is a list of {len(container)}; name an element by its number, from 0"
     raise _BadOverrideError(override, message)
@@ -310,7 +312,11 @@ def _override_value(override: str, text: str) -> Any:
     """The TOML value, or the text itself where it is none: `training.precision=bfloat16`."""
     try:
         table = tomllib.loads(f"value = {text}")
+        if too_much := excess(table):
+            raise _BadOverrideError(override, too_much)
     except (ValueError, RecursionError) as error:
+        if line_of_many_digits(text) and not isinstance(error, tomllib.TOMLDecodeError):
+            raise _BadOverrideError(override, TOO_MANY_DIGITS) from error
         if text[0] in "[{\"'" or not text.isprintable():
             message = f"{shown(text)} is no TOML value: {str(error).partition(' (at')[0]}"
             raise _BadOverrideError(override, message) from error

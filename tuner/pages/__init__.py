@@ -548,7 +548,8 @@ class Pages:
             raise BadRequest("trials is a number.")
         overrides = orders.overrides_for(name, trials)
         if text is not None:
-            return self._uploaded(text.encode(), "upload.toml", overrides)
+            # JSON can spell half of a surrogate pair; what is no UTF-8 is told with its line.
+            return self._uploaded(text.encode("utf-8", "surrogatepass"), "upload.toml", overrides)
         return orders.spec_of_a_file(self._places.studies, str(file), overrides)
 
     def _stop_api(self, request: Request, name: str) -> Response:
