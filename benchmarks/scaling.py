@@ -30,6 +30,7 @@ from fakes import FakeRun, Notes, make_study, small_spec  # noqa: E402
 
 from tuner.cluster import Cluster, local_connection  # noqa: E402
 from tuner.coordinator import Coordinator  # noqa: E402
+from tuner.objective import curve_of  # noqa: E402
 
 
 def sleeping(workers: int, epoch_ms: int) -> dict[str, object]:
@@ -88,8 +89,7 @@ def real(workers: int, trials: int) -> dict[str, object]:
         # TensorFlow's import, happens once a launch.
         storage = optuna.storages.RDBStorage(f"sqlite:///{folder}/tuner.db")
         found = optuna.load_study(study_name=document["study"], storage=storage).trials
-        curves = [trial.system_attrs["curve"] for trial in found]
-        training = sum(row[-1] for curve in curves for row in curve)
+        training = sum(epoch.seconds for trial in found for epoch in curve_of(trial))
         began = min(trial.datetime_start for trial in found)
         ended = max(trial.datetime_complete for trial in found)
         storage.remove_session()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Sequence
 
 import optuna
@@ -9,7 +10,7 @@ from optuna.trial import TrialState
 
 from tuner.curves import EpochResult
 from tuner.errors import TrialEndedError
-from tuner.objective import ENDED_KEY, Objective, curve_of
+from tuner.objective import CURVE_KEY, ENDED_KEY, Objective, curve_of
 from tuner.space import ModelConfig
 from tuner.study import PerTrialSampler, make_pruner, make_sampler
 
@@ -58,6 +59,21 @@ def test_the_value_is_the_best_validation_loss_and_rungs_compare_the_best_so_far
     assert trial.value == 0.5
     assert trial.intermediate_values == {1: 0.7, 2: 0.5, 3: 0.5}
     assert [epoch.validation_loss for epoch in curve_of(trial)] == [0.7, 0.5, 0.6]
+
+
+def test_a_trial_stores_its_curve_by_name_and_one_by_position_is_read() -> None:
+    study, objective = plain_study()
+    study.optimize(objective, n_trials=1)
+    (trial,) = study.trials
+    stored = trial.system_attrs[CURVE_KEY]
+    assert stored["epoch"] == list(range(1, 10))
+    whole = curve_of(trial)
+    rows = [dataclasses.astuple(epoch) for epoch in whole]
+    # Earlier versions: rows, which began among the user's attributes.
+    trial.system_attrs[CURVE_KEY] = rows
+    assert curve_of(trial) == whole
+    trial.user_attrs[CURVE_KEY] = trial.system_attrs.pop(CURVE_KEY)
+    assert curve_of(trial) == whole
 
 
 def test_the_pruner_is_asked_after_epochs_1_3_and_9_and_never_at_the_last() -> None:

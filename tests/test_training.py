@@ -205,6 +205,20 @@ def test_a_checkpoint_of_another_run_is_refused(tensors: TensorData) -> None:
         training_run(tensors, trial=8, checkpoint=checkpoint)
 
 
+def test_a_checkpoint_whose_history_lacks_a_field_or_has_one_more_is_resumed(
+    tensors: TensorData,
+) -> None:
+    first = training_run(tensors)
+    next(first.epochs())
+    saved = training._unpacked(first.checkpoint())
+    history = json.loads(str(saved["history"]))
+    history[0]["of_a_later_version"] = history[0].pop("training_accuracy")
+    saved["history"] = np.array(json.dumps(history))
+    second = training_run(tensors, checkpoint=training._packed(saved))
+    assert second.history[0].validation_loss == first.history[0].validation_loss
+    assert next(second.epochs()).epoch == 2
+
+
 def test_it_learns_and_best_weights_are_those_of_the_best_epoch(tensors: TensorData) -> None:
     run = training_run(tensors, dataclasses.replace(PLAIN, learning_rate=0.05), max_epochs=8)
     best = min(run.epochs(), key=lambda result: result.validation_loss)

@@ -727,7 +727,7 @@ class Cluster:
             attempt.opened = True
             attempt.inbox.put(_Opened(worker=message["trained_by"], after=message["opened"]))
         if "epoch" in message:
-            attempt.inbox.put(EpochResult(**message["epoch"]))
+            attempt.inbox.put(EpochResult.from_document(message["epoch"]))
         if message.get("checkpoint") is not None:
             attempt.inbox.put(message["checkpoint"])
         if message.get("left") == "asked":

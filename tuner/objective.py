@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 
 import optuna
 
-from tuner.curves import EpochResult, Train
+from tuner.curves import EpochResult, Train, curve_document, curve_from_document
 from tuner.errors import TrialEndedError
 from tuner.spec import StudySpec
 
 #: What a trial leaves behind beside Optuna's own: attributes of the trial. The curve is one of the
 #: system's, as the dashboard would send it with every trial and show it as one endless line.
-CURVE_KEY = "curve"  # a list per epoch: the fields of EpochResult, in their order
+CURVE_KEY = "curve"  # as `tuner.curves.curve_document` has it
 ENDED_KEY = "ended"  # why it ended early: an EndReason
 DETAIL_KEY = "ended_detail"
 
@@ -60,8 +59,7 @@ class Objective:
             trial.set_constraint(ENDED_KEY, 1.0)
             raise optuna.TrialPruned(str(end)) from end
         finally:
-            rows = [_row(epoch) for epoch in curve]
-            trial.storage.set_trial_system_attr(trial._trial_id, CURVE_KEY, rows)
+            trial.storage.set_trial_system_attr(trial._trial_id, CURVE_KEY, curve_document(curve))
         return best
 
 
@@ -72,11 +70,7 @@ def reported_epochs(trial: optuna.Trial) -> int:
 
 def curve_of(trial: optuna.trial.FrozenTrial) -> tuple[EpochResult, ...]:
     """The learning curve that a trial left behind; empty where there is none."""
-    names = [field.name for field in dataclasses.fields(EpochResult)]
     # Studies of earlier versions have it among the user's attributes.
-    rows = trial.system_attrs.get(CURVE_KEY) or trial.user_attrs.get(CURVE_KEY, ())
-    return tuple(EpochResult(**dict(zip(names, row, strict=True))) for row in rows)
-
-
-def _row(epoch: EpochResult) -> list[float]:
-    return list(dataclasses.astuple(epoch))
+    return curve_from_document(
+        trial.system_attrs.get(CURVE_KEY) or trial.user_attrs.get(CURVE_KEY, ())
+    )

@@ -314,7 +314,9 @@ class TrainingRun:
             raise ValueError(
                 f"the checkpoint is of another run: {saved['run']}; this one is {self._identity()}"
             )
-        self.history = [EpochResult(**result) for result in json.loads(str(saved["history"]))]
+        self.history = [
+            EpochResult.from_document(result) for result in json.loads(str(saved["history"]))
+        ]
         load_weights(self._model, {name: saved[f"weights/{name}"] for name in self._best_weights})
         for number, variable in enumerate(self._optimizer.variables):
             variable.assign(saved[f"optimizer/{number}"])
