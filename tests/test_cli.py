@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
 
 from tuner.cli import app
 from tuner.data import synthetic_sequences
-from tuner.errors import SetupError
+from tuner.errors import SetupError, TunerError
 from tuner.objective import curve_of
 from tuner.storage import Storage
 from tuner.study import ERROR_KEY, FINISHED, RESUMED_KEY, list_names, load
@@ -269,6 +269,55 @@ def test_tuner_stop_ends_a_launch_and_a_second_launch_is_refused(folder: Path) -
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Stopped (stopped); nothing is lost" in output
+
+
+REFUSED = {
+    "fewer trials": ["--trials", "5"],
+    "the file's budget, after a raised one": [],
+    "more trials": ["--trials", "60"],
+    "a stop rule": ["--trials", "30", "--set", "stop.patience=1"],
+    "fewer trials, queued": ["--trials", "5", "--detach"],
+    "more trials, queued": ["--trials", "60", "--detach"],
+    "a stop rule, queued": ["--trials", "30", "--set", "stop.patience=1", "--detach"],
+    "fewer trials than are finished": ["--trials", "1"],
+}
+
+
+@pytest.mark.parametrize("more", REFUSED.values(), ids=REFUSED.keys())
+def test_a_launch_that_is_refused_changes_nothing_of_the_study_that_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    url = f"sqlite:///{tmp_path}/tuner.db"
+    launch = ["launch", "tiny.toml", "--storage", url, "--artifacts", str(tmp_path)]
+    assert CliRunner().invoke(app, [*launch, "--trials", "30", "--detach"]).exit_code == 0
+    with Storage(url) as running:
+        tuned = load(running, "tiny", artifacts_root=tmp_path)
+        tuned.study.add_trial(create_trial(state=TrialState.PRUNED))
+        running.dequeue(tuned.id)
+        running.take_lease(tuned.id)
+        before = tuned.study.user_attrs
+        refused = CliRunner().invoke(app, [*launch, *more])
+        assert isinstance(refused.exception, TunerError)
+        assert "is being run by process" in str(refused.exception)
+        assert running.heartbeat() is False  # it takes in what others change
+        assert tuned.study.user_attrs == before
+        assert running.queued() == ()
+
+
+def test_a_launch_that_reaches_no_cluster_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("tuner.cluster._CONNECT_SECONDS", 0.1)
+    url = f"sqlite:///{tmp_path}/tuner.db"
+    launch = ["launch", "tiny.toml", "--storage", url, "--artifacts", str(tmp_path)]
+    assert CliRunner().invoke(app, [*launch, "--trials", "30", "--detach"]).exit_code == 0
+    away = [*launch, "--trials", "5", "--cluster", "tcp://127.0.0.1:1"]
+    refused = CliRunner().invoke(app, away)
+    assert isinstance(refused.exception, TunerError)
+    with Storage(url) as storage:
+        assert load(storage, "tiny", artifacts_root=tmp_path).budget == 30
 
 
 def test_the_service_goes_on_after_a_restart_and_takes_turns_on_one_worker(folder: Path) -> None:

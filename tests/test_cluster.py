@@ -24,12 +24,14 @@ from fakes import FakeRun, Notes, assert_whole, make_study, small_spec
 from optuna.trial import TrialState
 
 from tuner.artifacts import publish
-from tuner.attempt import _Orders
+from tuner.attempt import TrainingOutcome, _Orders
 from tuner.cluster import Cluster, Connection, local_connection
 from tuner.coordinator import Coordinator
 from tuner.errors import (
     ClusterError,
+    LeaseLostError,
     SetupError,
+    TrainingPausedError,
     TrialEndedError,
     WorkerLeftError,
     WorkerLostError,
@@ -569,3 +571,86 @@ def test_a_worker_without_a_coordinator_saves_and_ends(
 ) -> None:
     monkeypatch.setattr("tuner.attempt._SILENCE_SECONDS", 0.2)
     assert orders.wait("attempt", 3, wanted) == "pause"
+
+
+# --- files, and the lease that fences them ---
+
+
+class NoConnection:
+    """A connection to nothing: of a cluster whose files alone are looked at."""
+
+    is_up = False
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def __getattr__(self, _name: str) -> object:
+        return lambda *_: None
+
+
+FILE_CHANGES = {
+    "a checkpoint": lambda cluster: cluster._keep_checkpoint(0, b"old"),
+    "weights": lambda cluster: cluster._keep_weights(0, b"old"),
+    "a checkpoint of a pause": lambda cluster: cluster._conclude(
+        TrainingOutcome(ending="paused", curve=(), checkpoint=b"old"), 0
+    ),
+    "weights of an end": lambda cluster: cluster._conclude(
+        TrainingOutcome(ending="finished", curve=(), best_weights=b"old"), 0
+    ),
+    "a checkpoint that is no good": lambda cluster: cluster._drop_checkpoint(0, "damaged"),
+}
+
+
+@pytest.mark.parametrize("change", FILE_CHANGES.values(), ids=FILE_CHANGES.keys())
+@pytest.mark.parametrize("stands", [True, False])
+def test_a_coordinator_that_was_frozen_and_replaced_changes_no_file(
+    tmp_path: Path, change, stands: bool
+) -> None:
+    tuned = make_study(tmp_path)
+    files = (tuned.artifacts.checkpoint(0), tuned.artifacts.weights(0))
+    connection = NoConnection()
+    with cluster_of(connection, tuned) as cluster:
+        tuned.storage.take_lease(tuned.id)
+        if stands:  # of the next coordinator; else it has ended the trial
+            for file in files:
+                publish(file, b"new")
+        tuned.storage._held_at -= 3600.0  # an hour passes
+        tuned.storage._transaction(
+            lambda c: c.exec_driver_sql("UPDATE tuner_lease SET token = 'another'")
+        )
+        with pytest.raises(LeaseLostError):
+            change(cluster)
+    assert [file.read_bytes() for file in files if file.exists()] == [b"new", b"new"] * stands
+    assert [one for file in files for one in file.parent.glob(".*")] == []
+    assert connection.said == []
+
+
+@pytest.mark.parametrize("slept", [0.0, 3600.0])
+def test_a_coordinator_that_still_holds_its_lease_writes_its_files(
+    tmp_path: Path, slept: float
+) -> None:
+    tuned = make_study(tmp_path)
+    with cluster_of(NoConnection(), tuned) as cluster:
+        tuned.storage.take_lease(tuned.id)
+        tuned.storage._held_at -= slept
+        cluster._pausing = True
+        with pytest.raises(TrainingPausedError):
+            FILE_CHANGES["a checkpoint of a pause"](cluster)
+        cluster._keep_weights(0, b"best")
+    assert tuned.artifacts.checkpoint(0).read_bytes() == b"old"
+    assert tuned.artifacts.weights(0).read_bytes() == b"best"
+
+
+def test_a_coordinator_that_surely_holds_its_lease_asks_no_database_before_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = make_study(tmp_path)
+    with cluster_of(NoConnection(), tuned) as cluster:
+        tuned.storage.take_lease(tuned.id)
+        with monkeypatch.context() as away:
+            away.setattr(tuned.storage, "heartbeat", pytest.fail)
+            cluster._keep_checkpoint(0, b"of a moment ago")
+    assert tuned.artifacts.checkpoint(0).read_bytes() == b"of a moment ago"

@@ -29,6 +29,7 @@ from tuner.errors import (
     WorkerLostError,
 )
 from tuner.objective import ENDED_KEY, curve_of
+from tuner.spec import StopSettings
 from tuner.storage import Storage
 from tuner.study import BUDGET_KEY, FINISHED, RESUMED_KEY, TunedStudy, load, status
 
@@ -47,6 +48,11 @@ def study(tmp_path: Path, database_url: str):
 
 
 Make = Callable[..., TunedStudy]
+
+
+def steal_lease(storage: Storage) -> None:
+    """What a process does that takes over."""
+    storage._transaction(lambda c: c.exec_driver_sql("UPDATE tuner_lease SET token = 'another'"))
 
 
 def finished(tuned: TunedStudy) -> int:
@@ -312,6 +318,20 @@ def test_a_second_coordinator_is_refused(study: Make) -> None:
             Coordinator(tuned, FakeWorkers(), Notes()).run()
 
 
+def test_budget_and_stop_rule_are_taken_once_the_lease_is_held(study: Make) -> None:
+    tuned = study(trials=12, stop={"patience": 9})
+    asked = small_spec(trials=2)
+    with Storage(tuned.storage.url) as other:
+        other.take_lease(tuned.id)
+        with pytest.raises(StorageError, match="is being run by"):
+            Coordinator(tuned, FakeWorkers(), Notes()).run(asked=asked)
+        assert (tuned.budget, tuned.stop) == (12, StopSettings(patience=9))
+        other.release_lease()
+    assert Coordinator(tuned, FakeWorkers(), Notes()).run(asked=asked) == "finished"
+    assert (tuned.budget, tuned.stop) == (2, None)
+    assert finished(tuned) == 2
+
+
 def test_a_replaced_coordinator_stops_and_writes_nothing(study: Make) -> None:
     tuned = study(trials=50)
     taken: list[int] = []
@@ -320,9 +340,7 @@ def test_a_replaced_coordinator_stops_and_writes_nothing(study: Make) -> None:
         if trial == 3 and not taken:
             taken.append(trial)
             with Storage(tuned.storage.url) as other:
-                other._transaction(
-                    lambda c: c.exec_driver_sql("UPDATE tuner_lease SET token = 'another'")
-                )
+                steal_lease(other)
                 taken.append(len(other.optuna.get_all_trials(tuned.id)))
 
     with pytest.raises(LeaseLostError):
@@ -331,6 +349,30 @@ def test_a_replaced_coordinator_stops_and_writes_nothing(study: Make) -> None:
         fresh = load(other, "small", artifacts_root=tuned.artifacts.folder.parent)
         assert len(fresh.trials()) == taken[1]
         assert fresh.trials()[3].state == TrialState.RUNNING
+
+
+def test_a_coordinator_that_was_frozen_as_a_trial_ended_removes_no_file(
+    study: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = study(trials=3, hyperband=None)
+    files = [tuned.artifacts.checkpoint(1), tuned.artifacts.weights(7)]  # of the next coordinator
+    flush = tuned.storage.flush
+
+    def flush_and_freeze() -> None:
+        flush()
+        told = [trial for trial in tuned.trials() if trial.state == TrialState.COMPLETE]
+        if len(told) == 2:
+            for file in files:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(b"new")
+            tuned.storage._held_at -= 3600.0
+            with Storage(tuned.storage.url) as other:
+                steal_lease(other)
+
+    monkeypatch.setattr(tuned.storage, "flush", flush_and_freeze)
+    with pytest.raises(LeaseLostError):
+        Coordinator(tuned, FakeWorkers(1), Notes()).run()
+    assert [file.read_bytes() for file in files] == [b"new"] * 2
 
 
 def test_only_the_best_weights_are_kept_and_no_checkpoint(study: Make) -> None:

@@ -15,7 +15,7 @@ from fakes import FakeWorkers, Notes, epoch_result, loss_of, make_study, small_s
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.coordinator import Coordinator
-from tuner.errors import StorageError
+from tuner.errors import LeaseLostError, StorageError
 from tuner.objective import curve_of
 from tuner.storage import Storage
 from tuner.study import FINISHED, load
@@ -151,6 +151,30 @@ def test_a_batch_whose_commit_was_not_answered_is_not_written_twice(
     storage.flush()
     (kept,) = in_the_database(storage.url)
     assert kept.intermediate_values == {1: 0.5, 2: 0.25}
+
+
+@pytest.mark.parametrize(
+    ("counted", "fate"), [(1, "written"), (2, "known"), (0, "lost"), (3, "lost")]
+)
+def test_a_batch_is_written_by_its_number(
+    storage: Storage, study: optuna.Study, counted: int, fate: str
+) -> None:
+    """One batch was written. The next is number 1; 2 says that it went through already."""
+    trial = study.ask()
+    trial.report(0.5, 1)
+    storage.flush()
+    with Storage(storage.url) as other:
+        other._transaction(
+            lambda c: c.exec_driver_sql(f"UPDATE tuner_lease SET batches = {counted}")
+        )
+    trial.report(0.25, 2)
+    if fate == "lost":
+        with pytest.raises(LeaseLostError):
+            storage.flush()
+    else:
+        storage.flush()
+    (kept,) = in_the_database(storage.url)
+    assert kept.intermediate_values == ({1: 0.5, 2: 0.25} if fate == "written" else {1: 0.5})
 
 
 def test_a_trial_whose_creation_was_not_answered_is_not_made_twice(

@@ -87,6 +87,29 @@ def test_a_running_study_is_asked_to_stop(lab: Lab, ada: Browser, tmp_path: Path
         coordinator.release_lease()
 
 
+def test_a_launch_with_another_budget_changes_nothing_of_a_study_that_runs(
+    lab: Lab, ada: Browser, tmp_path: Path
+) -> None:
+    ada.post("/tuner/launch", data={"file": "tiny.toml", "trials": "30"})
+    tuned = load(lab.storage, "tiny", artifacts_root=lab.places.artifacts)
+    with Storage(ready_sqlite(tmp_path)) as coordinator:
+        lab.storage.dequeue(tuned.id)  # it is driven by a launch of its own
+        coordinator.take_lease(tuned.id)
+        before = tuned.study.user_attrs
+        for trials in ("5", "60"):
+            page = ada.post("/tuner/launch", data={"file": "tiny.toml", "trials": trials})
+            assert page.status_code == 409
+            assert "is being run by process" in page.text
+            document = {"file": "tiny.toml", "trials": int(trials)}
+            answer = ada.post("/tuner/api/studies", json=document)
+            assert answer.status_code == 409
+            assert f"asks for {trials} trials" in answer.json["reason"]
+        assert ada.post("/tuner/api/studies/tiny/resume").json["outcome"] == "running"
+        assert tuned.study.user_attrs == before
+        assert lab.storage.queued() == ()
+        coordinator.release_lease()
+
+
 def test_the_same_verbs_as_json(ada: Browser) -> None:
     assert ada.get("/tuner/api/me").json == {"name": "ada", "role": "editor"}
     assert ada.get("/tuner/api/files").json == {"files": ["tiny.toml"]}

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -260,6 +262,133 @@ def test_no_coordinator_can_start_while_the_test_split_is_open(tuned: TunedStudy
     reported(tuned, evaluate=evaluate)
     assert len(refusals) == 2
     assert tuned.storage.lease(tuned.id) is None
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        "UPDATE tuner_lease SET token = 'another'",  # a launch took over
+        "DELETE FROM tuner_lease",  # and has ended
+    ],
+)
+def test_a_report_that_was_frozen_and_replaced_opens_nothing(
+    tuned: TunedStudy, meanwhile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "read_held_out", fail)
+
+    def freeze(
+        config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[np.float64]:
+        with Storage(tuned.storage.url) as other:
+            other._transaction(lambda c: c.exec_driver_sql(meanwhile))
+        return predict(config, weights, tokens)
+
+    with pytest.raises(StudyError, match=r"took study 'demo' over.*Nothing was opened"):
+        reported(tuned, evaluate=freeze)
+    assert tuned.storage.ledger() == ()
+
+
+def test_a_report_that_loses_its_lease_once_the_split_is_open_records_nothing(
+    tuned: TunedStudy,
+) -> None:
+    evaluated = []
+
+    def freeze(
+        config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[np.float64]:
+        evaluated.append(len(tokens))
+        if len(evaluated) == 2:
+            with Storage(tuned.storage.url) as other:
+                other._transaction(lambda c: c.exec_driver_sql("DELETE FROM tuner_lease"))
+        return predict(config, weights, tokens)
+
+    with pytest.raises(StudyError, match=r"was opened \(ledger entry 1\).*`tuner report demo`"):
+        reported(tuned, evaluate=freeze)
+    assert [row.report for row in tuned.storage.ledger()] == [None]
+    assert study.status(tuned).state == "reported"
+
+
+def test_a_report_renews_its_lease_in_rehearsal_and_evaluation(
+    tuned: TunedStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.storage._RENEWAL_SECONDS", 0.01)
+    renewed = []
+
+    def takes_an_hour(
+        config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[np.float64]:
+        with Storage(tuned.storage.url) as other:
+            other._transaction(
+                lambda c: c.exec_driver_sql("UPDATE tuner_lease SET renewed_at = renewed_at - 3600")
+            )
+            deadline = time.monotonic() + 60.0
+            while other.lease(tuned.id).age_seconds > 3000.0 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            renewed.append(other.lease(tuned.id).age_seconds < 3000.0)
+        return predict(config, weights, tokens)
+
+    reported(tuned, evaluate=takes_an_hour)
+    assert renewed == [True, True]
+
+
+def before_the_lease(monkeypatch: pytest.MonkeyPatch, tuned: TunedStudy, do: Any) -> None:
+    """Something happens once the report has looked, and before it holds the lease."""
+    take_lease = Storage.take_lease
+
+    def too_late(storage: Storage, study_id: int) -> str:
+        monkeypatch.setattr(Storage, "take_lease", take_lease)
+        do()
+        return take_lease(storage, study_id)
+
+    monkeypatch.setattr(Storage, "take_lease", too_late)
+
+
+def test_of_two_reports_at_once_the_second_shows_what_the_first_recorded(
+    tuned: TunedStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[Report] = []
+
+    def report_in_another_process() -> None:
+        with Storage(tuned.storage.url) as other:
+            there = study.load(other, "demo", artifacts_root=tuned.artifacts.folder.parent)
+            first.append(reported(there))
+
+    before_the_lease(monkeypatch, tuned, report_in_another_process)
+    second = reported(tuned, evaluate=fail)
+    assert (first[0].opened_now, second.opened_now) == (True, False)
+    assert second.document == first[0].document
+    assert len(tuned.storage.ledger()) == 1
+
+
+def test_a_budget_that_was_raised_before_the_report_held_the_lease_is_seen(
+    tuned: TunedStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_the_lease(monkeypatch, tuned, lambda: unfinished(tuned, Path()))
+    with pytest.raises(StudyError, match="has finished 4 of its 5 trials"):
+        reported(tuned)
+    assert tuned.storage.ledger() == ()
+
+
+def test_many_reports_at_once_open_the_split_once(tuned: TunedStudy) -> None:
+    root, barrier = tuned.artifacts.folder.parent, threading.Barrier(4)
+    outcomes: list[bool | str] = []
+
+    def report() -> None:
+        with Storage(tuned.storage.url) as storage:
+            barrier.wait()
+            try:
+                written = write_report(storage, "demo", artifacts_root=root, evaluate=predict)
+                outcomes.append(written.opened_now)
+            except TunerError as error:
+                outcomes.append(str(error))
+
+    threads = [threading.Thread(target=report) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count(True) == len(tuned.storage.ledger()) == 1
+    assert all(one is False or "is being run by" in str(one) for one in outcomes if one is not True)
 
 
 # --- what is found out before anything is opened ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import multiprocessing
 import os
@@ -19,8 +20,8 @@ from postgres import Postgres
 
 from tuner import database
 from tuner.database import PASSWORD_FILE_VARIABLE, closed_engine, parse_url
-from tuner.errors import LeaseLostError, StorageError, StorageMissingError
-from tuner.storage import Decision, Storage, check_storage
+from tuner.errors import LeaseLostError, StorageError, StorageMissingError, StudyInUseError
+from tuner.storage import Decision, LeaseHolder, Storage, check_storage
 
 
 def new_study(storage: Storage) -> optuna.Study:
@@ -525,12 +526,15 @@ def test_a_coordinator_that_was_replaced_writes_nothing_more(database_url: str) 
         stale.take_lease(study._study_id)
         trial = study.ask()
         stale.flush()
+        entry = open_an_entry(stale)
         execute(database_url, "UPDATE tuner_lease SET token = 'another'")
         decision = Decision(trial=0, kind="ask", epoch=None, verdict=None)
         writes = [
             study.ask,
             lambda: study.set_user_attr("a", 1),
             stale.heartbeat,
+            lambda: open_an_entry(stale),
+            lambda: stale.record_report(entry, {"accuracy": 0.5}),
             # From here on one batch fails, and with it everything after.
             lambda: trial.suggest_float("x", 0, 1),
             lambda: trial.report(0.5, 1),
@@ -546,6 +550,149 @@ def test_a_coordinator_that_was_replaced_writes_nothing_more(database_url: str) 
         assert not kept.params
         assert not kept.intermediate_values
         assert other.decisions(study._study_id) == ()
+        assert [(row.id, row.report) for row in other.ledger()] == [(entry, None)]
+
+
+def open_an_entry(storage: Storage) -> int:
+    return storage.open_ledger_entry(
+        opened_at="2026-01-01T00:00:00+00:00",
+        opened_by="ada@lab",
+        study="q",
+        study_key="q-1",
+        trial=3,
+        config_hash="c",
+        spec_hash="s",
+        split_id="split",
+    )
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_lease_is_renewed_for_as_long_as_a_block_lasts(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.storage._RENEWAL_SECONDS", 0.01)
+    with Storage(database_url) as one, Storage(database_url) as two:
+        study_id = new_study(one)._study_id
+
+        def is_fresh() -> bool:
+            lease = two.lease(study_id)
+            return lease is not None and lease.age_seconds < 3000.0
+
+        def fail_in_the_block() -> None:
+            with one.leased(study_id):
+                for _ in range(2):
+                    execute(database_url, "UPDATE tuner_lease SET renewed_at = renewed_at - 3600")
+                    eventually(is_fresh)
+                raise RuntimeError("in the block")
+
+        with pytest.raises(RuntimeError, match="in the block"):
+            fail_in_the_block()
+        assert two.lease(study_id) is None
+        assert "lease" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_block_whose_lease_is_lost_writes_nothing_more(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.storage._RENEWAL_SECONDS", 0.01)
+    with Storage(database_url) as one, Storage(database_url) as two:
+        study_id = new_study(one)._study_id
+        with one.leased(study_id):
+            execute(database_url, "DELETE FROM tuner_lease")
+            # The renewals end, and do not make a lease that is not there.
+            eventually(lambda: "lease" not in {each.name for each in threading.enumerate()})
+            with pytest.raises(LeaseLostError):
+                open_an_entry(one)
+            with two.leased(study_id):
+                assert two.lease(study_id) is not None
+        assert two.ledger() == ()
+
+
+@pytest.mark.parametrize(("since", "certain"), [(0.0, True), (14.0, True), (16.0, False)])
+def test_a_lease_is_certain_for_half_of_the_time_for_which_it_is_left_alone(
+    database_url: str, since: float, certain: bool
+) -> None:
+    with Storage(database_url) as storage:
+        assert storage.holds_lease()  # none was taken: nobody fences this process
+        study_id = new_study(storage)._study_id
+        storage.take_lease(study_id)
+        storage._held_at -= since  # 30 s until somebody may take it over
+        assert storage.holds_lease() is certain
+        assert storage.renews_lease()
+        assert storage.holds_lease()
+        storage.heartbeat()
+        storage._held_at -= since
+        execute(database_url, "UPDATE tuner_lease SET token = 'another'")
+        if certain:
+            assert storage.renews_lease()
+        else:
+            with pytest.raises(LeaseLostError):
+                storage.renews_lease()
+            assert not storage.holds_lease()
+
+
+def test_attributes_are_set_all_together_while_nobody_drives_the_study(database_url: str) -> None:
+    with Storage(database_url) as one, Storage(database_url) as two:
+        study = new_study(one)
+        two.set_undriven(study._study_id, {"trials": 5, "stop": None})
+        two.set_undriven(study._study_id, {"trials": 7})
+        assert study.user_attrs == {"trials": 7, "stop": None}
+        one.take_lease(study._study_id)
+        with pytest.raises(StudyInUseError, match="is being run by"):
+            two.set_undriven(study._study_id, {"trials": 9, "more": 1})
+        one.release_lease()
+        assert study.user_attrs == {"trials": 7, "stop": None}
+
+
+def test_a_coordinator_that_came_between_the_look_and_the_write_keeps_its_study(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Storage(database_url) as one, Storage(database_url) as two:
+        study = new_study(one)
+        look = Storage.lease
+
+        def look_a_moment_too_early(storage: Storage, study_id: int) -> object:
+            seen = look(storage, study_id)
+            if storage is two and one._rdb.token is None:
+                one.take_lease(study_id)
+            return seen
+
+        monkeypatch.setattr(Storage, "lease", look_a_moment_too_early)
+        with pytest.raises(StudyInUseError):
+            two.set_undriven(study._study_id, {"trials": 9})
+        assert study.user_attrs == {}
+
+
+def test_a_process_id_that_another_process_has_by_now_is_no_holder() -> None:
+    mine = LeaseHolder.this_process()
+    assert not mine.is_known_dead()
+    assert not dataclasses.replace(mine, started=mine.started + 0.5).is_known_dead()
+    for seconds in (-3600.0, -1.5, 1.5, 3600.0):  # it began before this one, or after
+        assert dataclasses.replace(mine, started=mine.started + seconds).is_known_dead()
+    # Of another machine, or another boot of this one, nobody can tell.
+    assert not dataclasses.replace(mine, machine="another", started=0.0).is_known_dead()
+
+
+def test_the_lease_of_a_reused_process_id_is_taken_over_at_once(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Storage(database_url) as one, Storage(database_url) as two:
+        study_id = new_study(one)._study_id
+        dead = LeaseHolder.this_process()
+        dead = dataclasses.replace(dead, started=dead.started - 60.0)
+        with monkeypatch.context() as earlier:
+            earlier.setattr(LeaseHolder, "this_process", lambda: dead)
+            one.take_lease(study_id)
+        assert not two.request_stop(study_id)
+        two.take_lease(study_id)
+        with pytest.raises(LeaseLostError):
+            one.heartbeat()
 
 
 def test_a_stop_request_reaches_the_coordinator_and_nobody_else(database_url: str) -> None:
@@ -676,16 +823,7 @@ def test_decisions_come_back_in_order(database_url: str) -> None:
 def test_ledger_rows_outlive_their_study(database_url: str) -> None:
     with Storage(database_url) as storage:
         study = new_study(storage)
-        entry = storage.open_ledger_entry(
-            opened_at="2026-01-01T00:00:00+00:00",
-            opened_by="ada@lab",
-            study="q",
-            study_key="q-1",
-            trial=3,
-            config_hash="c",
-            spec_hash="s",
-            split_id="split",
-        )
+        entry = open_an_entry(storage)
         storage.record_report(entry, {"accuracy": 0.5})
         storage.forget(study._study_id)
         optuna.delete_study(study_name="q", storage=storage.optuna)

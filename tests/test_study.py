@@ -14,11 +14,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import StudyError, TrialEndedError
 from tuner.objective import Objective
-from tuner.spec import StudySpec
+from tuner.spec import StopSettings, StudySpec
 from tuner.storage import Storage
 from tuner.study import (
+    ENDED_EARLY_KEY,
     create_or_resume,
     delete,
+    find_or_create,
     list_names,
     load,
     make_pruner,
@@ -63,6 +65,96 @@ def test_a_larger_budget_extends_the_study_and_another_spec_is_refused(tmp_path:
         again(made, small_spec(training={"max_epochs": 27}))
     with pytest.raises(StudyError, match="other data"):
         again(made, small_spec(), replace(IDENTITY, split_id="d" * 64))
+    made.storage.close()
+
+
+CHANGES = {
+    "fewer trials": {"trials": 5},
+    "more trials": {"trials": 60},
+    "a stop rule": {"trials": 12, "stop": {"patience": 3}},
+    "another stop rule and more trials": {"trials": 60, "stop": {"patience": 8}},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+def test_a_launch_changes_nothing_of_a_study_that_another_process_runs(
+    tmp_path: Path, database_url: str, changes: dict[str, object]
+) -> None:
+    made = make_study(tmp_path, url=database_url)
+    made.study.set_user_attr(ENDED_EARLY_KEY, "no better trial")
+    before = made.study.user_attrs
+    with Storage(database_url) as running:
+        running.take_lease(made.id)
+        with pytest.raises(StudyError, match=r"is being run by process.*It runs to 12 trials"):
+            again(made, small_spec(**changes))
+        assert made.study.user_attrs == before
+        assert again(made, small_spec()).budget == 12  # the same: nothing to refuse
+        running.release_lease()
+    running_no_more = again(made, small_spec(**changes))
+    assert running_no_more.budget == changes["trials"]
+    assert running_no_more.study.user_attrs[ENDED_EARLY_KEY] is None
+    made.storage.close()
+
+
+def test_a_study_that_stands_there_is_found_unchanged(tmp_path: Path) -> None:
+    made = make_study(tmp_path, small_spec(stop={"patience": 3}))
+    before = made.study.user_attrs
+    arguments = {"development_sha256": "c" * 64, "artifacts_root": tmp_path / "artifacts"}
+    found = find_or_create(made.storage, small_spec(trials=5), IDENTITY, **arguments)
+    assert found.study.user_attrs == before
+    assert (found.budget, found.stop) == (12, StopSettings(patience=3))
+    made.storage.close()
+
+
+def test_of_a_queued_study_that_runs_the_budget_is_raised_and_never_lowered(
+    tmp_path: Path, database_url: str
+) -> None:
+    made = make_study(tmp_path, url=database_url)
+    made.storage.enqueue(made.id)
+    with Storage(database_url) as service:
+        service.take_lease(made.id)
+        assert again(made, small_spec(trials=30)).budget == 30
+        with pytest.raises(StudyError, match="asks for 12 trials"):
+            again(made, small_spec(trials=12))
+        assert made.budget == 30
+    made.storage.close()
+
+
+def test_a_frozen_coordinator_that_comes_back_keeps_its_budget(
+    tmp_path: Path, database_url: str
+) -> None:
+    made = make_study(tmp_path, url=database_url)
+    with Storage(database_url) as frozen:
+        frozen.take_lease(made.id)
+        elsewhere = """'{"host": "elsewhere", "pid": 7}'"""
+        made.storage._transaction(
+            lambda c: c.exec_driver_sql(
+                f"UPDATE tuner_lease SET holder = {elsewhere}, renewed_at = renewed_at - 3600"
+            )
+        )
+        back = threading.Timer(0.3, frozen.heartbeat)
+        back.start()
+        with pytest.raises(StudyError, match="is being run by process 7 on elsewhere"):
+            again(made, small_spec(trials=5))
+        back.join()
+        assert made.budget == 12
+    made.storage.close()
+
+
+def test_equally_good_trials_are_ranked_by_their_numbers(tmp_path: Path) -> None:
+    class Backwards:
+        """Optuna promises no order."""
+
+        def get_trials(self, **_: object) -> list[FrozenTrial]:
+            return list(reversed(trials))
+
+    losses = [0.7, 0.5, 0.6, 0.5, 0.5]
+    trials = [optuna.create_trial(value=loss) for loss in losses]
+    for number, trial in enumerate(trials):
+        trial.number = number
+    made = make_study(tmp_path)
+    ranked = replace(made, study=Backwards()).ranked()
+    assert [trial.number for trial in ranked] == [1, 3, 4, 2, 0]
     made.storage.close()
 
 
@@ -298,6 +390,12 @@ def test_a_launch_elsewhere_renews_where_the_study_file_and_its_data_are(tmp_pat
     made = make_study(tmp_path, base)
     moved = in_a_folder(base, tmp_path / "new" / "studies", "../data/rows.csv")
     assert moved.spec_hash == base.spec_hash
+    with Storage(made.storage.url) as running:
+        running.take_lease(made.id)
+        with pytest.raises(StudyError, match=r"asks for the data from .*/new/studies"):
+            again(made, moved)
+        running.release_lease()
+    assert load(made.storage, "small", artifacts_root=tmp_path).record.spec == base
     renewed = again(made, moved)
     assert renewed.record.spec == moved
     loaded = load(made.storage, made.name, artifacts_root=tmp_path / "artifacts")

@@ -162,7 +162,7 @@ def test_a_coordinator_that_was_frozen_while_it_draws_replaces_no_drawing(
 
     def draw(shown: list[EpochResult], *arguments: object, **names: object) -> str:
         if len(shown) >= 4:  # an hour passes while the process is frozen
-            coordinator._held_at -= 3600.0
+            tuned.storage._held_at -= 3600.0
         return draw_curves(shown, *arguments, **names)
 
     monkeypatch.setattr(trial_page, "draw_curves", draw)

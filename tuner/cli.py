@@ -467,37 +467,38 @@ def launch(
 
     given = [*(overrides or []), *overrides_for(name, trials)]
     spec, prepared = _load(spec_path, given, artifacts)
-    from tuner.study import clear_error, create_or_resume, status
+    from tuner.study import create_or_resume, find_or_create, status
 
     with _open(storage, patience_seconds=None, create=True) as opened:
-        tuned = create_or_resume(
-            opened,
-            spec,
-            prepared.identity,
-            development_sha256=prepared.development_sha256,
-            artifacts_root=artifacts,
-        )
-        clear_error(tuned)
+        # A study that stands there is changed by who holds its lease, and only then.
+        made_from: dict[str, Any] = {
+            "development_sha256": prepared.development_sha256,
+            "artifacts_root": artifacts,
+        }
+        tuned = find_or_create(opened, spec, prepared.identity, **made_from)
+        now = status(tuned)
+        if detach or now.finished_trials >= spec.trials:
+            tuned = create_or_resume(opened, spec, prepared.identity, **made_from)
         if detach:
             said = _queue(tuned, _again(storage))
             _note(said) if as_json else typer.echo(said)
             if as_json:
                 _print_json(status(tuned).to_document())
             return
-        now = status(tuned)
         ending: Ending = "finished"
-        if now.finished_trials < now.budget:
+        if now.finished_trials < spec.trials:
             ending = _run(
                 tuned,
+                spec,
                 prepared,
                 lambda say: _connect(cluster, tls, workers, threads or 1, say),
                 threads or 1,
                 timeout,
                 as_json=as_json,
             )
-            now = status(tuned)
         elif not as_json:
             _note(f"Study {now.study} is finished.")
+        now = status(tuned)
         exported = None
         if export_to is not None and now.best is not None:
             exported = _export_best(tuned, export_to)
@@ -594,6 +595,7 @@ def _connect(
 
 def _run(
     tuned: TunedStudy,
+    spec: StudySpec,
     prepared: Prepared,
     connect: Callable[[Callable[[str], None]], AbstractContextManager[Connection]],
     threads: int,
@@ -613,7 +615,7 @@ def _run(
         connection.require_workers()
         count = connection.slots()
         watcher.say(
-            f"Study {tuned.name}: {tuned.budget} trials on {count} worker(s); data {data.source}"
+            f"Study {tuned.name}: {spec.trials} trials on {count} worker(s); data {data.source}"
             f"{' (SYNTHETIC)' if data.synthetic else ''}, {data.training_rows} training and "
             f"{data.validation_rows} validation rows; split seed {data.split_seed}, "
             f"identity {data.split_id[:12]}."
@@ -624,7 +626,7 @@ def _run(
             coordinator = Coordinator(tuned, cluster, watcher)
             _stop_on_signals(lambda: coordinator.stop("interrupted"))
             with watcher.showing():
-                ending = coordinator.run(timeout=timeout)
+                ending = coordinator.run(asked=spec, timeout=timeout)
     tuned.storage.dequeue(tuned.id)  # it was driven here, and not by the service
     return ending
 

@@ -625,6 +625,7 @@ class Cluster:
 
     def _drop_checkpoint(self, trial: int, reason: str) -> None:
         """A checkpoint that cannot be used costs epochs, never its trial."""
+        self._tuned.storage.renews_lease()
         with contextlib.suppress(OSError):  # the next one takes its place
             self._tuned.artifacts.checkpoint(trial).unlink(missing_ok=True)
         self._connection.say(
@@ -636,7 +637,7 @@ class Cluster:
     def _keep_checkpoint(self, trial: int, content: bytes) -> None:
         """Writes a checkpoint; one that the disk has no room for is missed by nobody but time."""
         try:
-            publish(self._tuned.artifacts.checkpoint(trial), content)
+            self._publish(self._tuned.artifacts.checkpoint(trial), content)
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
@@ -652,7 +653,7 @@ class Cluster:
         """
         while True:
             try:
-                publish(self._tuned.artifacts.weights(trial), content)
+                self._publish(self._tuned.artifacts.weights(trial), content)
             except OSError as error:
                 if error.errno not in _DISK_ERRORS:
                     raise
@@ -665,6 +666,14 @@ class Cluster:
                 if self._pausing or self._closed.wait(0.2):
                     raise TrainingPausedError
                 waited += 0.2
+
+    def _publish(self, path: Path, content: bytes) -> None:
+        """Writes a file of the study's while this process certainly drives it.
+
+        Raises:
+            LeaseLostError: Another coordinator took over; its file, or none, stays as it is.
+        """
+        publish(path, content, only_if=self._tuned.storage.renews_lease)
 
     def _say_disk_is_full(self, error: OSError) -> None:
         if not self._was_disk_full:

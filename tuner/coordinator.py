@@ -25,6 +25,7 @@ from tuner.errors import (
 )
 from tuner.objective import DETAIL_KEY, ENDED_KEY, Objective, reported_epochs
 from tuner.space import ModelConfig
+from tuner.spec import StudySpec
 from tuner.stop_rule import StopRule
 from tuner.storage import COORDINATOR_KEY, Decision
 from tuner.study import (
@@ -35,6 +36,7 @@ from tuner.study import (
     State,
     TunedStudy,
     refuse_a_reported_study,
+    take_settings,
 )
 from tuner.study_note import begin_overview
 from tuner.trial_page import TrialPage
@@ -124,7 +126,6 @@ class Coordinator:
         self._heartbeat: Future[bool] | None = None
         self._silent_since = 0.0  # when the heartbeat began that is still awaited
         self._stopping_since = 0.0
-        self._held_at = 0.0  # when the lease was certainly ours, last
 
     @property
     def running(self) -> int:
@@ -148,10 +149,12 @@ class Coordinator:
             self._stopping = True
             self._changed.set()
 
-    def run(self, *, timeout: float | None = None) -> Ending:
+    def run(self, *, asked: StudySpec | None = None, timeout: float | None = None) -> Ending:
         """Runs trials until the budget is finished or somebody stops the study.
 
         Args:
+            asked: The study file with the budget and the stop rule that a launch asks for; what
+                stands in the study by default.
             timeout: Seconds after which the study is stopped (not finished).
 
         Raises:
@@ -161,11 +164,12 @@ class Coordinator:
                 split of this study was opened.
             TunerError: The workers are unusable.
         """
-        self._held_at = time.monotonic()
         self._tuned.storage.take_lease(self._tuned.id)
         try:
             refuse_a_reported_study(self._tuned)
-        except StudyError:
+            if asked is not None:
+                take_settings(self._tuned, asked)
+        except TunerError:
             self._tuned.storage.release_lease()
             raise
         self._tuned.artifacts.tidy(
@@ -218,7 +222,6 @@ class Coordinator:
             heartbeat, self._heartbeat = self._heartbeat, None
             if heartbeat.result():
                 self.stop("stopped")
-            self._held_at = self._silent_since
         elif self._stopping:
             waited = now - max(self._silent_since, self._stopping_since)
             if waited > _PATIENCE_AFTER_STOP_SECONDS:
@@ -236,18 +239,6 @@ class Coordinator:
 
     def _begin_overview(self, state: State) -> None:
         self._overview = begin_overview(self._tuned, state)
-
-    def _holds_lease(self) -> bool:
-        """Whether nobody can have taken the study over: files are not fenced, as rows are."""
-        return time.monotonic() - self._held_at < self._tuned.storage.lease_seconds / 2
-
-    def _renews_lease(self) -> bool:
-        """The same, made sure of: waits for the database, and raises where the lease is lost."""
-        if not self._holds_lease():
-            began = time.monotonic()
-            self._tuned.storage.heartbeat()
-            self._held_at = max(self._held_at, began)
-        return True
 
     def _stopped_without_it(self) -> str:
         return (
@@ -418,7 +409,7 @@ class Coordinator:
         page = self._pages.get(trial.number)
         said: dict[str, str] = {}
         if page is not None:
-            said = page.end(state, may_draw=self._renews_lease)
+            said = page.end(state, may_draw=self._tuned.storage.renews_lease)
         with self._together():
             for key, words in said.items():
                 trial.set_user_attr(key, words)
@@ -430,12 +421,15 @@ class Coordinator:
             )
         # Nothing that cannot be undone before the end of the trial is committed.
         self._tuned.storage.flush()
+        # Who was frozen since, and replaced, would remove what the next coordinator needs.
+        self._tuned.storage.renews_lease()
         artifacts = self._tuned.artifacts
         artifacts.checkpoint(trial.number).unlink(missing_ok=True)
         if state == TrialState.COMPLETE:
             with self._deciding:
                 best = {kept.number for kept in self._tuned.ranked()[:KEPT_WEIGHTS]}
-                artifacts.keep_weights(best | set(self._running))
+                if self._tuned.storage.renews_lease():
+                    artifacts.keep_weights(best | set(self._running))
         self._watcher.trial_ended(told)
         with self._deciding:
             if self._stop_rule is not None:
@@ -483,7 +477,7 @@ class Coordinator:
             for result in epochs:
                 self._running[trial] = max(self._running[trial], result.epoch)
                 self._watcher.epoch(trial, result)
-                self._pages[trial].epoch(result, may_draw=self._holds_lease)
+                self._pages[trial].epoch(result, may_draw=self._tuned.storage.holds_lease)
                 yield result
 
     def _record_verdict(self, trial: FrozenTrial, prunes: bool) -> None:

@@ -239,7 +239,6 @@ class _Batch:
         self.decisions += other.decisions
 
     def write(self, connection: sa.Connection) -> None:
-        upsert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
         for model, rows in (
             (models.TrialParamModel, self.params),
             (models.TrialIntermediateValueModel, self.reports),
@@ -251,18 +250,7 @@ class _Batch:
             (models.TrialUserAttributeModel, self.user_attrs),
             (models.TrialSystemAttributeModel, self.system_attrs),
         ):
-            if attributes:
-                insert = upsert(model.__table__)
-                connection.execute(
-                    insert.on_conflict_do_update(
-                        index_elements=["trial_id", "key"],
-                        set_={"value_json": insert.excluded.value_json},
-                    ),
-                    [
-                        {"trial_id": trial_id, "key": key, "value_json": text}
-                        for (trial_id, key), text in attributes.items()
-                    ],
-                )
+            upsert_attributes(connection, model, "trial_id", attributes)
         if self.states:
             trials = models.TrialModel.__table__
             connection.execute(
@@ -273,6 +261,32 @@ class _Batch:
             )
         if self.decisions:
             connection.execute(decisions.insert(), self.decisions)
+
+
+def upsert_attributes(
+    connection: sa.Connection, model: Any, owner: str, attributes: Mapping[tuple[int, str], str]
+) -> None:
+    """Writes attributes, as JSON by owner's id and key, over those that stand there.
+
+    Args:
+        connection: Where to.
+        model: Optuna's model of the attributes: of studies or trials, user's or system's.
+        owner: The column of the owner's id.
+        attributes: What to write.
+    """
+    if not attributes:
+        return
+    upsert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    insert = upsert(model.__table__)
+    connection.execute(
+        insert.on_conflict_do_update(
+            index_elements=[owner, "key"], set_={"value_json": insert.excluded.value_json}
+        ),
+        [
+            {owner: its_id, "key": key, "value_json": text}
+            for (its_id, key), text in attributes.items()
+        ],
+    )
 
 
 class Driven:

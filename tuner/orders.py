@@ -127,17 +127,8 @@ def queue(tuned: TunedStudy) -> Queued:
     if lease is not None and lease.is_live and not lease.stop_requested:
         return found("running", lease.holder)
     _keep_rows(tuned)
-    return found("queued" if storage.enqueue(tuned.id) else "queued already")
-
-
-def resume(tuned: TunedStudy) -> Queued:
-    """Queues a study that was stopped or given up.
-
-    Raises:
-        StudyError: See `queue`.
-    """
     clear_error(tuned)
-    return queue(tuned)
+    return found("queued" if storage.enqueue(tuned.id) else "queued already")
 
 
 def stop(tuned: TunedStudy) -> Stopped:
@@ -164,7 +155,7 @@ def place(storage: Storage, spec: StudySpec, *, artifacts_root: Path) -> Placed:
         artifacts_root=artifacts_root,
     )
     return Placed(
-        queued=resume(tuned),
+        queued=queue(tuned),
         warnings=prepared.warnings,
         synthetic=prepared.identity.synthetic,
     )

@@ -24,12 +24,12 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner import heldout, report_page, study
 from tuner.artifacts import development_path, publish, require_writable
 from tuner.data import DevelopmentData, load_development
-from tuner.errors import StudyError, TunerError
+from tuner.errors import LeaseLostError, StudyError, TunerError
 from tuner.export import config_hash
 from tuner.metrics import Metrics, measure, roc_curve
 from tuner.objective import ENDED_KEY, curve_of
 from tuner.space import ModelConfig
-from tuner.storage import Storage
+from tuner.storage import LEASE_SECONDS, Storage
 from tuner.study import TunedStudy
 from tuner.study_note import hang_page
 
@@ -111,17 +111,16 @@ def write_report(
 
     Raises:
         StudyError: There is no such study, it is running or not finished, its winner cannot be
-            evaluated, or its data changed.
+            evaluated, its data changed, or another process took it over meanwhile.
         DataError: The source cannot be used.
         TunerError: The files cannot be written.
     """
     tuned = study.load(storage, name, artifacts_root=artifacts_root)
     folder = output or tuned.artifacts.report_folder
     _require_writable(folder)
-    recorded = _recorded_report(tuned)
-    opened_now = recorded is None
+    recorded, opened_now = _recorded_report(tuned), False
     if recorded is None:
-        recorded = _open_and_evaluate(tuned, evaluate or _probabilities, data)
+        recorded, opened_now = _open_and_evaluate(tuned, evaluate or _probabilities, data)
     document = _with_the_ledger_of_now(tuned, recorded)
     page = report_page.render(document)
     written = Report(
@@ -149,20 +148,35 @@ def _recorded_report(tuned: TunedStudy) -> dict[str, Any] | None:
     return next((report for report in reports if report is not None), None)
 
 
-def _open_and_evaluate(tuned: TunedStudy, evaluate: Evaluate, data: Path | None) -> dict[str, Any]:
-    """Opens the split, and records what the winner is worth on it."""
+def _open_and_evaluate(
+    tuned: TunedStudy, evaluate: Evaluate, data: Path | None
+) -> tuple[dict[str, Any], bool]:
+    """Opens the split, and records what the winner is worth on it.
+
+    Returns:
+        The report, and True; or False with one that another process recorded a moment ago.
+    """
+    _require_not_running(tuned)
     _require_finished(tuned)
     # While this process holds the lease no coordinator starts, and no second report opens.
-    tuned.storage.take_lease(tuned.id)
-    try:
+    with tuned.storage.leased(tuned.id):
+        recorded = _recorded_report(tuned)
+        if recorded is not None:
+            return recorded, False
+        _require_finished(tuned)
         winner = _winner(tuned)
         weights = _kept_weights(tuned, winner)
         config = tuned.record.spec.space.resolve(winner.params)
         validation = _validation_metrics(tuned, winner, config, weights, evaluate)
         source = heldout.check_source(tuned, data)
-        entry, rows = heldout.open_test_split(
-            tuned, trial=winner, config_hash=config_hash(config), settings=source
-        )
+        try:
+            entry, rows = heldout.open_test_split(
+                tuned, trial=winner, config_hash=config_hash(config), settings=source
+            )
+        except LeaseLostError as error:
+            raise StudyError(
+                f"{_lost(tuned)} Nothing was opened; report again once it is finished."
+            ) from error
         probabilities = _predict(evaluate, config, weights, rows.tokens)
         test = measure(rows.labels, probabilities)
         document = {
@@ -180,10 +194,22 @@ def _open_and_evaluate(tuned: TunedStudy, evaluate: Evaluate, data: Path | None)
         }
         # As it will be read back, so that both calls show the same.
         document = dict(json.loads(json.dumps(document, allow_nan=False)))
-        tuned.storage.record_report(entry, document)
-    finally:
-        tuned.storage.release_lease()
-    return document
+        try:
+            tuned.storage.record_report(entry, document)
+        except LeaseLostError as error:
+            raise StudyError(
+                f"{_lost(tuned)} The test split was opened (ledger entry {entry}), but what was "
+                f"found is not recorded: `tuner report {tuned.name}` shows the report of the "
+                "other process, or opens the split once more."
+            ) from error
+    return document, True
+
+
+def _lost(tuned: TunedStudy) -> str:
+    return (
+        f"Another process took study {tuned.name!r} over while this report was made, for this one "
+        f"or its database stood still for more than {LEASE_SECONDS:.0f} s."
+    )
 
 
 def _winner_document(
@@ -269,7 +295,7 @@ def _with_the_ledger_of_now(tuned: TunedStudy, recorded: Mapping[str, Any]) -> d
 # --- what is checked before anything is opened ---
 
 
-def _require_finished(tuned: TunedStudy) -> None:
+def _require_not_running(tuned: TunedStudy) -> None:
     lease = tuned.storage.lease(tuned.id)
     if lease is not None and lease.is_live:
         raise StudyError(
@@ -277,6 +303,9 @@ def _require_finished(tuned: TunedStudy) -> None:
             f"{lease.holder.host}; a report closes a study for more trials, so wait until it is "
             f"finished, or stop it first (tuner stop {tuned.name}). Nothing was opened."
         )
+
+
+def _require_finished(tuned: TunedStudy) -> None:
     finished = len(tuned.trials(*study.FINISHED))
     if finished < tuned.budget:
         lower = f", or lower the budget (--trials {finished})" if finished else ""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import socket
 import statistics
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -51,8 +53,8 @@ from tuner.database import (
     schema_state,
     shown,
 )
-from tuner.driven import DrivenStorage
-from tuner.errors import StorageError, StudyInUseError
+from tuner.driven import DrivenStorage, upsert_attributes
+from tuner.errors import LeaseLostError, StorageError, StudyInUseError
 
 __all__ = [
     "COORDINATOR_KEY",
@@ -67,6 +69,7 @@ __all__ = [
 LOG_IN = "log in"  #: the action of a login in the record of changes
 
 LEASE_SECONDS = 30.0  #: a lease not renewed for this long may be taken over
+_RENEWAL_SECONDS = 1.0  #: between two renewals of a lease that `Storage.leased` holds
 _LAST_LOOK_SECONDS = 5.0  #: who renews it within this time is alive, whatever the clock says
 
 #: The system attributes that hold a study's note, as optuna_dashboard names them.
@@ -104,6 +107,12 @@ class LeaseHolder:
             return True
         except (psutil.AccessDenied, PermissionError):
             return False
+
+
+def _seconds() -> float:
+    """Seconds since some moment, by a clock that goes on while the machine is suspended."""
+    clock: int | None = getattr(time, "CLOCK_BOOTTIME", None)  # Linux
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 def _this_machine() -> str:
@@ -242,6 +251,7 @@ class Storage:
             raise
         self._calls.patience_seconds = patience_seconds
         self.optuna = DrivenStorage(self._rdb, self._calls)
+        self._held_at = math.inf  # when the lease was certainly ours, last; inf: none was taken
 
     @property
     def masked_url(self) -> str:
@@ -298,9 +308,6 @@ class Storage:
         Raises:
             StudyInUseError: A live coordinator holds the lease; the message names it.
         """
-        seen = self.lease(study_id)
-        if seen is not None and not seen.holder.is_known_dead():
-            self._watch_whether_it_lapsed(study_id, seen)
         token, holder = uuid.uuid4().hex, LeaseHolder.this_process()
         values = {
             "token": token,
@@ -308,8 +315,46 @@ class Storage:
             "stop_requested": False,
             "batches": 0,
         }
+        took_at = math.inf
 
-        def take(connection: sa.Connection) -> Lease | None:
+        def take(connection: sa.Connection, current: Lease | None) -> None:
+            nonlocal took_at
+            took_at = _seconds()
+            whole = {"study_id": study_id, "renewed_at": now(connection), **values}
+            if current is None:
+                connection.execute(lease.insert().values(whole))
+            else:
+                connection.execute(lease.update().where(lease.c.study_id == study_id).values(whole))
+
+        self._unless_driven(study_id, take, token=token)
+        self._held_at = took_at
+        self._rdb.token, self._rdb.fenced_study = token, study_id
+        with explained(self._parsed):
+            self.optuna.drive(study_id, token)
+        return token
+
+    def _unless_driven(
+        self,
+        study_id: int,
+        work: Callable[[sa.Connection, Lease | None], object],
+        *,
+        token: str | None = None,
+    ) -> None:
+        """Writes to a study in one transaction, unless a live coordinator holds its lease.
+
+        Args:
+            study_id: The study.
+            work: Writes; it is given the lease of a coordinator that died, or None.
+            token: Of the lease that `work` takes, if it takes one.
+
+        Raises:
+            StudyInUseError: A live coordinator holds the lease; nothing was written.
+        """
+        seen = self.lease(study_id)
+        if seen is not None and not seen.holder.is_known_dead():
+            self._watch_whether_it_lapsed(study_id, seen)
+
+        def write(connection: sa.Connection) -> Lease | None:
             lock_for_writing(connection)
             current = _read_lease(connection, study_id, for_update=True)
             if current is not None and current.token == token:
@@ -318,25 +363,67 @@ class Storage:
                 seen is None or (current.token, current.renewed_at) != (seen.token, seen.renewed_at)
             ):
                 return current
-            whole = {"study_id": study_id, "renewed_at": now(connection), **values}
-            if current is None:
-                connection.execute(lease.insert().values(whole))
-            else:
-                connection.execute(lease.update().where(lease.c.study_id == study_id).values(whole))
+            work(connection, current)
             return None
 
         try:
-            current = self._transaction(take)
+            current = self._transaction(write)
         except StorageError as error:
-            if not isinstance(error.__cause__, sa.exc.IntegrityError):
+            if token is None or not isinstance(error.__cause__, sa.exc.IntegrityError):
                 raise
             current = self.lease(study_id)  # two began at once, and the other was faster
         if current is not None:
             raise StudyInUseError(_in_use(current))
-        self._rdb.token, self._rdb.fenced_study = token, study_id
-        with explained(self._parsed):
-            self.optuna.drive(study_id, token)
-        return token
+
+    @contextlib.contextmanager
+    def leased(self, study_id: int) -> Iterator[None]:
+        """A block in which this process holds a study's lease and renews it all the while.
+
+        For what has no loop of its own, as a coordinator has. A process that was frozen in the
+        block may lose the lease all the same: then every write that is fenced is refused.
+
+        Raises:
+            StudyInUseError: A live coordinator holds the lease.
+        """
+        self.take_lease(study_id)
+        ended = threading.Event()
+        renewal = threading.Thread(
+            target=self._keep_renewing, args=(ended,), name="lease", daemon=True
+        )
+        try:
+            renewal.start()
+            yield
+        finally:
+            ended.set()
+            renewal.join()
+            self.release_lease()
+
+    def _keep_renewing(self, ended: threading.Event) -> None:
+        while not ended.wait(_RENEWAL_SECONDS):
+            try:
+                self.heartbeat()
+            except LeaseLostError:
+                return
+            except StorageError:
+                continue  # the database is away: the lease lapses, or is renewed in time
+
+    def holds_lease(self) -> bool:
+        """Whether no other process can have taken the study over: no row fences a file.
+
+        It is certain for half the time for which a lease is left alone, and True for a process
+        that took none.
+        """
+        return _seconds() - self._held_at < LEASE_SECONDS / 2
+
+    def renews_lease(self) -> bool:
+        """The same, made sure of: waits for the database, and raises if the lease is lost.
+
+        Raises:
+            LeaseLostError: Another coordinator took over.
+        """
+        if not self.holds_lease():
+            self.heartbeat()
+        return True
 
     def _watch_whether_it_lapsed(self, study_id: int, seen: Lease) -> None:
         """Clocks jump: whoever renews its lease while we look is alive, whatever its age says."""
@@ -372,14 +459,10 @@ class Storage:
                 self.optuna.release()
         finally:
             self._rdb.token = self._rdb.fenced_study = None
+            self._held_at = math.inf
         self._transaction(
             lambda connection: connection.execute(lease.delete().where(lease.c.token == token))
         )
-
-    @property
-    def lease_seconds(self) -> float:
-        """For so long after it was renewed nobody takes a lease over."""
-        return LEASE_SECONDS
 
     def heartbeat(self) -> bool:
         """Renews the lease; True when somebody asked this coordinator to stop.
@@ -400,7 +483,13 @@ class Storage:
             current = _read_lease(connection, self._rdb.fenced_study)
             return current is not None and current.stop_requested
 
-        return self._calls.begin(lambda: self._once(beat, fenced=True))
+        def renew() -> bool:
+            began = _seconds()
+            stop_requested = self._once(beat, fenced=True)
+            self._held_at = began
+            return stop_requested
+
+        return self._calls.begin(renew)
 
     def begin_note(self, study_id: int, key: str, value: Any) -> None:
         """Sets an attribute of a study, without waiting for a database that is away."""
@@ -460,6 +549,18 @@ class Storage:
             raise
         self.optuna.forget_names()
         return True
+
+    def set_undriven(self, study_id: int, attributes: Mapping[str, Any]) -> None:
+        """Sets attributes of a study that no coordinator drives, all of them or none.
+
+        Raises:
+            StudyInUseError: A live coordinator holds the lease; nothing was written.
+        """
+        rows = {(study_id, key): json.dumps(value) for key, value in attributes.items()}
+        model = models.StudyUserAttributeModel
+        self._unless_driven(
+            study_id, lambda connection, _: upsert_attributes(connection, model, "study_id", rows)
+        )
 
     def forget(self, study_id: int) -> None:
         """Removes what our tables hold about a study, its ledger rows excepted."""
@@ -613,17 +714,25 @@ class Storage:
         spec_hash: str,
         split_id: str,
     ) -> int:
-        """Writes the row that must stand before a test row is read; returns its id."""
+        """Writes the row that must stand before a test row is read; returns its id.
+
+        Raises:
+            LeaseLostError: Another process took the study over; nothing was written.
+        """
         values = {key: value for key, value in locals().items() if key != "self"}
         insert = ledger.insert().values(**values).returning(ledger.c.id)
-        return self._transaction(lambda connection: int(connection.execute(insert).scalar_one()))
+        return self._transaction(
+            lambda connection: int(connection.execute(insert).scalar_one()), fenced=True
+        )
 
     def record_report(self, entry: int, report: dict[str, Any]) -> None:
-        self._transaction(
-            lambda connection: connection.execute(
-                ledger.update().where(ledger.c.id == entry).values(report=json.dumps(report))
-            )
-        )
+        """Writes what an opening found beside its entry.
+
+        Raises:
+            LeaseLostError: Another process took the study over; nothing was written.
+        """
+        update = ledger.update().where(ledger.c.id == entry).values(report=json.dumps(report))
+        self._transaction(lambda connection: connection.execute(update), fenced=True)
 
     def ledger(
         self, *, study_key: str | None = None, split_id: str | None = None

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.artifacts import HUNG_PREFIXES, StudyArtifacts, study_folder_name
 from tuner.data import SOLUBILITY_FILE, DataIdentity, find_source, source_sha256
 from tuner.data import source_files as named_files
-from tuner.errors import StudyError
+from tuner.errors import StudyError, StudyInUseError
 from tuner.precision import BFLOAT16_FROM, Precision, precision_by_size
 from tuner.space import ModelConfig
 from tuner.spec import HyperbandSettings, StopSettings, StudySpec, spec_from_document
@@ -275,33 +275,102 @@ def create_or_resume(
     development_sha256: str,
     artifacts_root: Path,
 ) -> TunedStudy:
-    """The study of this name: the one that stands there, or a new one with its first trials.
+    """The study of this name with the budget and the stop rule of the study file.
+
+    For who does not drive it: a coordinator calls `find_or_create`, and `take_settings` once it
+    holds the lease.
 
     Raises:
-        StudyError: A study of this name was made from another study file or other data, or is
-            no study of the tuner.
+        StudyError: See `find_or_create`; or it is being run, and not as the study file says.
+    """
+    tuned = find_or_create(
+        storage,
+        spec,
+        data,
+        development_sha256=development_sha256,
+        artifacts_root=artifacts_root,
+    )
+    changes = _changed_settings(tuned, spec)
+    # More trials for a study in the service's queue: whoever drives it hears of them.
+    only_more = set(changes) == {BUDGET_KEY} and spec.trials > tuned.budget
+    if only_more and tuned.id in storage.queued():
+        _set_attributes(tuned, changes)
+    elif changes:
+        try:
+            storage.set_undriven(tuned.id, changes)
+        except StudyInUseError as error:
+            raise StudyError(
+                f"{error} It runs to {tuned.budget} trials; this launch asks for "
+                f"{_differing_settings(tuned, spec)}. Nothing was changed."
+            ) from error
+    return tuned
+
+
+def find_or_create(
+    storage: Storage,
+    spec: StudySpec,
+    data: DataIdentity,
+    *,
+    development_sha256: str,
+    artifacts_root: Path,
+) -> TunedStudy:
+    """The study of this name: the one that stands there, unchanged, or a new one.
+
+    Raises:
+        StudyError: A study of this name was made from another study file or other data, is no
+            study of the tuner, or was reported and should train more trials.
     """
     name = study_name(spec, data)
     if name not in optuna.get_all_study_names(storage.optuna):
         _create(storage, name, spec, data, development_sha256)
     tuned = load(storage, name, artifacts_root=artifacts_root)
     _refuse_another_study(tuned, spec, data)
-    tuned = _renew_folder(tuned, spec)
-    if (tuned.budget, tuned.stop) == (spec.trials, spec.stop):
-        return tuned
-    if tuned.budget != spec.trials:
-        _refuse_more_trials_after_the_report(tuned, spec.trials)
-        tuned.study.set_user_attr(BUDGET_KEY, spec.trials)
-    for key, value in ((STOP_KEY, spec.stop and spec.stop.model_dump()), (ENDED_EARLY_KEY, None)):
-        if tuned.study.user_attrs.get(key) != value:
-            tuned.study.set_user_attr(key, value)
-    return tuned
+    _refuse_more_trials_after_the_report(tuned, spec.trials)
+    return _renew_folder(tuned, spec)
+
+
+def take_settings(tuned: TunedStudy, spec: StudySpec) -> None:
+    """Gives a study the budget and the stop rule of a study file: for who holds its lease."""
+    _set_attributes(tuned, _changed_settings(tuned, spec))
+
+
+def _changed_settings(tuned: TunedStudy, spec: StudySpec) -> dict[str, Any]:
+    """The study attributes by which a study differs from what a launch asks for."""
+    asked: dict[str, Any] = {ERROR_KEY: None}
+    if (tuned.budget, tuned.stop) != (spec.trials, spec.stop):
+        asked |= {
+            BUDGET_KEY: spec.trials,
+            STOP_KEY: spec.stop and spec.stop.model_dump(),
+            ENDED_EARLY_KEY: None,
+        }
+    known = tuned.study.user_attrs
+    folder, data = known[RECORD_KEY]["spec_folder"], known[RECORD_KEY]["spec"]["data"]
+    if (folder, data["source"]) != (str(spec.folder), spec.to_document()["data"]["source"]):
+        asked[RECORD_KEY] = _record_document(tuned.record)
+    return {key: value for key, value in asked.items() if known.get(key) != value}
+
+
+def _set_attributes(tuned: TunedStudy, attributes: Mapping[str, Any]) -> None:
+    for key, value in attributes.items():
+        tuned.study.set_user_attr(key, value)
+
+
+def _differing_settings(tuned: TunedStudy, spec: StudySpec) -> str:
+    """What a launch asks for, in words, where the study has something else."""
+    differing = [] if tuned.budget == spec.trials else [f"{spec.trials} trials"]
+    if tuned.stop != spec.stop:
+        stop = spec.stop and spec.stop.model_dump()
+        differing.append("no [stop]" if stop is None else f"[stop] {stop}")
+    if tuned.study.user_attrs[RECORD_KEY]["spec_folder"] != str(spec.folder):
+        differing.append(f"the data from {spec.folder}")
+    return " and ".join(differing) or "the same"
 
 
 def _renew_folder(tuned: TunedStudy, spec: StudySpec) -> TunedStudy:
     """The study with its study file where that was launched now: the folder may have moved.
 
-    The data is the same there (`_refuse_another_study`), so its test rows are, too.
+    The data is the same there (`_refuse_another_study`), so its test rows are, too. The record in
+    the storage follows with the other settings that a launch changes.
     """
     old = tuned.record.spec
     if (old.folder, old.data.source) == (spec.folder, spec.data.source):
@@ -313,7 +382,6 @@ def _renew_folder(tuned: TunedStudy, spec: StudySpec) -> TunedStudy:
         }
     )
     record = dataclasses.replace(tuned.record, spec=moved)
-    tuned.study.set_user_attr(RECORD_KEY, _record_document(record))
     return dataclasses.replace(tuned, record=record)
 
 
@@ -428,6 +496,8 @@ def _create(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     study.set_user_attr(BUDGET_KEY, spec.trials)
+    if spec.stop is not None:
+        study.set_user_attr(STOP_KEY, spec.stop.model_dump())
     for known in spec.known:
         # Marked as ours from its first transaction on: see database.COORDINATOR_KEY.
         study.enqueue_trial(dict(known), user_attrs={COORDINATOR_KEY: "known"})

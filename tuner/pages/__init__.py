@@ -613,7 +613,7 @@ class Pages:
         return stopped
 
     def _resume_it(self, request: Request, name: str) -> orders.Queued:
-        queued = orders.resume(self._load(name))
+        queued = orders.queue(self._load(name))
         request.environ[DETAIL_KEY] = queued.in_words
         return queued
 
