@@ -395,7 +395,7 @@ def test_a_launch_elsewhere_renews_where_the_study_file_and_its_data_are(tmp_pat
         with pytest.raises(StudyError, match=r"asks for the data from .*/new/studies"):
             again(made, moved)
         running.release_lease()
-    assert load(made.storage, "small", artifacts_root=tmp_path).record.spec == base
+    assert load(made.storage, made.name, artifacts_root=tmp_path).record.spec == base
     renewed = again(made, moved)
     assert renewed.record.spec == moved
     loaded = load(made.storage, made.name, artifacts_root=tmp_path / "artifacts")
