@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from tuner.artifacts import publish, replaceable, require_writable
+from tuner.access import write_user
+from tuner.artifacts import artifact_store, make_folder, publish, replaceable, require_writable
+from tuner.delivery import one_process_at_a_time
+from tuner.storage import Storage
 
 
 def test_what_gets_the_name_is_on_the_disk_before(
@@ -194,3 +198,88 @@ def test_a_file_keeps_its_owner_where_that_is_allowed(
     found = file.stat()
     # What the group might do is for that group alone.
     assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (uid, uid, mode)
+
+
+# --- who may read what is new ---
+
+
+def write_everything(runs: Path) -> None:
+    """Every kind of file that a command leaves in its folder."""
+    with Storage(f"sqlite:///{runs}/tuner.db") as storage:
+        storage.keep_development("0" * 64, b"rows")  # SQLite's journals appear
+        assert (runs / "tuner.db-wal").exists()
+        inspect(runs)
+    publish(runs / "artifacts" / "small-0" / "checkpoints" / "0.npz", b"checkpoint")
+    artifact_store(runs / "artifacts").write("an id", io.BytesIO(b"uploaded"))
+    with one_process_at_a_time(runs / "artifacts" / "rows.lock"):
+        pass
+    write_user(runs / "users.json", "ada", "viewer", "a long password")
+    require_writable(runs / "export")
+    publish(runs / "export" / "best.toml", b"exported")
+    inspect(runs)
+
+
+def inspect(runs: Path, folders: int = 0o700, files: int = 0o600) -> None:
+    for path in [runs, *runs.rglob("*")]:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert oct(mode) == oct(folders if path.is_dir() else files), path
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o077])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="no such modes here")
+
+
+@posix
+def test_what_a_command_makes_is_private_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    tmp_path.chmod(0o755)
+    write_everything(tmp_path / "runs")
+
+
+@posix
+def test_a_folder_that_is_there_keeps_its_mode_and_its_database_is_private(
+    tmp_path: Path, umask: int
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    runs.chmod(0o755)
+    Storage(f"sqlite:///{runs}/tuner.db").close()
+    publish(runs / "artifacts" / "0.npz", b"checkpoint")
+    assert stat.S_IMODE(runs.stat().st_mode) == 0o755
+    assert stat.S_IMODE((runs / "tuner.db").stat().st_mode) == 0o600
+    inspect(runs / "artifacts")
+
+
+@posix
+def test_a_folder_shared_on_purpose_is_shared_below(tmp_path: Path, umask: int) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    runs.chmod(0o2770)
+    Storage(f"sqlite:///{runs}/tuner.db").close()
+    publish(runs / "artifacts" / "small-0" / "checkpoints" / "0.npz", b"checkpoint")
+    artifact_store(runs / "artifacts").write("an id", io.BytesIO(b"uploaded"))
+    inspect(runs, 0o2770, 0o660)
+
+
+@posix
+def test_an_export_elsewhere_is_for_whom_the_umask_says(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        require_writable(tmp_path / "best")
+        publish(tmp_path / "best" / "best.toml", b"exported")
+    finally:
+        os.umask(before)
+    inspect(tmp_path / "best", 0o755, 0o644)
+
+
+def test_a_file_in_the_way_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    for folder in (tmp_path / "runs", tmp_path / "runs" / "artifacts"):
+        with pytest.raises(OSError, match=r"exists|Not a directory"):
+            make_folder(folder)

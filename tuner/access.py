@@ -238,7 +238,7 @@ def _write(path: Path, users: Mapping[str, _User]) -> None:
     }
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
         # For this user alone before its first byte.
         with beside.open("xb") as file:
             beside.chmod(0o600)

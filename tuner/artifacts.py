@@ -154,14 +154,19 @@ def artifact_store(root: Path) -> FileSystemArtifactStore:
     """
     from optuna.artifacts import FileSystemArtifactStore  # noqa: PLC0415 - workers have no Optuna
 
+    class PrivateStore(FileSystemArtifactStore):
+        def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+            _create(folder / artifact_id, None).close()  # Optuna's writes into what is there
+            super().write(artifact_id, content_body)
+
     folder = dashboard_folder(root)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise TunerError(
             f"{folder}: {error.strerror or error}; choose another --artifacts."
         ) from error
-    return FileSystemArtifactStore(folder)
+    return PrivateStore(folder)
 
 
 def development_path(root: Path, sha256: str) -> Path:
@@ -192,8 +197,9 @@ def publish(
 ) -> None:
     """Writes a file whole: a reader sees the old content or the new, never a part.
 
-    An existing file keeps its mode and, where this process may give files away, its owner. A
-    symbolic link stays, and the file that it names is written.
+    An existing file keeps its mode and, where this process may give files away, its owner; a
+    symbolic link stays, and the file that it names is written. A new file is private where its
+    folder is, and a folder that is missing is made private.
 
     Args:
         path: Where to.
@@ -213,7 +219,7 @@ def publish(
         try:
             file = _create(beside, old)
         except FileNotFoundError:  # the first file of its folder
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             file = _create(beside, old)
         with file:
             file.write(content)
@@ -258,6 +264,53 @@ def _kind(mode: int) -> str:
     return next((kind for is_it, kind in known if is_it(mode)), "a special file")
 
 
+#: A folder with both bits is shared on purpose: its group writes, and what is new is the group's.
+_SHARED = stat.S_ISGID | stat.S_IWGRP
+
+
+def make_folder(folder: Path, *, private: bool = True) -> None:
+    """Makes a folder, and those above it that are missing; one that is there keeps its mode.
+
+    Args:
+        folder: The folder.
+        private: For its owner alone (0700), also where the folder above is open to others. Below
+            a folder that is shared on purpose (group-writable, with the set-group-id bit) it is
+            for that group, too (2770).
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    for one in reversed(missing):
+        above = _mode(one.parent)
+        is_shared = above & _SHARED == _SHARED
+        one.mkdir(0o700 if private or _is_private(above) else 0o777, exist_ok=True)
+        if is_shared:
+            one.chmod(0o2770)
+    folder.mkdir(exist_ok=True)  # it may be a file
+
+
+def new_file_mode(folder: Path, *, private: bool = False) -> int | None:
+    """The mode of a file that is new in a folder; None where the umask decides.
+
+    Args:
+        folder: There already.
+        private: For its owner alone wherever it is, unless the folder is shared on purpose.
+    """
+    mode = _mode(folder)
+    if mode & _SHARED == _SHARED:
+        return 0o660
+    return 0o600 if private or _is_private(mode) else None
+
+
+def _mode(folder: Path) -> int:
+    return stat.S_IMODE(folder.stat().st_mode)
+
+
+def _is_private(mode: int) -> bool:
+    return os.name == "posix" and not mode & 0o077
+
+
 def require_writable(folder: Path, *files: str) -> None:
     """Makes sure that files can be written into a folder, which is made where it is missing.
 
@@ -268,7 +321,7 @@ def require_writable(folder: Path, *files: str) -> None:
     Raises:
         OSError: They cannot.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, private=False)
     with tempfile.TemporaryFile(dir=folder):
         pass
     for name in files:
@@ -282,7 +335,11 @@ def _create(beside: Path, old: os.stat_result | None) -> BinaryIO:
         OSError: It cannot be made.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(beside, flags, 0o666 if old is None else 0o600)
+    new = new_file_mode(beside.parent) if old is None else 0o600
+    descriptor = os.open(beside, flags, 0o666 if new is None else new)
+    if old is None and new is not None and hasattr(os, "fchmod"):
+        with contextlib.suppress(OSError):  # a file system without modes
+            os.fchmod(descriptor, new)  # whatever the umask
     if old is not None and hasattr(os, "fchown"):
         mode = stat.S_IMODE(old.st_mode)
         made = os.fstat(descriptor)

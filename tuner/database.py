@@ -37,7 +37,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, orm
 from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError, SQLAlchemyError
 
-from tuner.artifacts import DEFAULT_STORAGE_URL
+from tuner.artifacts import DEFAULT_STORAGE_URL, make_folder, new_file_mode
 from tuner.errors import LeaseLostError, StorageError, StorageMissingError
 from tuner.toml_file import did_you_mean
 
@@ -685,7 +685,7 @@ def open_database(
     if url.get_backend_name() == "sqlite":
         path = Path(str(url.database))
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             _publish_empty_database(path)
     with closed_engine(url) as engine, engine.connect() as connection:
         if upgrade or not _is_current(connection):
@@ -842,12 +842,14 @@ def _publish_empty_database(path: Path) -> None:
         _create_optunas_tables(url)
         with closed_engine(url) as engine:
             _create_tables(engine, url)
+        # SQLite's journals get the mode of their database.
+        beside.chmod(new_file_mode(path.parent, private=True) or 0o600)
         try:
             os.link(beside, path)
         except FileExistsError:  # another process was first: use its file
             pass
         except OSError:
-            with FileLock(path.with_name(_PUBLISHING_LOCK)) as lock:
+            with FileLock(path.with_name(_PUBLISHING_LOCK), mode=0o600) as lock:
                 if not path.exists():
                     beside.replace(path)
                 # Who waits for it finds the database published, whatever file is locked.

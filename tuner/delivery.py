@@ -10,7 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
-from tuner.artifacts import development_path, publish
+from tuner.artifacts import development_path, make_folder, new_file_mode, publish
 
 CACHE_VARIABLE = "TUNER_CACHE"  #: the folder of this machine's copies, instead of the user's cache
 
@@ -34,7 +34,7 @@ def development_file(path: str, sha256: str, fetch: Callable[[], bytes | None]) 
     copy = development_path(cache_folder(), sha256)
     if _is_it(copy, sha256):
         return copy
-    copy.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(copy.parent)
     with one_process_at_a_time(copy.with_suffix(".lock")):
         if not _is_it(copy, sha256):  # another worker fetched it while this one waited
             content = fetch()
@@ -61,6 +61,7 @@ def one_process_at_a_time(lock: Path) -> Iterator[None]:
     except ImportError:  # Windows: several processes may do the same work, each of them whole
         yield
         return
+    lock.touch(new_file_mode(lock.parent, private=True) or 0o600)
     with lock.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
