@@ -405,7 +405,7 @@ BAD_CSV: dict[str, tuple[str | bytes, list[tuple[int | None, str, str, str]]]] =
     "long s": ("sequence,label\nM\u017fK,1\n", [(2, "sequence", "\u017fK", "is '\u017f'")]),
     "NUL": ("sequence,label\nMK\0,1\n", [(2, "sequence", "\0", r"is '\x00'")]),
     "empty sequence": ("sequence,label\n  ,1\n", [(2, "sequence", "", "the sequence is empty")]),
-    "too few fields": ("sequence,label\nMKL\n", [(2, "", "MKL", "1 fields where the header")]),
+    "too few fields": ("sequence,label\nMKL\n", [(2, "", "MKL", "1 field where the header")]),
     "too many fields": ("sequence,label\nMK,1,2\n", [(2, "", "MK,1,2", "3 fields where")]),
     "label 2": ("sequence,label\nMKL,2\n", [(2, "label", "2", "write 1 (soluble) or 0")]),
     "label in words": ("sequence,label\nMKL,yes\n", [(2, "label", "yes", "'yes' is no label")]),
@@ -884,7 +884,7 @@ def test_a_long_sequence_is_cut_where_the_study_file_says_so(tmp_path: Path):
     write_csv(tmp_path / "long.csv", [*ROWS, ("MK" * 130, 1)])
     write_csv(tmp_path / "cut.csv", [*ROWS, ("MK" * 100, 1)])
     result = prepared(tmp_path, "long.csv", truncate=True)
-    assert result.warnings == ("1 sequences were cut to their first 200 residues",)
+    assert result.warnings == ("1 sequence was cut to the first 200 residues",)
     assert result.development_sha256 == prepared(tmp_path, "cut.csv").development_sha256
 
 
@@ -892,7 +892,7 @@ def test_sequences_that_differ_behind_the_cut_are_one(tmp_path: Path):
     start = "MKLV" * 50
     write_csv(tmp_path / "same.csv", [*ROWS, (f"{start}A", 1), (f"{start}R", 1)])
     warnings = prepared(tmp_path, "same.csv", truncate=True).warnings
-    assert warnings[1].startswith("1 rows repeat an earlier sequence (its first 200 residues)")
+    assert warnings[1].startswith("1 row repeats an earlier sequence (its first 200 residues)")
 
     write_csv(tmp_path / "other.csv", [*ROWS, (f"{start}A", 1), (f"{start}R", 0)])
     (tmp_path / "artifacts").rename(tmp_path / "before")
@@ -904,9 +904,7 @@ def test_repeated_rows_are_kept_once_and_counted(tmp_path: Path):
     write_csv(tmp_path / "once.csv", ROWS)
     write_csv(tmp_path / "repeated.csv", [*ROWS, *ROWS[:7]])
     result = prepared(tmp_path, "repeated.csv")
-    assert result.warnings == (
-        "7 rows repeat an earlier sequence with the same label and were left out",
-    )
+    assert result.warnings == ("7 rows repeat an earlier sequence with the same label: left out",)
     assert result.development_sha256 == prepared(tmp_path, "once.csv").development_sha256
 
 
@@ -914,7 +912,7 @@ def test_lower_case_is_read_as_upper_case_and_counted(tmp_path: Path):
     rows = [(ROWS[0][0].lower(), ROWS[0][1]), *ROWS[1:]]
     write_csv(tmp_path / "rows.csv", rows)
     assert prepared(tmp_path, "rows.csv").warnings == (
-        "1 sequences have lower-case residues: read as upper case",
+        "1 sequence has lower-case residues: read as upper case",
     )
 
 

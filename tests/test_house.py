@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -454,3 +455,40 @@ def test_every_benchmark_is_told_of() -> None:
     assert {script.name for script in BENCHMARKS.glob("*.py") if script.name not in told} == {
         "machine.py"  # says what a result was measured on
     }
+
+
+# --- words ---
+
+COUNTED = re.compile(
+    r"\s(?:\w+ )?(epochs(?!/s)|trials|workers|slots|studies|rows|sequences|trainings|times|networks"
+    r"|openings|processes|lines|fields|users|files|problems|mistakes|brackets)\b"
+)
+NEVER_ONE = {  # what stands before the noun is a constant, or a count of many
+    " trials in a row failed, so the study stops; the last reason, of trial ",
+    " workers died of it without a new epoch",
+    " test rows (",
+    " test rows (sealed), identity ",
+    " validation rows; split seed ",
+    " rows trained when max_trial_seconds = ",
+    " trials",
+    " mistakes were found up to here; correct them first",
+    " sequences have only the letters ",
+    " generated sequences; its figures say nothing about proteins",
+}
+
+
+def test_a_count_before_a_noun_goes_through_counted() -> None:
+    found = []
+    for path in sorted((ROOT / "tuner").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and "(s)" in str(node.value):
+                found.append((path.name, node.lineno, node.value))
+            if not isinstance(node, ast.JoinedStr):
+                continue
+            for value, text in itertools.pairwise(node.values):
+                if isinstance(value, ast.FormattedValue) and isinstance(text, ast.Constant):
+                    words = str(text.value)
+                    if COUNTED.match(words) and words not in NEVER_ONE:
+                        found.append((path.name, node.lineno, words))
+                        found.append((path.name, node.lineno, words))
+    assert found == [], "write the count with tuner.errors.counted: 1 epoch, 2 epochs"

@@ -844,7 +844,7 @@ def test_training_processes_of_a_machine_with_two_gpus_have_one_each(
     }
     tuned = make_study(tmp_path, small_spec(trials=4, seed=30, hyperband=None))
     with program(*TUNER_WORKER, address, "--workers", "auto", environment=environment) as worker:
-        worker.says("with 2 worker(s)", timeout=60)
+        worker.says("with 2 workers", timeout=60)
         assert eventually(lambda: connection.slots() == 2)
         with Cluster(
             connection, tuned, development_file=tmp_path, threads=1, open_run=TellingRun

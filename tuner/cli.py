@@ -31,10 +31,10 @@ from tuner.artifacts import (
     DEFAULT_USERS_FILE,
     development_path,
 )
-from tuner.errors import ProblemsError, StorageMissingError, TunerError
+from tuner.errors import ProblemsError, StorageMissingError, TunerError, counted
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     from tuner.cluster import Connection
     from tuner.coordinator import Ending
@@ -233,7 +233,11 @@ def _log(message: str) -> None:
     _note(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {message}")
 
 
-def terminal(**options: Any) -> Console:
+#: Where there is no terminal, Rich takes 80 columns, and folds or cuts what is longer.
+_PIPE_COLUMNS = 100_000
+
+
+def terminal(*, stderr: bool = False, **options: Any) -> Console:
     """The console that shows tables and progress.
 
     What it prints is text: `[bold]` or `:smile:` in a name, a path or an error is no markup.
@@ -241,7 +245,10 @@ def terminal(**options: Any) -> Console:
     """
     from rich.console import Console
 
-    return Console(markup=False, emoji=False, highlight=False, **options)
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PIPE_COLUMNS
+    defaults = {"stderr": stderr, "width": width, "markup": False, "emoji": False}
+    return Console(highlight=False, **(defaults | options))
 
 
 def _print_json(document: Any) -> None:
@@ -405,10 +412,15 @@ def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
         f"seed {spec.data.split.seed}: {rows['train']} training, {rows['validation']} validation, "
         f"{rows['test']} test rows (sealed), identity {document['data']['split_id'][:12]}",
     )
-    table.add_row("trials", f"{spec.trials}, at most {spec.training.max_epochs} epochs each")
+    table.add_row(
+        "trials", f"{spec.trials}, at most {counted(spec.training.max_epochs, 'epoch')} each"
+    )
     for bracket, trials in enumerate(spec.trials_of_brackets(spec.trials)):
         stops = ", ".join(map(str, spec.brackets[bracket])) or "never"
-        table.add_row(f"bracket {bracket}", f"{trials} trials; may stop one after epochs: {stops}")
+        table.add_row(
+            f"bracket {bracket}",
+            f"{counted(trials, 'trial')}; may stop one after epochs: {stops}",
+        )
     table.add_row("epochs", f"about {document['planned_epochs']} planned, {full} without pruning")
     table.add_row("parameters", f"{count['min']:,} to {count['max']:,} in a network")
     table.add_row("searched", ", ".join(spec.space.parameters) or "nothing")
@@ -608,14 +620,15 @@ def _run(
     from tuner.progress import ProgressWatcher
 
     data = prepared.identity
-    console = terminal(stderr=as_json, width=None if sys.stdout.isatty() else 200)
+    console = terminal(stderr=as_json)
     watcher = ProgressWatcher(tuned, console)
     tuned.storage.refuse_if_run_elsewhere(tuned.id)
     with connect(watcher.say) as connection:
         connection.require_workers()
         count = connection.slots()
         watcher.say(
-            f"Study {tuned.name}: {spec.trials} trials on {count} worker(s); data {data.source}"
+            f"Study {tuned.name}: {counted(spec.trials, 'trial')} on "
+            f"{counted(count, 'worker')}; data {data.source}"
             f"{' (SYNTHETIC)' if data.synthetic else ''}, {data.training_rows} training and "
             f"{data.validation_rows} validation rows; split seed {data.split_seed}, "
             f"identity {data.split_id[:12]}."
@@ -741,37 +754,41 @@ def worker(
 @app.command(epilog="Example: tuner status quickstart --watch")
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 2 s.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow it until it is neither queued nor running.")
+    ] = False,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Shows where studies stand: trials by state, best value, epochs spent and saved, disk."""
-    from tuner.progress import status_details, status_table
+    from tuner.progress import status_details, status_table, watch_studies
     from tuner.study import list_names, load
     from tuner.study import status as read_status
 
-    def show(found: list[StudyStatus]) -> None:
-        documents = [one.to_document() for one in found]
-        if as_json:
-            _print_json(documents[0] if name else documents)
-        elif not found:
-            typer.echo("No study yet. `tuner launch studies/quickstart.toml` makes one.")
-        else:
-            terminal().print(status_details(found[0]) if name else status_table(found))
+    def look() -> list[StudyStatus]:
+        names = [name] if name else list_names(opened)
+        return [read_status(load(opened, one, artifacts_root=artifacts)) for one in names]
 
+    def shown(found: list[StudyStatus]) -> RenderableType:
+        if as_json:
+            documents = [one.to_document() for one in found]
+            return json.dumps(documents[0] if name else documents, indent=2)
+        if not found:
+            return "No study yet. `tuner launch studies/quickstart.toml` makes one."
+        return status_details(found[0]) if name else status_table(found)
+
+    console = terminal()
     try:
         with _open(storage) as opened:
-            while True:
-                names = [name] if name else list_names(opened)
-                show([read_status(load(opened, one, artifacts_root=artifacts)) for one in names])
-                if not watch:
-                    return
-                time.sleep(2.0)
+            if watch:
+                watch_studies(look, shown, console, in_place=console.is_terminal and not as_json)
+            else:
+                console.print(shown(look()), soft_wrap=as_json)
     except StorageMissingError:
         if name:
             raise
-        show([])
+        console.print(shown([]))
 
 
 @app.command(epilog="Example: tuner stop quickstart")
@@ -808,7 +825,8 @@ def delete(
     with _open(storage) as opened:
         tuned = load(opened, name, artifacts_root=artifacts)
         if not yes:
-            typer.confirm(f"Remove {name} with {len(tuned.trials())} trials for good?", abort=True)
+            trials = counted(len(tuned.trials()), "trial")
+            typer.confirm(f"Remove {name} with {trials} for good?", abort=True)
         delete_study(tuned)
     typer.echo(f"Removed {name}.")
     rows = development_path(artifacts, tuned.record.development_sha256)
@@ -885,13 +903,16 @@ def export(
         rank = "Trial" if exported.rank is None else f"{exported.rank}. trial"
         loss = exported.validation_loss
         reached = "" if loss is None else f", validation loss {loss:.4f}"
-        typer.echo(f"{rank} {exported.trial}{reached} after {exported.epochs} epochs: {path}")
+        typer.echo(
+            f"{rank} {exported.trial}{reached} after {counted(exported.epochs, 'epoch')}: {path}"
+        )
     for path in models:
         typer.echo(f"   its network: {path}")
     if len(configs) < wanted:
-        typer.echo(f"Only {len(configs)} trials were trained to their end.")
+        were = counted(len(configs), "trial was", "trials were")
+        typer.echo(f"Only {were} trained to the end.")
     if rows is not None:
-        typer.echo(f"All {rows} trials: {trials}")
+        typer.echo(f"{counted(rows, 'trial')} in all: {trials}")
 
 
 @app.command(epilog="Example: tuner report quickstart -o report/")

@@ -40,6 +40,7 @@ from tuner.errors import (
     WorkerDiedEarlyError,
     WorkerLeftError,
     WorkerLostError,
+    counted,
 )
 from tuner.processes import (
     BFLOAT16,
@@ -302,7 +303,7 @@ class Connection:
     def _tell_of_missing_workers(self) -> None:
         if self._slots and self._are_workers_missed:
             self._are_workers_missed = False
-            self.say(f"Workers are back: {self._slots} slot(s).")
+            self.say(f"Workers are back: {counted(self._slots, 'slot')}.")
         missed_for = time.monotonic() - self._slots_seen_at
         patience = _LOCAL_RESTART_SECONDS if self._are_local else _WORKERS_GONE_SECONDS
         if self._are_workers_missed or missed_for < patience or not self._on_loss:

@@ -22,6 +22,7 @@ from tuner.errors import (
     WorkerDiedEarlyError,
     WorkerLeftError,
     WorkerLostError,
+    counted,
 )
 from tuner.objective import DETAIL_KEY, ENDED_KEY, Objective, reported_epochs
 from tuner.space import ModelConfig
@@ -361,7 +362,7 @@ class Coordinator:
 
     def _end_early(self, trials: int, reason: str) -> None:
         self._watcher.say(
-            f"The study ends after {trials} of {self._tuned.budget} trials: {reason}."
+            f"The study ends after {trials} of {counted(self._tuned.budget, 'trial')}: {reason}."
         )
         self._tuned.end_early(trials, reason)
 
@@ -369,7 +370,8 @@ class Coordinator:
         resumed = optuna.Trial(self._tuned.study, trial._trial_id)
         self._count_resumption(resumed)
         self._running[trial.number] = trial.last_step or 0
-        self._watcher.say(f"Trial {trial.number} goes on; it had {trial.last_step or 0} epochs.")
+        had = counted(trial.last_step or 0, "epoch")
+        self._watcher.say(f"Trial {trial.number} goes on; it had {had}.")
         return resumed
 
     def _drive(self, trial: optuna.Trial) -> None:

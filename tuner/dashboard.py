@@ -60,7 +60,7 @@ from tuner.access import (
 )
 from tuner.artifacts import artifact_store
 from tuner.connections import MOST_OF_AN_ADDRESS, LimitedServer, raise_descriptor_limit
-from tuner.errors import StorageError, TunerError
+from tuner.errors import StorageError, TunerError, counted
 from tuner.storage import Storage
 from tuner.study import RECORD_KEY, load
 from tuner.study import delete as delete_study
@@ -468,9 +468,9 @@ class Guard:
         if study_id not in names:
             raise _Refused("404 Not Found", "There is no such study (any more).")
         tuned = load(self._storage, names[study_id], artifacts_root=self._places.artifacts)
-        trials = len(tuned.trials())
+        trials = counted(len(tuned.trials()), "trial")
         delete_study(tuned)
-        return f"deleted {names[study_id]} with {trials} trials"
+        return f"deleted {names[study_id]} with {trials}"
 
 
 @dataclass(slots=True)

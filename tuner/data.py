@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tuner.artifacts import development_path, publish
-from tuner.errors import DataError, Problem, TunerError
+from tuner.errors import DataError, Problem, TunerError, counted
 
 if TYPE_CHECKING:
     from tuner.spec import DataSettings, FastaPair, SplitSettings
@@ -351,7 +351,7 @@ class _Group:
 
 
 def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count:,} times"
+    return "once" if count == 1 else counted(count, "time")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -475,7 +475,8 @@ def _fit_length(
     if settings.truncate:
         cut = [replace(row, sequence=row.sequence[:limit]) for row in rows]
         count = sum(len(row.sequence) > limit for row in rows)
-        return cut, [f"{count:,} sequences were cut to their first {limit} residues"] * (count > 0)
+        were = counted(count, "sequence was", "sequences were")
+        return cut, [f"{were} cut to the first {limit} residues"] * (count > 0)
     everything: tuple[_Row | _Refused, ...] = (*rows, *problems.refused)
     too_long = [row for row in everything if len(row.sequence) > limit]
     # Rows that were refused for something else count, too: this is to be the length that fits all.
@@ -526,9 +527,9 @@ def _without_repeats(
     repeats = len(rows) - len(first_rows)
     if not repeats:
         return list(rows), []
-    return list(first_rows.values()), [
-        f"{repeats:,} rows repeat an earlier {what} with the same label and were left out"
-    ]
+    repeat = counted(repeats, "row repeats", "rows repeat")
+    warning = f"{repeat} an earlier {what} with the same label: left out"
+    return list(first_rows.values()), [warning]
 
 
 # --- sources -------------------------------------------------------------------------------------
@@ -960,7 +961,8 @@ def _bad_letter(letter: str, positions: Sequence[int], subject: str = "") -> str
 
 
 def _lower_case_warnings(count: int) -> list[str]:
-    return [f"{count:,} sequences have lower-case residues: read as upper case"] if count else []
+    have = counted(count, "sequence has", "sequences have")
+    return [f"{have} lower-case residues: read as upper case"] if count else []
 
 
 def _csv_rows(
@@ -1032,7 +1034,7 @@ def _csv_row(
     """The row of a record; None, with problems added, where it is not one."""
     fields, line, place = record.fields, record.line, record.place
     if len(fields) != len(columns):
-        what = f"{len(fields)} fields where the header names {len(columns)}"
+        what = f"{counted(len(fields), 'field')} where the header names {len(columns)}"
         problems.add_one(
             _WRONG_FIELDS,
             file,

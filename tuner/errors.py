@@ -11,6 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A count in words: "1 epoch", "1,200 epochs"; of an irregular noun, its plural is given."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 class TunerError(Exception):
     """Something the user can mend. The message stands alone: no traceback is needed."""
 

@@ -16,7 +16,7 @@ import tomli_w
 
 from tuner.artifacts import development_path
 from tuner.data import Prepared, prepare
-from tuner.errors import Problem, SpecError, StudyError
+from tuner.errors import Problem, SpecError, StudyError, counted
 from tuner.spec import StudySpec, load_spec
 from tuner.storage import LeaseHolder, Storage
 from tuner.study import (
@@ -48,15 +48,16 @@ class Queued:
     @property
     def in_words(self) -> str:
         if self.outcome == "finished":
-            return f"Study {self.study} is finished: {self.finished} of {self.budget} trials."
+            of = f"{self.finished} of {counted(self.budget, 'trial')}"
+            return f"Study {self.study} is finished: {of}."
         if self.outcome == "running" and self.holder is not None:
             return (
                 f"Study {self.study} is running already, in process {self.holder.pid} on "
-                f"{self.holder.host}, to {self.budget} trials."
+                f"{self.holder.host}, to {counted(self.budget, 'trial')}."
             )
         return (
             f"Study {self.study} is {self.outcome}: {self.budget - self.finished} of "
-            f"{self.budget} trials to go."
+            f"{counted(self.budget, 'trial')} to go."
         )
 
     def to_document(self) -> dict[str, Any]:

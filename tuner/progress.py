@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 from optuna.trial import FrozenTrial
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from tuner.curves import EpochResult
+from tuner.errors import counted
 from tuner.objective import DETAIL_KEY, ENDED_KEY
 from tuner.study import StudyStatus, TunedStudy, status
 from tuner.trial_page import duration
 
 __all__ = [
     "ProgressWatcher",
-    "counts_in_words",
     "describe_end",
     "duration",
     "megabytes",
@@ -30,6 +30,7 @@ __all__ = [
 
 _PLAIN_LINE_SECONDS = 10.0  #: between two lines of progress where stdout is no terminal
 _REFRESH_SECONDS = 0.5
+_WATCH_SECONDS = 2.0  #: between two looks of `status --watch`
 
 
 class ProgressWatcher:
@@ -81,8 +82,9 @@ class ProgressWatcher:
     def _line(self, now: StudyStatus) -> str:
         best = "-" if now.best is None else f"{now.best.value:.4f} (trial {now.best.number})"
         return (
-            f"{now.finished_trials}/{now.budget} trials: {counts_in_words(now)}; best validation "
-            f"loss {best}; {self._rate():.2f} epochs/s; {now.epochs_saved} epochs saved; "
+            f"{now.finished_trials}/{counted(now.budget, 'trial')}: {now.trials_in_words}; best "
+            f"validation loss {best}; {self._rate():.2f} epochs/s; "
+            f"{counted(now.epochs_saved, 'epoch')} saved; "
             f"{self._time_left(now)} left"
         )
 
@@ -91,7 +93,7 @@ class ProgressWatcher:
         head.add_row(
             Text(now.study, style="bold"),
             ProgressBar(total=now.budget, completed=now.finished_trials, width=30),
-            f"{now.finished_trials}/{now.budget} trials, {self._time_left(now)} left",
+            f"{now.finished_trials}/{counted(now.budget, 'trial')}, {self._time_left(now)} left",
         )
         running = Table.grid(padding=(0, 2))
         for trial, result in sorted(self._latest.items()):
@@ -117,17 +119,11 @@ class ProgressWatcher:
 def describe_end(trial: FrozenTrial) -> str:
     """One line about a trial that ended."""
     value = "" if trial.value is None else f", validation loss {trial.value:.4f}"
-    epochs = trial.last_step or 0
+    epochs = counted(trial.last_step or 0, "epoch")
     if reason := trial.user_attrs.get(ENDED_KEY):
         detail = trial.user_attrs.get(DETAIL_KEY, "")
-        return f"Trial {trial.number} ended ({reason}: {detail}) after {epochs} epochs{value}"
-    return f"Trial {trial.number} {trial.state.name} after {epochs} epochs{value}"
-
-
-def counts_in_words(now: StudyStatus) -> str:
-    """The states that occur: "12 COMPLETE, 30 PRUNED, 2 RUNNING"."""
-    words = [f"{count} {state}" for state, count in now.counts.items() if count]
-    return ", ".join(words) or "none yet"
+        return f"Trial {trial.number} ended ({reason}: {detail}) after {epochs}{value}"
+    return f"Trial {trial.number} {trial.state.name} after {epochs}{value}"
 
 
 def megabytes(count: int) -> str:
@@ -140,17 +136,47 @@ def _name(one: StudyStatus) -> Text:
     return name.append(" (synthetic data)", "yellow") if one.synthetic else name
 
 
+def watch_studies(
+    look: Callable[[], list[StudyStatus]],
+    shown: Callable[[list[StudyStatus]], RenderableType],
+    console: Console,
+    *,
+    in_place: bool,
+) -> None:
+    """Shows studies again and again, until none of them runs or waits in the queue.
+
+    Args:
+        look: Reads where they stand.
+        shown: What to print of that.
+        console: Where to.
+        in_place: Each time over what was printed before; else only what differs from it, whole.
+    """
+    with Live(console=console, auto_refresh=False) if in_place else nullcontext() as live:
+        before: list[StudyStatus] | None = None
+        while True:
+            found = look()
+            if live is not None:
+                live.update(shown(found), refresh=True)
+            elif found != before:
+                console.print(shown(found), soft_wrap=True)
+                console.file.flush()  # a pipe's buffer would keep it
+            if not any(one.state in ("queued", "running") for one in found):
+                return
+            before = found
+            time.sleep(_WATCH_SECONDS)
+
+
 def status_table(studies: list[StudyStatus]) -> Table:
     """The studies of a storage, a row each."""
     table = Table(box=None, pad_edge=False)
     for heading in ("study", "state", "trials", "best validation loss", "epochs", "saved", "disk"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for one in studies:
         best = "-" if one.best is None else f"{one.best.value:.4f} (trial {one.best.number})"
         table.add_row(
             _name(one),
             one.state,
-            f"{one.finished_trials}/{one.budget}: {counts_in_words(one)}",
+            f"{one.finished_trials}/{one.budget}: {one.trials_in_words}",
             best,
             str(one.epochs_spent),
             str(one.epochs_saved),
@@ -169,11 +195,11 @@ def status_details(one: StudyStatus) -> Table:
     table.add_row("trials", f"{one.finished_trials} of {one.budget} finished")
     if one.ended_early:
         table.add_row("", f"ended early: {one.ended_early}")
-    table.add_row("", counts_in_words(one))
+    table.add_row("", one.trials_in_words)
     if one.resumed_trials:
-        table.add_row("", f"{one.resumed_trials} resumed after a worker or coordinator was lost")
+        table.add_row("", f"{one.resumed_trials} resumed after an interruption")
     if one.brackets:
-        table.add_row("brackets", " / ".join(str(count) for count in one.brackets) + " trials")
+        table.add_row("brackets", " / ".join(map(str, one.brackets)) + " trials")
     table.add_row("epochs", f"{one.epochs_spent} spent, {one.epochs_saved} saved by pruning")
     table.add_row("workers", str(one.workers))
     table.add_row("disk", megabytes(one.bytes_on_disk))

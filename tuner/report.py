@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner import heldout, report_page, study
 from tuner.artifacts import development_path, publish, require_writable
 from tuner.data import DevelopmentData, load_development
-from tuner.errors import LeaseLostError, StudyError, TunerError
+from tuner.errors import LeaseLostError, StudyError, TunerError, counted
 from tuner.export import config_hash
 from tuner.metrics import Metrics, measure, roc_curve
 from tuner.objective import ENDED_KEY, curve_of
@@ -310,9 +310,9 @@ def _require_finished(tuned: TunedStudy) -> None:
     if finished < tuned.budget:
         lower = f", or lower the budget (--trials {finished})" if finished else ""
         raise StudyError(
-            f"Study {tuned.name!r} has finished {finished} of its {tuned.budget} trials; a report "
-            f"closes it for more. Finish it first (`tuner launch` with its study file){lower}. "
-            "Nothing was opened."
+            f"Study {tuned.name!r} has finished {finished} of its "
+            f"{counted(tuned.budget, 'trial')}; a report closes it for more. Finish it "
+            f"first (`tuner launch` with its study file){lower}. Nothing was opened."
         )
 
 

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from tuner.errors import counted
 from tuner.metrics import RESAMPLES, THRESHOLD
 
 Document = Mapping[str, Any]
@@ -122,7 +123,8 @@ def ledger_warnings(document: Document) -> tuple[str, ...]:
     warnings = []
     if ledger["openings"] > 1:
         warnings.append(
-            f"Warning: this test split was opened {ledger['openings']} times in this storage. "
+            f"Warning: this test split was opened {counted(ledger['openings'], 'time')} in this "
+            "storage. "
             "Each look at it that led to another study makes its figures a little too good; an "
             "untouched figure needs another split."
         )
@@ -182,7 +184,7 @@ def _facts(document: Document) -> tuple[tuple[str, str], ...]:
         ("Rows", f"{rows}{data['test_rows']:,} test"),
         ("Split", f"{split['rule']}, stratified by label, seed {data['split_seed']}"),
         ("Split identity", data["split_id"]),
-        ("Budget", f"{document['budget']} finished trials; there are {trials}"),
+        ("Budget", f"{counted(document['budget'], 'finished trial')}; there are {trials}"),
         ("Epochs", f"{epochs}; at most {spec['training']['max_epochs']} a trial"),
         ("Sampler", _settings(document["sampler"])),
         ("Pruner", _settings(document["pruner"])),
@@ -348,7 +350,7 @@ def _history_figure(document: Document) -> Markup:
             mode="markers",
             name=name,
             marker={"size": 8, "line": {"width": 1.5, "color": marker["color"]}, **marker},
-            hovertemplate="trial %{x}<br>%{y:.4f} nats<br>%{customdata} epochs<extra></extra>",
+            hovertemplate="trial %{x}<br>%{y:.4f} nats<br>epochs: %{customdata}<extra></extra>",
         )
     figure.add_scatter(
         x=[row["trial"] for row in complete],

@@ -28,9 +28,10 @@ from tuner.errors import (
     StorageError,
     StudyError,
     StudyInUseError,
+    counted,
 )
 from tuner.objective import ENDED_KEY
-from tuner.progress import counts_in_words, describe_end, duration
+from tuner.progress import describe_end, duration
 from tuner.storage import Lease, Storage
 from tuner.study import ERROR_KEY, TunedStudy, load, status
 
@@ -429,7 +430,8 @@ class Service:
                 unfinished = coordinator.unfinished()
                 self._say_once(
                     drive.study_id,
-                    f"Study {drive.name}: taken up, {unfinished} of {tuned.budget} trials to go.",
+                    f"Study {drive.name}: taken up, {unfinished} of "
+                    f"{counted(tuned.budget, 'trial')} to go.",
                 )
                 ending = coordinator.run()
             finally:
@@ -452,8 +454,8 @@ class Service:
             return
         best = "none" if now.best is None else f"{now.best.value:.4f} (trial {now.best.number})"
         self._say(
-            f"Study {tuned.name}: finished, {now.finished_trials} of {now.budget} trials "
-            f"({counts_in_words(now)}), best validation loss {best}, "
+            f"Study {tuned.name}: finished, {now.finished_trials} of "
+            f"{counted(now.budget, 'trial')} ({now.trials_in_words}), best validation loss {best}, "
             f"{duration(seconds)} in this service."
         )
 
@@ -512,8 +514,8 @@ def _wait_for_trainings(coordinator: Coordinator) -> None:
 def _slots_in_words(slots: int) -> str:
     if slots == 0:
         return "No worker offers a slot: studies wait for one."
-    return f"The cluster runs {slots} training{'' if slots == 1 else 's'} at once."
+    return f"The cluster runs {counted(slots, 'training')} at once."
 
 
 def _studies(count: int) -> str:
-    return f"{count} {'study' if count == 1 else 'studies'}"
+    return counted(count, "study", "studies")

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.artifacts import HUNG_PREFIXES, StudyArtifacts, study_folder_name
 from tuner.data import SOLUBILITY_FILE, DataIdentity, find_source, source_sha256
 from tuner.data import source_files as named_files
-from tuner.errors import StudyError, StudyInUseError
+from tuner.errors import StudyError, StudyInUseError, counted
 from tuner.precision import BFLOAT16_FROM, Precision, precision_by_size
 from tuner.space import ModelConfig
 from tuner.spec import HyperbandSettings, StopSettings, StudySpec, spec_from_document
@@ -300,7 +300,7 @@ def create_or_resume(
             storage.set_undriven(tuned.id, changes)
         except StudyInUseError as error:
             raise StudyError(
-                f"{error} It runs to {tuned.budget} trials; this launch asks for "
+                f"{error} It runs to {counted(tuned.budget, 'trial')}; this launch asks for "
                 f"{_differing_settings(tuned, spec)}. Nothing was changed."
             ) from error
     return tuned
@@ -657,6 +657,17 @@ class StudyStatus:
     @property
     def finished_trials(self) -> int:
         return sum(self.counts[state.name] for state in FINISHED)
+
+    @property
+    def trials_in_words(self) -> str:
+        """The states that occur: "12 COMPLETE, 30 PRUNED, 2 RUNNING".
+
+        To Optuna a trial is RUNNING until it is told, also while its study is not: then it is
+        "to resume".
+        """
+        words = {"RUNNING": "RUNNING" if self.state == "running" else "to resume"}
+        found = [f"{count} {words.get(name, name)}" for name, count in self.counts.items() if count]
+        return ", ".join(found) or "none yet"
 
     def to_document(self) -> dict[str, Any]:
         best = None

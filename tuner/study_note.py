@@ -14,6 +14,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from tuner.errors import counted
 from tuner.objective import curve_of
 from tuner.study import (
     BFLOAT16_FROM_KEY,
@@ -78,13 +79,13 @@ def overview(tuned: TunedStudy, now: StudyStatus, state: State) -> str:
 
 
 def _progress(now: StudyStatus, state: State) -> str:
-    counts = ", ".join(f"{n} {name.lower()}" for name, n in now.counts.items() if n) or "none yet"
     finished, budget = now.finished_trials, now.budget
     at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    on = f" on {now.workers} worker{'s' * (now.workers != 1)}" if state == "running" else ""
+    on = f" on {counted(now.workers, 'worker')}" if state == "running" else ""
     progress = (
-        f"**{_STATE_WORDS[state]}{on}** as of {at}: **{finished} of {budget} trials** "
-        f"({finished / budget:.0%}) are finished. All trials: {counts}."
+        f"**{_STATE_WORDS[state]}{on}** as of {at}: **{finished} of "
+        f"{counted(budget, 'trial')}** ({finished / budget:.0%}) are finished. All trials: "
+        f"{now.trials_in_words.lower()}."
     )
     lines = [progress]
     if now.synthetic:
@@ -116,8 +117,7 @@ def _epochs(tuned: TunedStudy, now: StudyStatus) -> str:
     share = f" ({saved / (spent + saved):.0%} of what full trainings take)" if saved else ""
     resumed = now.resumed_trials
     again = (
-        f" {resumed} trial{'s were' if resumed != 1 else ' was'} taken up again after a worker "
-        "or the coordinator was lost."
+        f" {counted(resumed, 'trial was', 'trials were')} resumed after an interruption."
         if resumed
         else ""
     )

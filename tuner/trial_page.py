@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 
 from tuner.artifacts import CURVES_FILE, DEFAULT_STORAGE_URL, NETWORK_FILE
 from tuner.curves import EpochResult
+from tuner.errors import counted
 from tuner.objective import DETAIL_KEY, ENDED_KEY
 from tuner.space import ModelConfig, layers_of, parameter_count
 from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy
@@ -139,10 +140,10 @@ def notes(
             f"{best.validation_accuracy:.1%}, after epoch {best.epoch}"
         )
     spent = duration(sum(result.seconds for result in curve))
-    said[COST_KEY] = f"{len(curve)} epoch{'' if len(curve) == 1 else 's'}, {spent} of training"
+    said[COST_KEY] = f"{counted(len(curve), 'epoch')}, {spent} of training"
     times = attributes.get(RESUMED_KEY)
     if isinstance(times, int) and times > 0:
-        again = "once" if times == 1 else f"{times} times"
+        again = "once" if times == 1 else counted(times, "time")
         after = attributes.get(RESUMED_FROM_KEY)
         where = (
             f"its checkpoint after epoch {after}" if after else "the start, without a checkpoint"
@@ -164,9 +165,9 @@ def _why(
         if epochs < max_epochs:
             return (
                 f"Fully trained: its validation loss fell no more, so it ended after {epochs} of "
-                f"at most {max_epochs} epochs."
+                f"at most {counted(max_epochs, 'epoch')}."
             )
-        return f"Fully trained: all {max_epochs} epochs."
+        return f"Fully trained: {'' if max_epochs == 1 else 'all '}{counted(max_epochs, 'epoch')}."
     if state == TrialState.FAIL:
         return f"Failed: {attributes.get(DETAIL_KEY, 'no reason is known')}."
     reason = attributes.get(ENDED_KEY)
@@ -175,7 +176,8 @@ def _why(
         return f"Ended early ({words}): {attributes.get(DETAIL_KEY, 'no detail is known')}."
     return (
         f"Pruned after epoch {epochs} of {max_epochs}, a rung of bracket {bracket}: not among the "
-        f"best 1/{eta} that had come there. That saved {max_epochs - epochs} epochs."
+        f"best 1/{eta} that had come there. That saved "
+        f"{counted(max_epochs - epochs, 'epoch')}."
     )
 
 

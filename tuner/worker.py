@@ -33,7 +33,7 @@ from dask.utils import parse_bytes
 from distributed import Nanny
 from distributed.system import MEMORY_LIMIT
 
-from tuner.errors import ClusterError
+from tuner.errors import ClusterError, counted
 from tuner.processes import (
     SAME_SIGNAL_SECONDS,
     THREADS_VARIABLE,
@@ -292,10 +292,8 @@ class _Host:
                 await asyncio.sleep(_LONGEST_PAUSE_SECONDS)
                 continue
             complaint = ""
-            slots = len(self._nannies)
-            self._say(
-                f"{'Joined' if is_first else 'Joined again:'} {address} with {slots} worker(s)."
-            )
+            workers = counted(len(self._nannies), "worker")
+            self._say(f"{'Joined' if is_first else 'Joined again:'} {address} with {workers}.")
             is_first = False
             self._is_serving = True
             alive_at = time.monotonic()
@@ -467,10 +465,10 @@ def gpus_for(
                 taken.append(gpu.device)
         if len(taken) < (1 if workers == "auto" else wanted):
             raise ClusterError(
-                f"{wanted} worker(s) want a GPU each, but {len(taken)} of the {len(seen)} that "
-                "CUDA_VISIBLE_DEVICES and the driver show are free: another `tuner worker` of "
-                "this machine holds the rest. Ask for fewer (--workers), or train on the "
-                "processor: CUDA_VISIBLE_DEVICES= tuner worker ..."
+                f"{counted(wanted, 'worker needs', 'workers need')} a GPU each, but {len(taken)} "
+                f"of the {len(seen)} that CUDA_VISIBLE_DEVICES and the driver show are free: "
+                "another `tuner worker` of this machine holds the rest. Ask for fewer (--workers), "
+                "or train on the processor: CUDA_VISIBLE_DEVICES= tuner worker ..."
             )
         yield tuple(taken)
 

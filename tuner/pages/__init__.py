@@ -36,7 +36,7 @@ from tuner.access import (
     Visitor,
 )
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
-from tuner.errors import DataError, SpecError, StorageError, TunerError
+from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
 from tuner.export import Format, best_configs, render
 from tuner.space import parameter_count_range
 from tuner.spec import StudySpec
@@ -619,9 +619,9 @@ class Pages:
 
     def _delete_it(self, request: Request, name: str) -> None:
         tuned = self._load(name)
-        trials = len(tuned.trials())
+        trials = counted(len(tuned.trials()), "trial")
         delete(tuned)
-        request.environ[DETAIL_KEY] = f"deleted {name} with {trials} trials"
+        request.environ[DETAIL_KEY] = f"deleted {name} with {trials}"
 
     @staticmethod
     def _report_file(tuned: TunedStudy) -> Path:
