@@ -607,7 +607,7 @@ def test_the_page_shows_what_was_done_and_found(tuned: TunedStudy) -> None:
         "random, stratified by label, seed 1",
         "4 finished trials; there are 2 fully trained, 2 stopped early, 1 failed",
         "TPESampler (multivariate no, constant_liar yes)",
-        "Hyperband (min_epochs 1, eta 3, brackets in turn)",
+        "Hyperband (min_epochs 1, eta 3, brackets in turn, rungs [1, 3])",
         f"optuna {record.versions['optuna']}",
         "learning_rate 0.01",
         "This split was opened once in this storage.",

@@ -9,6 +9,7 @@ import math
 import tomllib
 import warnings
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,30 @@ def test_brackets_are_counted_in_whole_numbers(min_epochs, max_epochs, eta, coun
     assert len(brackets(min_epochs, max_epochs, eta)) == count
 
 
+@pytest.mark.parametrize(
+    ("min_epochs", "max_epochs", "eta", "found"),
+    [
+        (1, 100, 4, (2, 6, 25)),  # 1.5625, 6.25, 25
+        (1, 50, 3, (2, 6, 17)),  # 1.85, 5.56, 16.67
+        (2, 27, 3, (3, 9)),
+        (1, 243, 3, (1, 3, 9, 27, 81)),
+        (1, 1000, 3, (1, 4, 12, 37, 111, 333)),
+        (10, 1000, 3, (12, 37, 111, 333)),
+        (1, 10, 4, (3,)),  # 2.5
+        (1, 3, 2, (2,)),  # 1.5
+        (3, 8, 3, ()),
+        (1, 2, 3, ()),
+        (27, 27, 3, ()),
+        # where R is a power of eta, the powers of eta
+        (1, 9, 3, (1, 3)),
+        (1, 16, 2, (1, 2, 4, 8)),
+        (1, 3, 3, (1,)),
+    ],
+)
+def test_rungs_are_counted_down_from_all_epochs(min_epochs, max_epochs, eta, found):
+    assert rungs(min_epochs, max_epochs, eta) == found  # r_i = R eta^-s eta^i
+
+
 @same_every_time
 @given(st.integers(1, 50), st.integers(0, 5000), st.integers(2, 9))
 def test_brackets_follow_the_definition(min_epochs, more, eta):
@@ -343,15 +368,20 @@ def test_brackets_follow_the_definition(min_epochs, more, eta):
     found = brackets(min_epochs, max_epochs, eta)
     s_max = len(found) - 1
     assert min_epochs * eta**s_max <= max_epochs < min_epochs * eta ** (s_max + 1)
-    for skipped, of_bracket in enumerate(found):
-        assert all(rung < max_epochs for rung in of_bracket)
-        assert of_bracket == rungs(min_epochs * eta**skipped, max_epochs, eta)
+    for s, of_bracket in zip(range(s_max, -1, -1), found, strict=True):
+        r = Fraction(max_epochs, eta**s)
+        assert [abs(rung - r * eta**i) <= Fraction(1, 2) for i, rung in enumerate(of_bracket)] == [
+            True
+        ] * s
+        assert [*of_bracket, max_epochs] == sorted({*of_bracket, max_epochs})
+        assert all(rung >= min_epochs for rung in of_bracket)
+    assert found[-1] == ()  # never stops
 
 
 def test_a_study_knows_its_brackets(load):
     spec = load(SMALL + "[training]\nmax_epochs = 30\n[hyperband]\nmin_epochs = 2\neta = 4")
-    assert spec.rungs == (2, 8)
-    assert spec.brackets == ((2, 8), (8,))
+    assert spec.rungs == (8,)  # 30 / 4, halves up
+    assert spec.brackets == ((8,), ())
     assert spec.bracket_count == 2
     assert [spec.bracket_of(trial) for trial in range(7)] == [0, 0, 1, 0, 0, 1, 0]
     assert spec.trials_of_brackets(9) == (6, 3)
@@ -803,7 +833,7 @@ def test_a_kernel_is_not_judged_by_a_length_that_is_mistaken(problems):
         ("data.source=C:\\d\\x.csv", lambda spec: spec.data.source == "C:\\d\\x.csv"),
         ("known=[]", lambda spec: spec.known == ()),
         ("known.0.blocks=2", lambda spec: spec.known[0]["blocks"] == 2),
-        ("hyperband.eta=4", lambda spec: spec.rungs == (1, 4, 16)),
+        ("hyperband.eta=4", lambda spec: spec.rungs == (2, 7)),
         (
             "space.kernel_size={ low = 3, high = 5 }",
             lambda spec: "block3.kernel_size" in spec.space.parameters,

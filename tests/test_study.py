@@ -12,12 +12,15 @@ import sqlalchemy as sa
 from fakes import IDENTITY, fake_train, make_study, small_spec
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.curves import EpochResult
 from tuner.errors import StudyError, TrialEndedError
 from tuner.objective import Objective
 from tuner.spec import StopSettings, StudySpec
 from tuner.storage import Storage
 from tuner.study import (
     ENDED_EARLY_KEY,
+    RECORD_KEY,
+    TunedStudy,
     create_or_resume,
     delete,
     find_or_create,
@@ -52,7 +55,7 @@ def test_a_study_comes_back_as_it_was_made(tmp_path: Path) -> None:
             "constant_liar": True,
         }
         assert loaded.record.pruner == {
-            "class": "Hyperband", "min_epochs": 1, "eta": 3, "brackets": "in turn",
+            "class": "Hyperband", "min_epochs": 1, "eta": 3, "brackets": "in turn", "rungs": [1, 3],
         }  # fmt: skip
         assert loaded.record.versions["optuna"] == optuna.__version__
     made.storage.close()
@@ -275,6 +278,49 @@ def test_hyperband_prunes_the_trials_that_optunas_own_prunes() -> None:
     ours = lengths(make_pruner(spec))
     assert ours == lengths(InTurn(min_resource=1, max_resource=9, reduction_factor=3))
     assert {1, 3, 9} == set(ours)
+
+
+def trials_that_fell(made: TunedStudy, count: int) -> list[int]:
+    """How many epochs each of `count` trials lasts; each is worse than the one before."""
+
+    def worse(config, *, seed, trial, rungs):
+        for epoch in range(1, 21):
+            yield EpochResult(
+                epoch=epoch, training_loss=1.0, training_accuracy=0.5, validation_loss=1.0 + trial,
+                validation_accuracy=0.5, seconds=0.0,
+            )  # fmt: skip
+
+    made.study.optimize(Objective(made.record.spec, worse), n_trials=count)
+    return [trial.last_step or 0 for trial in made.trials()]
+
+
+FOUR = {"training": {"max_epochs": 20}, "hyperband": {"min_epochs": 1, "eta": 4}}
+
+
+def test_trials_are_stopped_at_the_rungs_of_their_bracket_alone(tmp_path: Path) -> None:
+    made = make_study(tmp_path, small_spec(**FOUR))
+    turns = made.record.spec.bracket_turns
+    fell = trials_that_fell(made, 2 * len(turns))
+    second = list(zip(turns, fell[len(turns) :], strict=True))  # the first pass where alone
+    assert set(second) == {(0, 1), (1, 5), (2, 20)}
+    made.storage.close()
+
+
+def test_a_study_keeps_the_rungs_that_it_was_made_with(tmp_path: Path) -> None:
+    made = make_study(tmp_path, small_spec(**FOUR))
+    document = made.study.user_attrs[RECORD_KEY]
+    del document["pruner"]["rungs"]  # as studies were recorded when rungs were counted up
+    made.study.set_user_attr(RECORD_KEY, document)
+    resumed = again(made, small_spec(**FOUR))
+    spec = resumed.record.spec
+    assert spec.rungs == (1, 4, 16)
+    assert spec.brackets == ((1, 4, 16), (4, 16), (16,))
+    assert spec.bracket_turns == made.record.spec.bracket_turns
+    assert spec.spec_hash == made.record.spec.spec_hash
+    turns = spec.bracket_turns
+    fell = trials_that_fell(resumed, 2 * len(turns))
+    assert set(zip(turns, fell[len(turns) :], strict=True)) == {(0, 1), (1, 4), (2, 16)}
+    made.storage.close()
 
 
 def test_status_counts_what_was_spent_and_what_pruning_saved(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ class HyperbandSettings(_Table):
     """Hyperband (arXiv:1603.06560); its R is `training.max_epochs`."""
 
     min_epochs: int = Field(default=1, ge=1, le=100_000)
-    """epochs before the first rung"""
+    """no rung is after fewer epochs"""
     eta: int = Field(default=3, ge=2, le=1000)
     """one trial in eta goes on at a rung"""
 
@@ -277,25 +277,31 @@ class StudySpec(_Settings):
     """sampled name -> `ParameterValue`, complete: ready for `enqueue_trial`"""
     folder: Path = Path()
     """where the study file lies: relative data paths start here"""
+    made_with_rungs: tuple[int, ...] | None = None
+    """of a study that was made with other rungs than its file would have today: it keeps them"""
 
     @property
     def rungs(self) -> tuple[int, ...]:
         """Completed epochs after which Hyperband decides: below `max_epochs`, rising."""
         if self.hyperband is None:
             return ()
+        if self.made_with_rungs is not None:
+            return self.made_with_rungs
         return rungs(self.hyperband.min_epochs, self.training.max_epochs, self.hyperband.eta)
 
     @property
     def brackets(self) -> tuple[tuple[int, ...], ...]:
         """The rungs of each bracket, that which stops soonest first; none without Hyperband."""
-        if self.hyperband is None:
-            return ()
-        return brackets(self.hyperband.min_epochs, self.training.max_epochs, self.hyperband.eta)
+        return tuple(self.rungs[first:] for first in range(self.bracket_count))
 
     @property
     def bracket_count(self) -> int:
-        """s_max + 1 of the paper."""
-        return len(self.brackets)
+        """s_max + 1 of the paper; 0 without Hyperband."""
+        if self.hyperband is None:
+            return 0
+        return 1 + _halvings(
+            self.hyperband.min_epochs, self.training.max_epochs, self.hyperband.eta
+        )
 
     @property
     def bracket_turns(self) -> tuple[int, ...]:
@@ -329,7 +335,9 @@ class StudySpec(_Settings):
 
         What is None has no key (TOML knows no null), but patience, whose default is a number.
         """
-        document = self.model_dump(exclude={"space", "known", "folder"}, exclude_none=True)
+        document = self.model_dump(
+            exclude={"space", "known", "folder", "made_with_rungs"}, exclude_none=True
+        )
         document["training"].setdefault("patience", "none")
         document["space"] = self.space.to_document()
         document["known"] = [_nested(configuration) for configuration in self.known]
@@ -354,7 +362,22 @@ class StudySpec(_Settings):
 
 
 def rungs(min_epochs: int, max_epochs: int, eta: int) -> tuple[int, ...]:
-    """`min_epochs * eta**k` below `max_epochs`: a fully trained trial meets no rung at its end."""
+    """The rungs of the bracket that stops soonest (arXiv:1603.06560, algorithm 1), rising.
+
+    They are `max_epochs * eta**-k` with k = s_max .. 1, each rounded to the nearest whole epoch,
+    halves up: for R = 100 and eta = 4 after 2 (1.56), 6 (6.25) and 25 epochs. None is below
+    `min_epochs`, and none is `max_epochs`: a fully trained trial meets no rung at its end.
+    """
+    divisors = (eta**k for k in range(_halvings(min_epochs, max_epochs, eta), 0, -1))
+    return tuple((2 * max_epochs + divisor) // (2 * divisor) for divisor in divisors)
+
+
+def rungs_counted_up(min_epochs: int, max_epochs: int, eta: int) -> tuple[int, ...]:
+    """`min_epochs * eta**k` below `max_epochs`, the rungs of studies that recorded none.
+
+    The same as `rungs` where `max_epochs / min_epochs` is a power of `eta`. Elsewhere there may
+    be one more, which the bracket that should never stop has, too.
+    """
     found: list[int] = []
     epochs = min_epochs
     while epochs < max_epochs:
@@ -364,15 +387,20 @@ def rungs(min_epochs: int, max_epochs: int, eta: int) -> tuple[int, ...]:
 
 
 def brackets(min_epochs: int, max_epochs: int, eta: int) -> tuple[tuple[int, ...], ...]:
-    """The rungs of every bracket (arXiv:1603.06560, algorithm 1); the last begins latest.
+    """The rungs of every bracket (arXiv:1603.06560, algorithm 1); the last has none.
 
-    There are floor(log_eta(max_epochs / min_epochs)) + 1 of them, counted in integers.
+    Each begins a rung later than the one before, and all end at `max_epochs`.
     """
     all_rungs = rungs(min_epochs, max_epochs, eta)
-    count = 1
-    while min_epochs * eta**count <= max_epochs:
+    return tuple(all_rungs[first:] for first in range(len(all_rungs) + 1))
+
+
+def _halvings(min_epochs: int, max_epochs: int, eta: int) -> int:
+    """s_max of the paper, floor(log_eta(max_epochs / min_epochs)), counted in integers."""
+    count = 0
+    while min_epochs * eta ** (count + 1) <= max_epochs:
         count += 1
-    return tuple(all_rungs[first:] for first in range(count))
+    return count
 
 
 @functools.cache  # asked for every trial
@@ -384,7 +412,7 @@ def bracket_turns(min_epochs: int, max_epochs: int, eta: int) -> tuple[int, ...]
     and 1 of four with eta 3. That is the paper's n for a budget B of R epochs a bracket; with
     B = count * R a round is `count` times as long, and many a study would end in its first bracket.
     """
-    count = len(brackets(min_epochs, max_epochs, eta))
+    count = 1 + _halvings(min_epochs, max_epochs, eta)
     return tuple(
         bracket
         for bracket, s in enumerate(reversed(range(count)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib.metadata
 import itertools
@@ -10,7 +11,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ from tuner.data import source_files as named_files
 from tuner.errors import StudyError, StudyInUseError, counted
 from tuner.precision import BFLOAT16_FROM, Precision, precision_by_size
 from tuner.space import ModelConfig
-from tuner.spec import HyperbandSettings, StopSettings, StudySpec, spec_from_document
+from tuner.spec import StopSettings, StudySpec, rungs_counted_up, spec_from_document
 from tuner.storage import COORDINATOR_KEY, Storage
 
 #: The study attribute that holds everything about how the study is run.
@@ -187,7 +188,7 @@ def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
     """Hyperband over completed epochs, or none."""
     if spec.hyperband is None:
         return optuna.pruners.NopPruner()
-    return _Hyperband(spec.hyperband, spec.bracket_turns)
+    return _Hyperband(spec.hyperband.eta, spec.brackets, spec.bracket_turns)
 
 
 class _Hyperband(optuna.pruners.BasePruner):
@@ -198,20 +199,24 @@ class _Hyperband(optuna.pruners.BasePruner):
     a study's name changes nothing, and a budget has the shares that `tuner check` tells.
     """
 
-    def __init__(self, settings: HyperbandSettings, turns: tuple[int, ...]) -> None:
+    def __init__(self, eta: int, brackets: Sequence[Sequence[int]], turns: tuple[int, ...]) -> None:
+        self._eta = eta
+        self._brackets = brackets
         self._turns = turns
-        self._halving = [
-            optuna.pruners.SuccessiveHalvingPruner(
-                min_resource=settings.min_epochs,
-                reduction_factor=settings.eta,
-                min_early_stopping_rate=bracket,
-            )
-            for bracket in range(max(turns) + 1)
-        ]
+        self._halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=eta)
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         bracket = self._turns[trial.number % len(self._turns)]
-        return self._halving[bracket].prune(_BracketStudy(study, self._turns, bracket), trial)
+        epochs = trial.last_step or 0
+        reached = sum(1 for rung in self._brackets[bracket] if rung <= epochs)
+        if reached == 0:
+            return False
+        # Successive halving has its rungs after 1, eta, eta^2, ...: what it is shown is the value
+        # after as many of those as the trial reached of the bracket's.
+        shown = copy.copy(trial)
+        step = self._eta ** (reached - 1)
+        shown.intermediate_values = {step: trial.intermediate_values[epochs]}
+        return self._halving.prune(_BracketStudy(study, self._turns, bracket), shown)
 
 
 class _BracketStudy(optuna.Study):
@@ -799,7 +804,12 @@ def _sampler_document(spec: StudySpec) -> dict[str, Any]:
 def _pruner_document(spec: StudySpec) -> dict[str, Any]:
     if spec.hyperband is None:
         return {"class": "NopPruner"}
-    return {"class": "Hyperband", **spec.hyperband.model_dump(), "brackets": "in turn"}
+    return {
+        "class": "Hyperband",
+        **spec.hyperband.model_dump(),
+        "brackets": "in turn",
+        "rungs": list(spec.rungs),
+    }
 
 
 def _record_document(record: StudyRecord) -> dict[str, Any]:
@@ -821,5 +831,22 @@ def _record_from_document(document: Mapping[str, Any]) -> StudyRecord:
     fields = dict(document)
     fields.pop("spec_hash")
     folder = Path(fields.pop("spec_folder"))
-    spec = spec_from_document(fields.pop("spec"), folder=folder)
+    spec = _with_its_rungs(
+        spec_from_document(fields.pop("spec"), folder=folder), document["pruner"]
+    )
     return StudyRecord(spec=spec, data=DataIdentity.from_document(fields.pop("data")), **fields)
+
+
+def _with_its_rungs(spec: StudySpec, pruner: Mapping[str, Any]) -> StudySpec:
+    """The spec with the rungs that the study was made with.
+
+    Its trials hold their values at those; compared at others, trials of two lengths would compete.
+    """
+    settings = spec.hyperband
+    if settings is None:
+        return spec
+    earlier = rungs_counted_up(settings.min_epochs, spec.training.max_epochs, settings.eta)
+    its_rungs = tuple(pruner.get("rungs", earlier))
+    return (
+        spec if its_rungs == spec.rungs else spec.model_copy(update={"made_with_rungs": its_rungs})
+    )
