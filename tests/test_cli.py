@@ -608,7 +608,13 @@ def test_check_reports_every_mistake_with_its_line(folder: Path) -> None:
 
 
 def test_check_tells_brackets_rungs_parameters_and_data(folder: Path) -> None:
-    document = json.loads(tuner(folder, "check", "tiny.toml", "--json").stdout)
+    done = tuner(folder, "check", "tiny.toml", "--json")
+    document = json.loads(done.stdout)
+    assert [warning.split(":")[0] for warning in document["warnings"]] == [
+        "only 20 validation rows",
+        "only 20 test rows",
+    ]
+    assert "Warning: only 20 test rows: an accuracy measured on them has" in done.stderr
     assert document["brackets"] == [[1], []]
     assert document["trials_of_brackets"] == [2, 1]
     assert document["rungs"] == [1]

@@ -20,7 +20,7 @@ from tuner.curves import EpochResult
 from tuner.errors import SetupError
 from tuner.keras_setup import keras, set_keras, tf
 from tuner.model import build_model
-from tuner.predict import probabilities
+from tuner.predict import logits
 from tuner.training import TensorData, TrainingRun
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,10 +132,10 @@ def test_what_is_set_after_the_import_changes_nothing(
         assert curve(list(run.epochs())) == curve(undisturbed.history)
         SETTINGS[setting]()
         weights = run.best_weights()
-        predicted = probabilities(FLAT, weights, DATA.validation_tokens)
+        predicted = logits(FLAT, weights, DATA.validation_tokens)
     finally:
         set_keras()
-    assert (predicted == probabilities(FLAT, weights, DATA.validation_tokens)).all()
+    assert (predicted == logits(FLAT, weights, DATA.validation_tokens)).all()
 
 
 def test_another_backend_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from tuner import data, report_page, study
 from tuner.artifacts import HUNG_PREFIX, artifact_store, dashboard_folder
 from tuner.errors import StudyError, TunerError
 from tuner.export import config_hash
-from tuner.metrics import Metrics, measure
+from tuner.metrics import METHODS, Metrics, measure
 from tuner.report import Evaluate, Report, write_report
 from tuner.space import ModelConfig
 from tuner.storage import Storage
@@ -146,7 +146,7 @@ def test_the_summary_says_what_was_opened_and_where_to_read_on(tuned: TunedStudy
     assert f"Of {tuned.record.data.test_rows} proteins that the search had not seen" in summary
     assert "The test split was opened: ledger entry 1." in summary
     assert str(written.html_file) in summary
-    assert "Warning" not in summary
+    assert "Warning: this test split" not in summary
     assert "Nothing was opened" in reported(tuned).summary()
 
 
@@ -391,6 +391,68 @@ def test_many_reports_at_once_open_the_split_once(tuned: TunedStudy) -> None:
     assert all(one is False or "is being run by" in str(one) for one in outcomes if one is not True)
 
 
+# --- what the figures should be read with ---
+
+
+def test_small_splits_are_warned_of_in_words_page_and_document(tuned: TunedStudy) -> None:
+    written = reported(tuned)
+    warnings = written.document["warnings"]
+    assert [warning.split(":")[1] for warning in warnings] == [
+        " only 80 validation rows",
+        " only 80 test rows",
+    ]
+    page = written.html_file.read_text(encoding="utf-8")
+    for warning in warnings:
+        assert warning in written.summary()
+        assert f'<p class="warning">{warning}</p>' in page
+
+
+@pytest.mark.parametrize(
+    ("losses", "most", "warned"),
+    [
+        ([0.7, 0.6, 0.5], 3, True),
+        ([0.5], 1, True),
+        ([0.7, 0.5, 0.5], 3, False),  # the first of equal losses is the best
+        ([0.7, 0.5, 0.6], 3, False),
+        ([0.7, 0.6, 0.5], 9, False),  # it ended otherwise
+        ([], 3, False),
+        ([None, 0.5], 2, True),
+    ],
+)
+def test_a_winner_that_still_improved_at_its_last_epoch_is_warned_of(
+    tuned: TunedStudy, losses: list[float | None], most: int, warned: bool
+) -> None:
+    document = dict(reported(tuned).document)
+    document["curve"] = [{"validation_loss": loss} for loss in losses]
+    document["spec"] = {"training": {"max_epochs": most}}
+    said = [each for each in report_page.warnings(document) if "still improving" in each]
+    assert len(said) == warned
+    if warned:
+        assert f"at its last epoch, {len(losses)} of at most {most}" in said[0]
+
+
+def test_the_page_says_how_each_interval_was_made(tuned: TunedStudy) -> None:
+    written = reported(tuned)
+    text = Page(written).text
+    assert written.document["test"]["method"] == METHODS
+    for method in METHODS.values():
+        assert method in text
+
+
+def test_a_report_that_an_earlier_version_recorded_is_shown_again(tuned: TunedStudy) -> None:
+    reported(tuned)
+    (entry,) = tuned.storage.ledger()
+    old = json.loads(json.dumps(entry.report))
+    for part in ("test", "validation"):
+        del old[part]["method"]
+    tuned.storage.take_lease(tuned.id)
+    tuned.storage.record_report(entry.id, old)
+    tuned.storage.release_lease()
+    again = reported(tuned, evaluate=fail)
+    assert "percentiles of a bootstrap" in Page(again).text
+    assert "method" not in again.document["test"]
+
+
 # --- what is found out before anything is opened ---
 
 
@@ -457,14 +519,14 @@ def not_a_number(
 def another_network(
     config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.float64]:
-    return 1 - predict(config, weights, tokens)
+    return -predict(config, weights, tokens)
 
 
 @pytest.mark.parametrize(
     ("evaluate", "message"),
     [
         (nonsense, r"cannot be made from these weights \(layer 'conv1' expects"),
-        (not_a_number, r"cannot be made from these weights \(a probability is not within"),
+        (not_a_number, r"cannot be made from these weights \(a logit is not a finite"),
         (another_network, r"these weights have a validation loss of 0\.\d+, but trial 1 is rec"),
     ],
 )
@@ -476,6 +538,38 @@ def test_weights_that_are_not_the_winners_are_found_out_on_the_validation_split(
         reported(tuned, evaluate=evaluate)
     assert tuned.storage.ledger() == ()
     assert tuned.storage.lease(tuned.id) is None
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_winner_with_large_logits_is_reported_by_the_loss_that_training_counted(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    # Training was in another precision: its losses are as coarse as the logits are large.
+    rounding = {"float32": 1e-6, "bfloat16": 2**-8}[precision]
+
+    def sure(
+        config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[np.float64]:
+        return 1_000 * predict(config, weights, tokens)
+
+    tuned = finished_study(storage, tmp_path, training={"max_epochs": 9, "precision": precision})
+    development = data.load_development(
+        data.prepare(
+            tuned.record.spec.data, folder=tmp_path, artifacts=tmp_path / "artifacts"
+        ).development_file
+    )
+    config = tuned.record.spec.space.resolve({"learning_rate": 0.01})
+    logits = sure(config, b"weights of the winner", development.validation_tokens)
+    towards = np.where(development.validation_labels == 1, logits, -logits)
+    # As tf.nn.sigmoid_cross_entropy_with_logits documents it.
+    losses = np.maximum(-towards, 0) + np.log1p(np.exp(-np.abs(towards)))
+    counted = float(losses.mean())
+    assert counted > 100
+    trials = list(tuned.study.get_trials(deepcopy=True))
+    trials[WINNER].value = trials[WINNER].values[0] = counted * (1 + rounding)
+    monkeypatch.setattr(TunedStudy, "ranked", lambda _: [trials[WINNER]])
+    document = reported(tuned, evaluate=sure).document
+    assert document["validation"]["loss"] == pytest.approx(counted, rel=1e-4)
 
 
 def test_a_study_without_a_fully_trained_trial_has_no_winner(

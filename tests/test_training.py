@@ -17,8 +17,9 @@ from tuner import training
 from tuner.curves import EpochResult
 from tuner.data import DevelopmentData
 from tuner.errors import TrialEndedError
+from tuner.metrics import cross_entropy
 from tuner.model import build_model, keras, load_weights, logit_model, tf
-from tuner.predict import probabilities
+from tuner.predict import logits
 from tuner.space import BlockConfig, DenseConfig, ModelConfig
 from tuner.spec import TrainingSettings
 from tuner.training import LocalTraining, TensorData, TrainingRun
@@ -224,11 +225,34 @@ def test_it_learns_and_best_weights_are_those_of_the_best_epoch(tensors: TensorD
     best = min(run.epochs(), key=lambda result: result.validation_loss)
     assert best.epoch < 8
     assert best.validation_loss < 0.5
-    predicted = probabilities(PLAIN, run.best_weights(), DATA.validation_tokens)
-    chosen = np.where(DATA.validation_labels == 1, predicted, 1 - predicted)
+    predicted = logits(PLAIN, run.best_weights(), DATA.validation_tokens)
     assert predicted.dtype == np.float64
-    assert -np.log(chosen).mean() == pytest.approx(best.validation_loss, rel=1e-5)
-    assert (chosen > 0.5).mean() == pytest.approx(best.validation_accuracy)
+    losses = cross_entropy(DATA.validation_labels, predicted)
+    assert losses.mean() == pytest.approx(best.validation_loss, rel=1e-5)
+    right = (predicted > 0) == (DATA.validation_labels == 1)
+    assert right.mean() == pytest.approx(best.validation_accuracy)
+
+
+def test_the_evaluation_counts_losses_as_training_does_however_large_the_logits() -> None:
+    values = np.array([-1e30, -1e6, -100.0, -17.0, -3.0, 0.0, 3.0, 16.0, 16.7, 88.0, 1e6, 1e30])
+    for label in (0, 1):
+        labels = np.full(len(values), label, np.uint8)
+        in_training = tf.nn.sigmoid_cross_entropy_with_logits(
+            tf.constant(labels, tf.float32), tf.constant(values, tf.float32)
+        )
+        np.testing.assert_allclose(
+            cross_entropy(labels, values), in_training, rtol=1e-6, atol=1e-30
+        )
+
+
+def test_a_network_of_large_logits_has_its_validation_loss_again(tensors: TensorData) -> None:
+    config = dataclasses.replace(PLAIN, learning_rate=30.0)
+    run = training_run(tensors, config, max_epochs=1)
+    (result,) = run.epochs()
+    predicted = logits(config, run.best_weights(), DATA.validation_tokens)
+    assert np.abs(predicted).max() > 100
+    losses = cross_entropy(DATA.validation_labels, predicted)
+    assert losses.mean() == pytest.approx(result.validation_loss, rel=1e-4)
 
 
 def reference_epoch(config: ModelConfig, seed: int, trial: int) -> tuple[keras.Model, float, float]:
@@ -374,15 +398,15 @@ def test_local_training_is_a_generator_of_epochs_that_can_be_closed() -> None:
 def test_weights_of_another_network_are_refused(tensors: TensorData) -> None:
     weights = training_run(tensors, PLAIN).best_weights()
     with pytest.raises(ValueError, match="another network: block1_norm/beta"):
-        probabilities(CONFIG, weights, DATA.validation_tokens)
+        logits(CONFIG, weights, DATA.validation_tokens)
     wider = dataclasses.replace(PLAIN, embedding_dim=5)
     with pytest.raises(ValueError, match="another network: block1_conv/kernel"):
         load_weights(build_model(wider, MAX_LENGTH), training._unpacked(weights))
 
 
-def test_no_sequences_give_no_probabilities(tensors: TensorData) -> None:
+def test_no_sequences_give_no_logits(tensors: TensorData) -> None:
     weights = training_run(tensors, PLAIN).best_weights()
-    assert probabilities(PLAIN, weights, DATA.validation_tokens[:0]).shape == (0,)
+    assert logits(PLAIN, weights, DATA.validation_tokens[:0]).shape == (0,)
 
 
 def test_a_new_run_frees_the_graphs_of_the_one_before(tensors: TensorData) -> None:

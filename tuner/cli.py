@@ -336,7 +336,7 @@ def check(
         "trials": spec.trials,
         "parameter_count": {"min": low, "max": high},
         "data": prepared.identity.check_document(),
-        "warnings": list(prepared.warnings),
+        "warnings": list(prepared.all_warnings),
         "spec_hash": spec.spec_hash,
         "spec": spec.to_document(),
     }
@@ -354,7 +354,7 @@ def _load(
 
     spec = load_spec(path, overrides)
     prepared = prepare(spec.data, folder=spec.folder, artifacts=artifacts, sha256=spec.data_sha256)
-    for warning in prepared.warnings:
+    for warning in prepared.all_warnings:
         if warning in prepared.loud:
             _warn(warning)
         else:

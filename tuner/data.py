@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from tuner.artifacts import development_path, publish
 from tuner.errors import DataError, Problem, TunerError, counted
+from tuner.metrics import small_split_warnings
 
 if TYPE_CHECKING:
     from tuner.spec import DataSettings, FastaPair, SplitSettings
@@ -112,6 +113,13 @@ class Prepared:
     development_sha256: str  #: of the development file's bytes
     warnings: tuple[str, ...]  #: one sentence each: what was accepted, and how often
     loud: tuple[str, ...] = ()  #: those of `warnings` that put every result in doubt
+
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """`warnings`, and those of splits on which chance is too large."""
+        identity = self.identity
+        small = small_split_warnings(identity.validation_rows, identity.test_rows)
+        return self.warnings + small
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

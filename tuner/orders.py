@@ -157,7 +157,7 @@ def place(storage: Storage, spec: StudySpec, *, artifacts_root: Path) -> Placed:
     )
     return Placed(
         queued=queue(tuned),
-        warnings=prepared.warnings,
+        warnings=prepared.all_warnings,
         synthetic=prepared.identity.synthetic,
     )
 

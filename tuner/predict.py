@@ -1,4 +1,4 @@
-"""Soluble probabilities from a configuration and its trained weights."""
+"""Logits from a configuration and its trained weights."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import io
 import numpy as np
 import numpy.typing as npt
 
-from tuner.model import build_model, load_weights
+from tuner.model import build_model, load_weights, logit_model
 from tuner.space import ModelConfig
 
 BATCH = 512  # sequences
 
 
-def probabilities(
+def logits(
     config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.float64]:
-    """The probability of being soluble, float64 [n]; computed in float32.
+    """The logit of the probability of being soluble, float64 [n]; computed in float32.
 
     Args:
         config: The network.
@@ -29,6 +29,7 @@ def probabilities(
     model = build_model(config, tokens.shape[1])
     with np.load(io.BytesIO(weights), allow_pickle=False) as arrays:
         load_weights(model, dict(arrays))
+    network = logit_model(model)
     batches = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
-    predicted = [model(batch, training=False).numpy()[:, 0] for batch in batches]
+    predicted = [network(batch, training=False).numpy()[:, 0] for batch in batches]
     return np.concatenate([np.empty(0), *predicted])

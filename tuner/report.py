@@ -33,13 +33,14 @@ from tuner.storage import LEASE_SECONDS, Storage
 from tuner.study import TunedStudy
 from tuner.study_note import hang_page
 
-#: (configuration, its trained weights, uint8 tokens [n, max_length]) -> probabilities [n]
+#: (configuration, its trained weights, uint8 tokens [n, max_length]) -> logits [n]
 Evaluate: TypeAlias = Callable[[ModelConfig, bytes, npt.NDArray[np.uint8]], npt.NDArray[np.float64]]
 
 JSON_FILE, HTML_FILE = "report.json", "report.html"
 
-#: How far the kept weights' validation loss may be from the recorded one, nats. A study in
-#: bfloat16 chose by coarser figures than those of the evaluation, which is in float32.
+#: How far the kept weights' validation loss may be from the recorded one: nats, of a loss of 0.5
+#: and below; as much for each 0.5 of a larger one, whose logits are large. A study in bfloat16
+#: chose by coarser figures than those of the evaluation, which is in float32.
 _LOSS_TOLERANCE = {"float32": 0.002, "bfloat16": 0.02}
 
 
@@ -72,7 +73,7 @@ class Report:
             ),
             report_page.gap_in_words(document),
             self._opening(),
-            *report_page.ledger_warnings(document),
+            *report_page.warnings(document),
             f"Read on in {self.html_file} ({self.json_file.name} beside it has every figure).",
         ]
         return "\n".join(lines)
@@ -107,7 +108,7 @@ def write_report(
         output: The folder of `report.json` and `report.html`; the study's own by default.
         data: Where the study's data is now, if not where its study file names it: a file, or the
             folder that holds it.
-        evaluate: Predicts with trained weights; `tuner.predict.probabilities` by default.
+        evaluate: Predicts with trained weights; `tuner.predict.logits` by default.
 
     Raises:
         StudyError: There is no such study, it is running or not finished, its winner cannot be
@@ -120,8 +121,9 @@ def write_report(
     _require_writable(folder)
     recorded, opened_now = _recorded_report(tuned), False
     if recorded is None:
-        recorded, opened_now = _open_and_evaluate(tuned, evaluate or _probabilities, data)
+        recorded, opened_now = _open_and_evaluate(tuned, evaluate or _logits, data)
     document = _with_the_ledger_of_now(tuned, recorded)
+    document["warnings"] = list(report_page.warnings(document))
     page = report_page.render(document)
     written = Report(
         document=document,
@@ -177,15 +179,15 @@ def _open_and_evaluate(
             raise StudyError(
                 f"{_lost(tuned)} Nothing was opened; report again once it is finished."
             ) from error
-        probabilities = _predict(evaluate, config, weights, rows.tokens)
-        test = measure(rows.labels, probabilities)
+        logits = _predict(evaluate, config, weights, rows.tokens)
+        test = measure(rows.labels, logits)
         document = {
             "study": tuned.name,
             "trial": winner.number,
             "synthetic": tuned.record.data.synthetic,
             "test": test.to_document(),
             "confusion_matrix": dataclasses.asdict(test.confusion),
-            "roc_curve": roc_curve(rows.labels, probabilities),
+            "roc_curve": roc_curve(rows.labels, logits),
             "validation_loss": winner.value,
             "validation": validation.to_document(),
             "ledger": {"entry": entry},
@@ -354,15 +356,17 @@ def _validation_metrics(
     path = tuned.artifacts.weights(winner.number)
     development = _development(tuned)
     try:
-        probabilities = _predict(evaluate, config, weights, development.validation_tokens)
-        metrics = measure(development.validation_labels, probabilities)
+        logits = _predict(evaluate, config, weights, development.validation_tokens)
+        metrics = measure(development.validation_labels, logits)
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise StudyError(
             f"{path}: the network of trial {winner.number} cannot be made from these weights "
             f"({error}). Was the file damaged, or written by another version? Put a sound copy "
             "there. Nothing was opened."
         ) from error
-    if abs(metrics.loss - (winner.value or 0.0)) > _LOSS_TOLERANCE[tuned.precision_of(config)]:
+    recorded = winner.value or 0.0
+    tolerance = _LOSS_TOLERANCE[tuned.precision_of(config)] * max(1.0, 2 * recorded)
+    if abs(metrics.loss - recorded) > tolerance:
         raise StudyError(
             f"{path}: these weights have a validation loss of {metrics.loss:.4f}, but trial "
             f"{winner.number} is recorded with {winner.value:.4f}. Are they another trial's, or "
@@ -410,10 +414,10 @@ def _predict(
     return np.asarray(evaluate(config, weights, tokens), dtype=np.float64).reshape(-1)
 
 
-def _probabilities(
+def _logits(
     config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.float64]:
     # TensorFlow takes seconds to import, and a recorded report does not need it.
-    from tuner.predict import probabilities  # noqa: PLC0415
+    from tuner.predict import logits  # noqa: PLC0415
 
-    return probabilities(config, weights, tokens)
+    return logits(config, weights, tokens)

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tuner.errors import counted
-from tuner.metrics import RESAMPLES, THRESHOLD
+from tuner.metrics import DRAWS, THRESHOLD, small_split_warnings
 
 Document = Mapping[str, Any]
 
@@ -117,6 +117,41 @@ def gap_in_words(document: Document) -> str:
     )
 
 
+def warnings(document: Document) -> tuple[str, ...]:
+    """What the figures should be read with; nothing in the best case."""
+    data = document["data"]
+    small = small_split_warnings(data["validation_rows"], data["test_rows"])
+    return (
+        *ledger_warnings(document),
+        *(f"Warning: {warning}" for warning in small),
+        *_still_improving(document),
+    )
+
+
+def _still_improving(document: Document) -> tuple[str, ...]:
+    losses = [point["validation_loss"] for point in document["curve"]]
+    known = [loss for loss in losses if loss is not None]
+    most = document["spec"]["training"]["max_epochs"]
+    if len(losses) < most or losses.index(min(known)) + 1 < len(losses):
+        return ()
+    warning = (
+        f"Warning: the winner's validation loss was lowest at its last epoch, {len(losses)} of at "
+        f"most {most}: it was still improving, and so may others have been. A study with more "
+        "epochs (max_epochs) may find a better network."
+    )
+    return (warning,)
+
+
+def intervals_in_words(document: Document) -> str:
+    """How the intervals were made, each in its own way."""
+    methods = document["test"].get("method")
+    if methods is None:  # a report of an earlier version, shown again
+        return "Accuracy: Wilson's interval; the others: percentiles of a bootstrap of the rows."
+    names = {"loss": "loss", "accuracy": "accuracy", "mcc": "MCC", "roc_auc": "ROC AUC"}
+    described = "; ".join(f"{names[key]}: {method}" for key, method in methods.items())
+    return f"95 % intervals: {described} ({DRAWS:,} draws where any are made)."
+
+
 def ledger_warnings(document: Document) -> tuple[str, ...]:
     """What the ledger's count of openings means; nothing where there is only this one."""
     ledger = document["ledger"]
@@ -149,10 +184,10 @@ def render(document: Document) -> str:
         headline=headline(document),
         metrics=metric_rows(document),
         gap=gap_in_words(document),
-        warnings=ledger_warnings(document),
+        warnings=warnings(document),
         facts=_facts(document),
         tables=config_tables(document),
-        resamples=RESAMPLES,
+        intervals=intervals_in_words(document),
         plotlyjs=_plotlyjs(),
         roc=_roc_figure(document),
         curves=_curves_figure(document),

@@ -598,7 +598,7 @@ class Pages:
             "searched": list(spec.space.parameters),
             "parameter_count": {"min": low, "max": high},
             "data": identity.check_document(),
-            "warnings": list(prepared.warnings),
+            "warnings": list(prepared.all_warnings),
             "spec_hash": spec.spec_hash,
         }
 
