@@ -140,11 +140,6 @@ def test_every_name_of_this_machine_is_answered(local: Browser) -> None:
         assert local.get("/api/studies", headers={"Host": host}).status_code == 200
 
 
-def test_health_is_told_under_any_name_without_a_login(lab: Lab) -> None:
-    answer = lab.browser().get("/healthz", headers={"Host": "probe"})
-    assert (answer.status_code, answer.text) == (200, "ok\n")
-
-
 def test_without_a_session_every_page_leads_to_the_login(lab: Lab) -> None:
     for path in [
         "/",

@@ -1137,6 +1137,7 @@ def serve(
     from tuner.dashboard import make_policy, make_server
 
     make_policy(settings)  # what is wrong is said before a database is waited for
+    connections: list[Connection] = []  # none until the workers are there
     # Until the service listens, SIGTERM ends it as Ctrl-C does: what was opened is closed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _open(
@@ -1145,7 +1146,9 @@ def serve(
     with (
         # It gives up on a database that is away, so that a signal is heard meanwhile.
         _open(storage, patience_seconds=2.0, say=lambda _: None) as shown,
-        make_server(shown, settings) as server,
+        make_server(
+            shown, settings, scheduler_is_up=lambda: any(one.is_up for one in connections)
+        ) as server,
     ):
         from tuner.cluster import Cluster
         from tuner.service import Service
@@ -1155,6 +1158,7 @@ def serve(
             _connect(cluster, tls, workers, threads or 1, _log) as connection,
             _open(storage, patience_seconds=2.0, say=lambda _: None) as queue,
         ):
+            connections.append(connection)
 
             def open_workers(tuned: TunedStudy, file: Path) -> Cluster:
                 return Cluster(connection, tuned, development_file=file, threads=threads or 1)

@@ -28,8 +28,10 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 import optuna_dashboard
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 from tornado.http1connection import HTTP1Connection
 from tornado.httputil import (
     HTTPConnection,
@@ -61,6 +63,7 @@ from tuner.access import (
 from tuner.artifacts import artifact_store
 from tuner.connections import MOST_OF_AN_ADDRESS, LimitedServer, raise_descriptor_limit
 from tuner.errors import StorageError, TunerError, counted
+from tuner.health import ALIVE, NO_DATABASE, READY, Health
 from tuner.storage import Storage
 from tuner.study import RECORD_KEY, load
 from tuner.study import delete as delete_study
@@ -178,8 +181,15 @@ def serve(
         signal.signal(signal.SIGTERM, previous)
 
 
-def make_server(storage: Storage, settings: Settings) -> DashboardServer:
+def make_server(
+    storage: Storage, settings: Settings, *, scheduler_is_up: Callable[[], bool] | None = None
+) -> DashboardServer:
     """A server that listens already; it answers within its `with` block.
+
+    Args:
+        storage: What to show.
+        settings: Where and to whom.
+        scheduler_is_up: As `tuner.health.Health` has it.
 
     Raises:
         TunerError: See `serve`.
@@ -187,8 +197,9 @@ def make_server(storage: Storage, settings: Settings) -> DashboardServer:
     policy = make_policy(settings)
     context = _tls_context(settings)
     app = make_app(storage, policy, settings.places)
+    health = Health(storage.look, scheduler_is_up=scheduler_is_up)
     try:
-        return DashboardServer(app, settings, context, policy)
+        return DashboardServer(app, settings, context, policy, health)
     except OSError as error:
         host, port = settings.host, settings.port
         if error.errno == errno.EADDRINUSE:
@@ -310,8 +321,6 @@ class Guard:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = _path(environ)
-        if path == "/healthz":
-            return _answer(start_response, "200 OK", "ok", environ)
         answer = _Secured(start_response, path, environ, secure=self._policy.secure)
         try:
             body = self._answer(environ, answer, path)
@@ -323,6 +332,8 @@ class Guard:
             return body
         except (StorageError, OSError) as error:
             return answer.refuse(_Refused("503 Service Unavailable", str(error)))
+        except (StorageInternalError, SQLAlchemyError):  # the driver's own words, with SQL
+            return answer.refuse(_Refused("503 Service Unavailable", NO_DATABASE))
         except TunerError as error:
             return answer.refuse(_Refused("409 Conflict", str(error)))
         except Exception as error:  # noqa: BLE001 - a request without an answer hangs the browser
@@ -514,7 +525,7 @@ class _Shown:
         if path.startswith("/dashboard") and environ["REQUEST_METHOD"] == "GET":
             return self._page_with_a_link(environ, answer)
         if seconds is None or environ["REQUEST_METHOD"] != "GET":
-            return self._app(environ, answer)  # type: ignore[no-any-return]
+            return self._pass(environ, answer)
         kept = self._place_for(f"{path}?{environ.get('QUERY_STRING', '')}")
         with kept.lock:  # the others wait for the one that asks
             if time.monotonic() >= kept.until:
@@ -554,6 +565,8 @@ class _Shown:
         finally:
             if hasattr(chunks, "close"):
                 chunks.close()
+        if kept.status.startswith("500"):  # Optuna's dashboard says no more than that
+            self._storage.look()
 
     def _place_for(self, key: str) -> _Kept:
         with self._lock:
@@ -565,7 +578,13 @@ class _Shown:
             return kept
 
     def write(self, environ: WSGIEnvironment, answer: _Secured) -> Iterable[bytes]:
-        return self._app(environ, answer)  # type: ignore[no-any-return]
+        return self._pass(environ, answer)
+
+    def _pass(self, environ: WSGIEnvironment, answer: _Secured) -> Iterable[bytes]:
+        passed = _Kept()
+        self._ask(environ, passed)
+        answer(passed.status, passed.headers)
+        return [passed.body]
 
     def name(self, path: str) -> str:
         """The study that a path of Optuna's is about, for the record of changes."""
@@ -700,16 +719,6 @@ def _is_too_large(storage: BaseStorage, study_id: int) -> bool:
     return (len(parameters) * len(trials)) ** 2 > _MAX_CELLS
 
 
-def _answer(
-    start_response: StartResponse, status: str, message: str, environ: WSGIEnvironment
-) -> Iterable[bytes]:
-    body = f"{message}\n".encode()
-    headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
-    headers += [("Server", "tuner"), ("X-Content-Type-Options", "nosniff")]
-    start_response(status, headers)
-    return [] if environ.get("REQUEST_METHOD") == "HEAD" else [body]
-
-
 def _say(message: str) -> None:
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
@@ -760,22 +769,30 @@ class _Reception(HTTPServerConnectionDelegate):
     60 strangers took 900 MB.
     """
 
-    def __init__(self, app: Guard, container: _Container) -> None:
+    def __init__(self, app: Guard, container: _Container, health: Health) -> None:
         self._app = app
         self._container = container
+        self._health = health
 
     def start_request(
         self, server_conn: object, request_conn: HTTPConnection
     ) -> HTTPMessageDelegate:
-        return _Received(self._app, self._container, request_conn)
+        return _Received(self._app, self._container, self._health, request_conn)
+
+
+#: Of the answers that are given on the event loop.
+_PHRASES = {200: "OK", 413: "Content Too Large", 503: "Service Unavailable"}
 
 
 class _Received(HTTPMessageDelegate):
     """One request on its way in."""
 
-    def __init__(self, app: Guard, container: _Container, connection: HTTPConnection) -> None:
+    def __init__(
+        self, app: Guard, container: _Container, health: Health, connection: HTTPConnection
+    ) -> None:
         self._app = app
         self._container = container
+        self._health = health
         self._connection = connection
         self._request: HTTPServerRequest | None = None
         self._body = bytearray()
@@ -799,16 +816,26 @@ class _Received(HTTPMessageDelegate):
 
     def _refuse(self) -> None:
         limit = _MAX_STRANGERS_BODY_BYTES // 1024
-        body = json.dumps({"reason": f"Log in first to send more than {limit} KB."}).encode()
+        # Tornado closes a connection whose answer is whole before its request is.
+        self._answer(413, f"Log in first to send more than {limit} KB.", Connection="close")
+
+    def _answer(self, status: int, message: str, **headers: str) -> None:
+        """Answers on the event loop, whatever the threads and the database do."""
+        assert self._request is not None
+        path = self._request.path
+        kind, body = "text/plain; charset=utf-8", f"{message}\n"
+        if _is_api(path) or status == 413:
+            kind, body = "application/json", json.dumps({"reason": message})
         head = {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            "Connection": "close",
+            "Content-Type": kind,
+            "Content-Length": str(len(body.encode())),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
             "Server": "tuner",
         }
-        answer = ResponseStartLine("HTTP/1.1", 413, "Content Too Large")
-        # Tornado closes a connection whose answer is whole before its request is.
-        self._connection.write_headers(answer, HTTPHeaders(head), body)
+        line = ResponseStartLine("HTTP/1.1", status, _PHRASES[status])
+        sent = b"" if self._request.method == "HEAD" else body.encode()
+        self._connection.write_headers(line, HTTPHeaders(head | headers), sent)
         self._connection.finish()
 
     def data_received(self, chunk: bytes) -> None:
@@ -816,8 +843,16 @@ class _Received(HTTPMessageDelegate):
 
     def finish(self) -> None:
         assert self._request is not None
-        self._request.body = bytes(self._body)
-        self._container(self._request)
+        path = self._request.path.rstrip("/")
+        is_probe = path in (ALIVE, READY)
+        problem = self._health.unready if path == READY else self._health.outage
+        if path == ALIVE or (is_probe and problem is None):
+            self._answer(200, "ok")
+        elif problem is not None:
+            self._answer(503, problem, **{"Retry-After": "5"})
+        else:
+            self._request.body = bytes(self._body)
+            self._container(self._request)
 
     def on_connection_close(self) -> None:
         self._body.clear()
@@ -836,6 +871,7 @@ class DashboardServer:
         settings: Settings,
         context: ssl.SSLContext | None,
         policy: Policy,
+        health: Health,
     ) -> None:
         """Listens.
 
@@ -845,6 +881,7 @@ class DashboardServer:
         self._app = app
         self._context = context
         self._policy = policy
+        self._health = health
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         self._socket = socket.create_server(
             (settings.host, settings.port), family=family, backlog=128
@@ -896,14 +933,14 @@ class DashboardServer:
                 self._busy -= 1
 
     def _run(self) -> None:
-        with ThreadPoolExecutor(_THREADS, "dashboard") as executor:
+        with self._health, ThreadPoolExecutor(_THREADS, "dashboard") as executor:
             asyncio.run(self._answer_until_the_end(executor))
 
     async def _answer_until_the_end(self, executor: ThreadPoolExecutor) -> None:
         self._loop, self._ending = asyncio.get_running_loop(), asyncio.Event()
         container = _Container(self._counted, executor, self._policy)
         container.server = self._server = server = LimitedServer(
-            _Reception(self._app, container),
+            _Reception(self._app, container, self._health),
             ssl_options=self._context,
             max_header_size=_MAX_HEADER_BYTES,
             max_body_size=_MAX_BODY_BYTES,

@@ -756,6 +756,19 @@ def closed_engine(
         engine.dispose()
 
 
+def look_at(url: sa.URL) -> None:
+    """Asks the database one question, on a connection of its own.
+
+    Raises:
+        StorageError: The file of an SQLite database is not there.
+        SQLAlchemyError: No answer.
+    """
+    if url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
+        raise StorageError(f"{shown(url)}: there is no such file (any more).")
+    with closed_engine(url) as engine, engine.connect() as connection:
+        connection.scalar(sa.select(schema.c.version))
+
+
 def _is_current(connection: sa.Connection) -> bool:
     tables = sa.inspect(connection)
     if not tables.has_table(schema.name) or not tables.has_table("alembic_version"):

@@ -42,6 +42,7 @@ from tuner.database import (
     lease,
     ledger,
     lock_for_writing,
+    look_at,
     mask,
     now,
     open_database,
@@ -257,6 +258,15 @@ class Storage:
     def masked_url(self) -> str:
         """The URL without its password."""
         return mask(self.url)
+
+    def look(self) -> None:
+        """Asks the database one question, beside whatever else waits for it.
+
+        Raises:
+            StorageError: It does not answer.
+        """
+        with explained(self._parsed):
+            look_at(self._parsed)
 
     def close(self) -> None:
         """Ends the storage thread and its connections; the database stays as it is."""
