@@ -6,6 +6,7 @@ import io
 import json
 import time
 import tomllib
+import unicodedata
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -427,6 +428,18 @@ def test_names_with_other_letters_work_everywhere(
     assert ada.get(f"/tuner/api/studies/{quote(name)}").json["study"] == name
     assert ada.post(f"{answer.location}/stop").status_code == 303
     assert lab.storage.queued() == ()
+
+
+def test_a_name_in_another_unicode_normalisation_is_the_same_study(lab: Lab, ada: Browser) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "lösung") for form in ("NFC", "NFD"))
+    order = {"file": "tiny.toml", "name": decomposed}
+    assert ada.post("/tuner/api/studies", json=order).json["study"] == composed
+    assert ada.post("/tuner/api/studies", json=order).json["outcome"] == "queued already"
+    page = f"/tuner/studies/{quote(decomposed)}"
+    assert ada.get(page).status_code == 200
+    assert ada.get(f"/tuner/api/studies/{quote(decomposed)}").json["study"] == composed
+    assert ada.post(f"{page}/delete", data={"confirm": composed}).status_code == 303
+    assert ada.get("/tuner/api/studies").json["studies"] == []
 
 
 def test_a_viewer_sees_no_record_of_changes_and_no_form_to_launch(lab: Lab) -> None:

@@ -23,6 +23,7 @@ from tuner.study import (
     TunedStudy,
     create_or_resume,
     delete,
+    find_name,
     find_or_create,
     list_names,
     load,
@@ -278,6 +279,40 @@ def test_hyperband_prunes_the_trials_that_optunas_own_prunes() -> None:
     ours = lengths(make_pruner(spec))
     assert ours == lengths(InTurn(min_resource=1, max_resource=9, reduction_factor=3))
     assert {1, 3, 9} == set(ours)
+
+
+COMPOSED, DECOMPOSED = (
+    "l\N{LATIN SMALL LETTER O WITH DIAERESIS}sung",
+    "lo\N{COMBINING DIAERESIS}sung",
+)
+
+
+def test_names_that_differ_in_unicode_normalisation_alone_are_one(tmp_path: Path) -> None:
+    made = make_study(tmp_path, small_spec(name=DECOMPOSED))
+    assert made.name == COMPOSED
+    assert made.artifacts.folder.name.startswith(f"{COMPOSED}-")
+    for name in (COMPOSED, DECOMPOSED):
+        assert again(made, small_spec(name=name)).id == made.id
+        assert load(made.storage, name, artifacts_root=tmp_path).id == made.id
+    assert list_names(made.storage) == [COMPOSED]
+    with pytest.raises(StudyError, match="another study file"):
+        again(made, small_spec(name=DECOMPOSED, training={"max_epochs": 27}))
+    made.storage.close()
+
+
+def test_studies_of_earlier_versions_are_found_in_either_normalisation(tmp_path: Path) -> None:
+    made = make_study(tmp_path, small_spec(name="old"))
+    assert made.storage.name_study(made.id, DECOMPOSED)
+    for name in (COMPOSED, DECOMPOSED):
+        found = again(made, small_spec(name=name))
+        assert (found.id, found.name) == (made.id, DECOMPOSED)
+    # Where both were made, each is what it was.
+    other = optuna.create_study(storage=made.storage.optuna, study_name=COMPOSED)
+    other.set_user_attr(RECORD_KEY, made.study.user_attrs[RECORD_KEY])
+    assert load(made.storage, COMPOSED, artifacts_root=tmp_path).id == other._study_id
+    assert again(made, small_spec(name=DECOMPOSED)).id == made.id
+    assert find_name("losung", [COMPOSED]) is None
+    made.storage.close()
 
 
 def trials_that_fell(made: TunedStudy, count: int) -> list[int]:

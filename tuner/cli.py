@@ -895,7 +895,7 @@ def export(
             write_model(tuned, exported, path)
         synthetic = tuned.record.data.synthetic
     if as_json:
-        _print_json({"study": name, "configs": [one.to_document() for one in configs]})
+        _print_json({"study": tuned.name, "configs": [one.to_document() for one in configs]})
         return
     if synthetic:
         _warn_synthetic()

@@ -24,6 +24,7 @@ from tuner.study import (
     TunedStudy,
     clear_error,
     create_or_resume,
+    find_name,
     list_names,
     load,
     refuse_a_reported_study,
@@ -248,13 +249,14 @@ def spec_of_a_file(folder: Path, name: str, overrides: Sequence[str] = ()) -> St
         SpecError: It is none of them, or has mistakes.
     """
     known = study_files(folder)
-    if name not in known:
+    found = find_name(name, known)
+    if found is None:
         listed = ", ".join(known) or "none"
         raise _refused(name, "", name, f"is no study file of this server; it has: {listed}")
     try:
-        return load_spec(folder / name, overrides)
+        return load_spec(folder / found, overrides)
     except SpecError as error:
-        raise _as_named(error, folder / name, name) from error
+        raise _as_named(error, folder / found, name) from error
 
 
 def spec_of_an_upload(

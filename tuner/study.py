@@ -10,8 +10,9 @@ import itertools
 import os
 import platform
 import time
+import unicodedata
 import uuid
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -326,7 +327,10 @@ def find_or_create(
             study of the tuner, or was reported and should train more trials.
     """
     name = study_name(spec, data)
-    if name not in optuna.get_all_study_names(storage.optuna):
+    if find_name(name, optuna.get_all_study_names(storage.optuna)) is None:
+        # What is typed and what another system's file names are made of differ in the letters'
+        # composition: new studies have one of them.
+        name = unicodedata.normalize("NFC", name)
         _create(storage, name, spec, data, development_sha256)
     tuned = load(storage, name, artifacts_root=artifacts_root)
     _refuse_another_study(tuned, spec, data)
@@ -531,20 +535,30 @@ def study_name(spec: StudySpec, data: DataIdentity) -> str:
     return f"{spec.name}-synthetic" if fell_back else spec.name
 
 
+def find_name(name: str, names: Collection[str]) -> str | None:
+    """`name` if it is one of `names`, else the one that differs in Unicode normalisation alone."""
+    if name in names:
+        return name
+    wanted = unicodedata.normalize("NFC", name)
+    equal = (known for known in names if unicodedata.normalize("NFC", known) == wanted)
+    return min(equal, default=None)
+
+
 def load(storage: Storage, name: str, *, artifacts_root: Path) -> TunedStudy:
-    """Opens a study that exists.
+    """Opens a study that exists, by its name in any Unicode normalisation.
 
     Raises:
         StudyError: There is none of this name, or it is no study of the tuner.
     """
     names = [known.study_name for known in storage.optuna.get_all_studies()]
-    if name not in names:
+    found = find_name(name, names)
+    if found is None:
         listed = ", ".join(sorted(names)) or "none yet"
         raise StudyError(
             f"{storage.masked_url} holds no study {name!r}; it holds: {listed}. "
             "`tuner launch SPEC` makes one."
         )
-    study = optuna.load_study(study_name=name, storage=storage.optuna)
+    study = optuna.load_study(study_name=found, storage=storage.optuna)
     document = study.user_attrs.get(RECORD_KEY)
     if document is None:
         raise StudyError(

@@ -46,6 +46,7 @@ from tuner.study import (
     StudyStatus,
     TunedStudy,
     delete,
+    find_name,
     list_names,
     load,
     status,
@@ -347,7 +348,7 @@ class Pages:
         return _redirect(f"{ROOT}/studies/{quote(name, safe='')}")
 
     def _delete(self, request: Request, name: str) -> Response:
-        if request.form.get("confirm", "") != name:
+        if find_name(request.form.get("confirm", ""), [name]) is None:
             raise BadRequest(f"To delete the study, write its name, {name}, into the field.")
         self._delete_it(request, name)
         return _redirect(ROOT)
@@ -576,9 +577,10 @@ class Pages:
     # --- what both do ---
 
     def _load(self, name: str) -> TunedStudy:
-        if name not in list_names(self._storage):
+        found = find_name(name, list_names(self._storage))
+        if found is None:
             raise _not_found(f"There is no study {name!r} (any more).")
-        return load(self._storage, name, artifacts_root=self._places.artifacts)
+        return load(self._storage, found, artifacts_root=self._places.artifacts)
 
     def _uploaded(self, content: bytes, name: str, overrides: list[str]) -> StudySpec:
         return orders.spec_of_an_upload(content, name, overrides, data_folder=self._places.data)
