@@ -66,6 +66,7 @@ def temporary_files(
         Path(folder).chmod(0o711)  # PostgreSQL, where root starts it, is another user
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", folder)
+        patch.setenv("XDG_CACHE_HOME", f"{folder}/cache")  # nor is anything left in the user's
         yield
 
 

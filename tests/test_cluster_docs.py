@@ -6,6 +6,7 @@ import ast
 import asyncio
 import contextlib
 import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -18,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
+import distributed.worker
 import pytest
 import yaml
 from command_lines import parse
@@ -103,6 +106,26 @@ def test_every_scheduler_has_the_settings_that_studies_need(path: Path) -> None:
         variable = "DASK_" + name.upper().replace(".", "__").replace("-", "_")
         found = re.findall(rf"{variable}(?:=|: |, value: )[\"']?(\w+)", text)
         assert found == [str(value)] * max(1, len(found)), variable
+    # And one that keeps its log readable, which a script's own scheduler does not write.
+    assert re.search(
+        r"\bDASK_LOGGING\b.*{'distributed': 'info', 'distributed.worker': 'warning'}", text
+    )
+
+
+def test_the_guide_counts_its_settings() -> None:
+    words, block = re.search(
+        r"with (\w+) settings in its environment:\n\n```sh\n(.*?)```", GUIDE, re.DOTALL
+    ).groups()
+    assert words == ("one", "two", "three", "four", "five")[block.count("export ") - 1]
+
+
+def test_a_schedulers_log_does_not_tell_of_every_glance(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = re.search(r'export DASK_LOGGING="(.*?)"', GUIDE)[1]
+    levels = dask.config.collect_env({"DASK_LOGGING": value})["logging"]
+    assert levels == {"distributed": "info", "distributed.worker": "warning"}
+    # Where Dask says that it runs a function which a client sent, as a glance is.
+    assert 'logger.info("Run out-of-band function %r"' in inspect.getsource(distributed.worker)
+    assert distributed.worker.logger.name == "distributed.worker"
 
 
 def jobqueue() -> Any:

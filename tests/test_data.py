@@ -1423,6 +1423,38 @@ def test_the_data_set_is_looked_for_beside_the_study_then_in_the_data_dir_then_i
     assert locate() == fetch() == tmp_path / "shared" / "solubility.npz"
 
 
+@pytest.mark.parametrize("cached", [None, b"", b"half"])
+def test_what_was_found_in_the_data_dir_is_found_again_in_another_terminal(
+    cached: bytes | None,
+    no_data_here: Path,
+    published: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    if cached is not None:
+        no_data_here.mkdir()
+        (no_data_here / "solubility.npz").write_bytes(cached)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "solubility.npz").write_bytes(published)
+    monkeypatch.setenv("TUNER_DATA_DIR", str(tmp_path / "shared"))
+    first = prepared(tmp_path, "solubility", fallback="synthetic")
+    monkeypatch.delenv("TUNER_DATA_DIR")
+    again = prepared(tmp_path, "solubility", fallback="synthetic")
+    assert again.identity == first.identity
+    assert not again.identity.synthetic
+    assert locate() == no_data_here / "solubility.npz"
+
+
+def test_a_cache_that_cannot_be_written_is_only_missed(
+    no_data_here: Path, published: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    no_data_here.write_text("a file where the cache's folder would be")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "solubility.npz").write_bytes(published)
+    monkeypatch.setenv("TUNER_DATA_DIR", str(tmp_path / "shared"))
+    assert locate() == tmp_path / "shared" / "solubility.npz"
+
+
 @pytest.mark.parametrize("content", [b"another file", b""])
 def test_another_file_in_the_data_dir_is_an_error_whatever_the_fallback(
     no_data_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes

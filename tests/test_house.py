@@ -459,6 +459,24 @@ def test_every_benchmark_is_told_of() -> None:
 
 # --- words ---
 
+
+def test_the_guide_to_development_counts_the_locks() -> None:
+    text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+    word = ("one", "two", "three", "four", "five")[len(LOCKS) - 1]
+    assert f"The {word} locks serve" in text
+    assert {path.stem for path in (ROOT / "locks").glob("*.txt")} == set(LOCKS)
+
+
+def test_every_layer_is_a_module_that_is_there() -> None:
+    (layers,) = (
+        one["layers"] for one in PYPROJECT["tool"]["importlinter"]["contracts"] if "layers" in one
+    )
+    names = [name.strip() for layer in layers for name in layer.split("|")]
+    for name in names:
+        places = (ROOT / "tuner" / f"{name}.py", ROOT / "tuner" / name / "__init__.py")
+        assert any(place.exists() for place in places), name
+
+
 COUNTED = re.compile(
     r"\s(?:\w+ )?(epochs(?!/s)|trials|workers|slots|studies|rows|sequences|trainings|times|networks"
     r"|openings|processes|lines|fields|users|files|problems|mistakes|brackets)\b"

@@ -550,7 +550,8 @@ class _UnavailableError(Exception):
 def locate(folder: Path | None = None) -> Path | None:
     """Where the data set "solubility" lies on this machine; None where it has to be downloaded.
 
-    Looked for in `folder` (the study file's), in $TUNER_DATA_DIR, and in the user's cache.
+    Looked for in `folder` (the study file's), in $TUNER_DATA_DIR, and in the user's cache, which
+    keeps a copy of what was found: $TUNER_DATA_DIR is not set in the user's next terminal.
 
     Raises:
         DataError: A file is there but is not the published one. In the cache, which is
@@ -573,6 +574,7 @@ def locate(folder: Path | None = None) -> Path | None:
                 value="solubility",
             )
             problems.raise_if_any()
+        _keep_in_cache(content)
         return path
     cached = _cached_path()
     try:
@@ -606,6 +608,13 @@ def _cached_path() -> Path:
     import platformdirs  # noqa: PLC0415 - workers do not need it
 
     return platformdirs.user_cache_path("tuner", appauthor=False) / SOLUBILITY_FILE
+
+
+def _keep_in_cache(content: bytes) -> None:
+    cached = _cached_path()
+    with contextlib.suppress(OSError):  # a cache that cannot be written is only missed
+        if not cached.exists() or cached.stat().st_size != len(content):
+            publish(cached, content)
 
 
 def _download() -> Path:
