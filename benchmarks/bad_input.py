@@ -1,4 +1,4 @@
-"""What a user sees who makes a mistake: runs the real command line, writes docs/bad-input.md.
+"""What a user sees who makes a mistake: asks the real command line, writes docs/bad-input.md.
 
     .venv/bin/python benchmarks/bad_input.py
 
@@ -8,23 +8,29 @@ study's trials and the files must be what they were: "kept" in the table is that
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
+import io
 import os
-import subprocess
+import shlex
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import optuna
 
+from tuner import cli
 from tuner.data import prepare, synthetic_sequences
 from tuner.spec import load_spec
 from tuner.storage import Storage
 from tuner.study import create_or_resume
 
-ROOT = Path(__file__).resolve().parent.parent
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "bad-input.md"
 GOOD = """name = "good"
 trials = 3
 [data]
@@ -123,13 +129,25 @@ DATA = (
 RUNS = (
     Case(what="a storage URL that is none",
          arguments=("status", "--storage", "tuner.db")),
-    Case(what="a storage not known yet, with a password",
-         arguments=("status", "--storage", "postgresql://me:secret@host/db")),
+    Case(what="a storage that is not known, with a password",
+         arguments=("status", "--storage", "mysql://me:secret@host/db")),
+    Case(what="a path after two slashes",
+         arguments=("status", "--storage", "sqlite://runs/tuner.db")),
+    Case(what="an option's value that is none",
+         arguments=("status", "--storage", "sqlite:///runs/tuner.db?timeout=abc")),
+    Case(what="an option that is not known, with a password",
+         arguments=("status", "--storage", "postgresql://me:secret@host/db?prepare_threshold=0")),
+    Case(what="a host that cannot be",
+         arguments=("status", "--storage", "postgresql://me:secret@a..b/db")),
+    Case(what="a port that cannot be",
+         arguments=("status", "--storage", "postgresql://me:secret@host:70000/db")),
+    Case(what="a storage that is not there",
+         arguments=("status", "good", "--storage", "sqlite:///nowhere/tuner.db")),
     Case(what="a storage in memory", arguments=("status", "--storage", "sqlite://")),
     Case(what="a storage that is another file",
          arguments=("status", "--storage", "sqlite:///good.csv")),
     Case(what="a storage in a folder that cannot be",
-         arguments=("status", "--storage", "sqlite:////proc/no/tuner.db")),
+         arguments=("launch", "good.toml", "--storage", "sqlite:////proc/no/tuner.db")),
     Case(what="artifacts where a file stands",
          arguments=("launch", "good.toml", "--artifacts", "good.csv")),
     Case(what="a study that is not", arguments=("export", "god")),
@@ -196,55 +214,90 @@ def what_stands(folder: Path) -> tuple[object, ...]:
     return studies, files
 
 
-def run(case: Case, folder: Path) -> tuple[int, str, bool]:
+def run(case: Case, folder: Path) -> tuple[int | str, str]:
+    """Makes a mistake; the exit code, and what the user sees."""
     for name, content in case.files:
         path = folder / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    before = what_stands(folder)
-    done = subprocess.run(
-        [sys.executable, "-m", "tuner.cli", *case.arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "400", "NO_COLOR": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    kept = what_stands(folder) == before
+    code, said = type_in(case.arguments, folder)
     for name, _ in case.files:
         (folder / name).unlink()
-    seen = " / ".join(line.strip(" │╭╮╰╯─") for line in done.stderr.splitlines())
-    return done.returncode, seen.replace(str(folder), "~"), kept
+    seen = " / ".join(line.strip(" │╭╮╰╯─") for line in said.splitlines())
+    return code, seen.replace(str(folder), "~")
 
 
-def main() -> None:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+def type_in(arguments: Sequence[str], folder: Path) -> tuple[int | str, str]:
+    """What `tuner` answers to these words; in this process, for a new one takes seconds."""
+    said = io.StringIO()
+    answer = {"argv": ["tuner", *arguments], "stdin": io.StringIO(), "stdout": io.StringIO()}
+    shell = {name: text for name, text in os.environ.items() if not name.startswith("TUNER_")}
+    shell |= {"COLUMNS": "400", "NO_COLOR": "1"}
+    code: int | str = "none"
+    with (
+        contextlib.chdir(folder),
+        mock.patch.multiple(sys, stderr=said, **answer),
+        as_installed(),
+        mock.patch.dict(os.environ, shell, clear=True),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if end.code is not None else 0
+        except Exception as error:  # noqa: BLE001 - what a user would see a traceback of
+            said.write(f"Traceback: {type(error).__name__}: {error}")
+    return code, said.getvalue()
+
+
+@contextlib.contextmanager
+def as_installed() -> Iterator[None]:
+    """The usage names `tuner` and not `python -m pytest`, or whatever runs this."""
+    before, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = before
+
+
+def make_page(folder: Path) -> tuple[str, list[str]]:
+    """The page, and the mistakes that went wrong: no message, a traceback, something lost."""
     lines = [
         "# Bad input",
         "",
         "Made by `.venv/bin/python benchmarks/bad_input.py`. Each command ran in a folder with a",
         "study that had one finished trial; `kept`: its trials and the user's files were the same",
-        "after it. What a killed run leaves is tested in `tests/test_cli.py` and",
-        "`tests/test_cluster.py`.",
+        "after it. `tests/test_bad_input.py` makes the page again and compares. What a killed run",
+        "leaves is tested in `tests/test_cli.py` and `tests/test_cluster.py`.",
         "",
-        "| # | mistake | exit | what the user sees | kept |",
-        "| --- | --- | --- | --- | --- |",
+        "| # | mistake | command | exit | what the user sees | kept |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    wrong = 0
+    wrong = []
+    prepare_folder(folder)
+    stood = what_stands(folder)
+    for number, case in enumerate((*SPECS, *DATA, *RUNS), start=1):
+        code, seen = run(case, folder)
+        before, stood = stood, what_stands(folder)
+        kept = stood == before
+        if code not in (1, 2) or not kept or "Traceback" in seen or not seen:
+            wrong.append(case.what)
+        command = shlex.join(("tuner", *case.arguments))
+        cells = (number, case.what, f"`{in_a_cell(command)}`", code, in_a_cell(seen))
+        row = (*map(str, cells), "yes" if kept else "NO")
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n", wrong
+
+
+def in_a_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("`", "'")
+
+
+def main() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare_folder(folder)
-        for number, case in enumerate((*SPECS, *DATA, *RUNS), start=1):
-            code, seen, kept = run(case, folder)
-            wrong += code not in (1, 2) or not kept or "Traceback" in seen or not seen
-            shown = seen.replace("|", "\\|").replace("`", "'")
-            lines.append(
-                f"| {number} | {case.what} | {code} | {shown} | {'yes' if kept else 'NO'} |"
-            )
-            print(lines[-1])
-    (ROOT / "docs" / "bad-input.md").write_text("\n".join(lines) + "\n")
-    sys.exit(f"{wrong} cases went wrong" if wrong else 0)
+        page, wrong = make_page(Path(name))
+    print(page, end="")
+    PAGE.write_text(page, encoding="utf-8")
+    sys.exit(f"went wrong: {', '.join(wrong)}" if wrong else 0)
 
 
 if __name__ == "__main__":
