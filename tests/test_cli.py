@@ -305,6 +305,32 @@ def test_a_launch_that_is_refused_changes_nothing_of_the_study_that_runs(
         assert running.queued() == ()
 
 
+def test_rows_that_another_study_keeps_sealed_are_told_loudly(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    url = f"sqlite:///{tmp_path}/tuner.db"
+    where = ["--storage", url, "--artifacts", str(tmp_path)]
+    run = CliRunner().invoke
+    fewer = ["--set", "data.split.test=0.05", "--set", "data.split.validation=0.15"]
+    check = ["check", "tiny.toml", "--set", "name=second", "--json", *fewer]
+    alone = json.loads(run(app, [*check, *where]).stdout)["warnings"]
+    assert not any("sealed" in warning for warning in alone)
+    assert not (tmp_path / "tuner.db").exists()
+    assert run(app, ["launch", "tiny.toml", "--detach", *where]).exit_code == 0
+    told = json.loads(run(app, [*check, *where]).stdout)["warnings"]
+    words = "that 'tiny' keeps sealed, 10 in this study's validation split and 10 in this study's"
+    assert words in told[-1]
+    launched = run(app, ["launch", "tiny.toml", "--name", "second", "--detach", *fewer, *where])
+    assert "!" * 78 in launched.stderr
+    assert words in launched.stderr.replace("\n", " ")
+    # A storage that cannot be looked at leaves the study file as valid as it is.
+    (tmp_path / "tuner.db").write_text("my thesis " * 200)
+    unreadable = run(app, [*check, *where])
+    assert json.loads(unreadable.stdout)["valid"] is True
+    assert "Other studies could not be looked at" in unreadable.stderr
+
+
 def test_a_launch_that_reaches_no_cluster_changes_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,23 @@ def test_a_launch_with_another_budget_changes_nothing_of_a_study_that_runs(
         coordinator.release_lease()
 
 
+def test_rows_that_another_study_keeps_sealed_are_told_where_one_is_launched_or_checked(
+    lab: Lab, ada: Browser
+) -> None:
+    ada.post("/tuner/launch", data={"file": "tiny.toml"})
+    write_study_file(lab.folder, "other")
+    path = lab.folder / "studies" / "other.toml"
+    path.write_text(path.read_text().replace("[training]", "split = { seed = 7 }\n[training]"))
+    words = "test rows that 'tiny' keeps sealed"
+    checked = ada.post("/tuner/api/check", json={"file": "other.toml"}).json
+    assert words in checked["warnings"][-1]
+    page = ada.post("/tuner/launch", data={"file": "other.toml"})
+    assert page.status_code == 200
+    assert words.replace("'", "&#39;") in page.text
+    assert words in ada.post("/tuner/api/studies", json={"file": "other.toml"}).json["warnings"][-1]
+    assert ada.post("/tuner/launch", data={"file": "tiny.toml"}).status_code == 200  # and back
+
+
 def test_the_same_verbs_as_json(ada: Browser) -> None:
     assert ada.get("/tuner/api/me").json == {"name": "ada", "role": "editor"}
     assert ada.get("/tuner/api/files").json == {"files": ["tiny.toml"]}

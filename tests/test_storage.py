@@ -338,6 +338,7 @@ def test_a_database_of_an_earlier_schema_is_upgraded(empty_database_url: str) ->
         "UPDATE tuner_schema SET version = 1",
         "ALTER TABLE tuner_lease DROP COLUMN batches",
         "DROP TABLE tuner_queue",
+        "DROP TABLE tuner_split",
         "DROP TABLE tuner_development",
     )
     assert check_storage(empty_database_url).schema == "outdated"
@@ -346,6 +347,28 @@ def test_a_database_of_an_earlier_schema_is_upgraded(empty_database_url: str) ->
         storage.take_lease(new_study(storage)._study_id)
         storage.release_lease()
     assert check_storage(empty_database_url).schema == "current"
+
+
+def test_many_open_a_database_of_the_schema_before_at_once(empty_database_url: str) -> None:
+    open_and_close(empty_database_url)
+    execute(empty_database_url, "UPDATE tuner_schema SET version = 3", "DROP TABLE tuner_split")
+    barrier, failed = threading.Barrier(6), []
+
+    def open_together() -> None:
+        barrier.wait()
+        try:
+            with Storage(empty_database_url) as storage:
+                assert storage.splits() == {}
+        except BaseException as error:  # noqa: BLE001
+            failed.append(error)
+
+    threads = [threading.Thread(target=open_together) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert check_storage(empty_database_url).is_right
 
 
 def test_tables_of_a_newer_optuna_are_refused(empty_database_url: str) -> None:

@@ -305,6 +305,7 @@ def check(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of study files.")
     ] = False,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
 ) -> None:
     """Validates a study file and its data, and says what the study would do; trains nothing."""
     from tuner.spec import json_schema
@@ -324,6 +325,7 @@ def check(
     from tuner.space import parameter_count_range
 
     low, high = parameter_count_range(spec.space, spec.data.max_length)
+    shared = _shared_rows(storage, spec, prepared)
     document = {
         "study": spec.name,
         "valid": True,
@@ -336,7 +338,7 @@ def check(
         "trials": spec.trials,
         "parameter_count": {"min": low, "max": high},
         "data": prepared.identity.check_document(),
-        "warnings": list(prepared.all_warnings),
+        "warnings": [*prepared.all_warnings, *shared],
         "spec_hash": spec.spec_hash,
         "spec": spec.to_document(),
     }
@@ -344,6 +346,24 @@ def check(
         _print_json(document)
     else:
         _print_check(spec, document)
+
+
+def _shared_rows(storage: str, spec: StudySpec, prepared: Prepared) -> tuple[str, ...]:
+    """Says which rows other studies keep sealed, if there is a storage to look at."""
+    from tuner.errors import StorageError, StorageMissingError
+    from tuner.overlap import warnings
+
+    try:
+        with _open(storage, patience_seconds=1.0, say=lambda _: None) as opened:
+            shared = warnings(opened, spec, prepared)
+    except StorageMissingError:
+        return ()
+    except StorageError as error:
+        _note(f"Other studies could not be looked at for rows that they keep sealed: {error}")
+        return ()
+    for warning in shared:
+        _warn(warning)
+    return shared
 
 
 def _load(
@@ -479,6 +499,7 @@ def launch(
 
     given = [*(overrides or []), *overrides_for(name, trials)]
     spec, prepared = _load(spec_path, given, artifacts)
+    from tuner.overlap import enter
     from tuner.study import create_or_resume, find_or_create, status
 
     with _open(storage, patience_seconds=None, create=True) as opened:
@@ -488,6 +509,8 @@ def launch(
             "artifacts_root": artifacts,
         }
         tuned = find_or_create(opened, spec, prepared.identity, **made_from)
+        for warning in enter(opened, spec, prepared):
+            _warn(warning)
         now = status(tuned)
         if detach or now.finished_trials >= spec.trials:
             tuned = create_or_resume(opened, spec, prepared.identity, **made_from)

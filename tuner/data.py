@@ -105,6 +105,18 @@ class DataIdentity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SplitHashes:
+    """Which sequences are in which split, as the SHA-256 of each, in upper case and uncut.
+
+    Enough to find them in another study's splits; labels are not in it.
+    """
+
+    training: frozenset[bytes]
+    validation: frozenset[bytes]
+    test: frozenset[bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A source that was read, checked, split and sealed."""
 
@@ -113,6 +125,7 @@ class Prepared:
     development_sha256: str  #: of the development file's bytes
     warnings: tuple[str, ...]  #: one sentence each: what was accepted, and how often
     loud: tuple[str, ...] = ()  #: those of `warnings` that put every result in doubt
+    hashes: SplitHashes | None = None  #: None where the source was not read
 
     @property
     def all_warnings(self) -> tuple[str, ...]:
@@ -138,6 +151,7 @@ class HeldOutRows:
 
     tokens: Tokens  #: [test rows, max_length]
     labels: Tokens  #: [test rows]; 1 is soluble, 0 insoluble
+    hashes: frozenset[bytes] = frozenset()  #: of their sequences, see `SplitHashes`
 
 
 def prepare(
@@ -181,7 +195,33 @@ def prepare(
         development_sha256=development_sha256,
         warnings=(*source.warnings, *_warn_of_another_source(there, source, sha256)),
         loud=source.loud,
+        hashes=_hashes(split),
     )
+
+
+def read_hashes(settings: DataSettings, *, folder: Path) -> tuple[DataIdentity, SplitHashes]:
+    """Which sequences a source has in which split; nothing is written.
+
+    Raises:
+        DataError: The source cannot be used; lists every problem found.
+    """
+    source = _read_source(settings, folder)
+    split = _split(source, settings.split)
+    return _identity(source, split, settings), _hashes(split)
+
+
+def development_hashes(development: DevelopmentData) -> SplitHashes:
+    """The same of a development file: its test split is empty, and cut sequences are cut."""
+    training, validation = (
+        frozenset(hash_sequence(sequence) for sequence in _decode(tokens))
+        for tokens in (development.training_tokens, development.validation_tokens)
+    )
+    return SplitHashes(training=training, validation=validation, test=frozenset())
+
+
+def hash_sequence(sequence: str) -> bytes:
+    """The SHA-256 of a sequence, upper case: 32 bytes."""
+    return hashlib.sha256(sequence.encode()).digest()
 
 
 def load_development(path: Path, sha256: str | None = None) -> DevelopmentData:
@@ -227,7 +267,8 @@ def read_held_out(settings: DataSettings, *, folder: Path) -> tuple[DataIdentity
     source = _read_source(settings, folder)
     split = _split(source, settings.split)
     tokens, labels = _arrays(split.test, settings.max_length)
-    return _identity(source, split, settings), HeldOutRows(tokens=tokens, labels=labels)
+    rows = HeldOutRows(tokens=tokens, labels=labels, hashes=_hashes(split).test)
+    return _identity(source, split, settings), rows
 
 
 def encode(sequences: Sequence[str], max_length: int) -> Tokens:
@@ -248,6 +289,12 @@ def encode(sequences: Sequence[str], max_length: int) -> Tokens:
     tokens = np.zeros((len(sequences), max_length), dtype=np.uint8)
     tokens[np.arange(max_length) < lengths[:, np.newaxis]] = flat
     return tokens
+
+
+def _decode(tokens: Tokens) -> list[str]:
+    """The sequences of tokens [n, max_length], without their padding."""
+    letters = np.frombuffer(f" {RESIDUES}".encode(), dtype=np.uint8)[tokens]
+    return [row.tobytes().decode().rstrip() for row in letters]
 
 
 def _token_of_code() -> Tokens:
@@ -273,6 +320,7 @@ class _Row:
     file: str
     line: int | None  #: 1-based; of the header in FASTA; None in npz
     place: str  #: for messages: "line 12", "row 3 of positives"
+    whole: str | None = None  #: all of a sequence that was cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -481,7 +529,7 @@ def _fit_length(
     """Cuts what is longer than `max_length` where the study file says so."""
     limit = settings.max_length
     if settings.truncate:
-        cut = [replace(row, sequence=row.sequence[:limit]) for row in rows]
+        cut = [replace(row, sequence=row.sequence[:limit], whole=row.sequence) for row in rows]
         count = sum(len(row.sequence) > limit for row in rows)
         were = counted(count, "sequence was", "sequences were")
         return cut, [f"{were} cut to the first {limit} residues"] * (count > 0)
@@ -1424,6 +1472,19 @@ def _split(source: _Source, settings: SplitSettings) -> _Split:
     problems.raise_if_any()
     # By hash over both labels: a reader that takes the rows in order meets the labels mixed.
     return _Split(**{name: tuple(sorted(rows, key=order)) for name, rows in parts.items()})
+
+
+def _hashes(split: _Split) -> SplitHashes:
+    return SplitHashes(
+        **{
+            name: frozenset(hash_sequence(row.whole or row.sequence) for row in rows)
+            for name, rows in (
+                ("training", split.training),
+                ("validation", split.validation),
+                ("test", split.test),
+            )
+        }
+    )
 
 
 def _identity(source: _Source, split: _Split, settings: DataSettings) -> DataIdentity:

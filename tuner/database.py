@@ -41,7 +41,7 @@ from tuner.artifacts import DEFAULT_STORAGE_URL, make_folder, new_file_mode
 from tuner.errors import LeaseLostError, StorageError, StorageMissingError
 from tuner.toml_file import did_you_mean
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 #: A file with the password of a PostgreSQL URL that has none: secrets stay out of argv.
 PASSWORD_FILE_VARIABLE = "TUNER_STORAGE_PASSWORD_FILE"  # noqa: S105 - a name, no password
 
@@ -136,6 +136,15 @@ development = sa.Table(
     metadata,
     sa.Column("sha256", sa.String(64), primary_key=True),
     sa.Column("content", sa.LargeBinary, nullable=False),
+)
+
+# Which sequences a test split holds, so that they are found in another study's splits. Rows
+# outlive their study, as the ledger's do.
+splits = sa.Table(
+    "tuner_split",
+    metadata,
+    sa.Column("split_id", sa.String(64), primary_key=True),
+    sa.Column("sequences", sa.LargeBinary, nullable=False),  # sorted SHA-256, 32 bytes each
 )
 
 # What was changed through the dashboard, and by whom. Rows outlive their study.

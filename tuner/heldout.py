@@ -89,6 +89,8 @@ def open_test_split(
     )
     identity, rows = data.read_held_out(settings or _settings(tuned), folder=record.spec.folder)
     _require_same(tuned, identity)
+    # For studies of an earlier version, which did not keep it when they were launched.
+    tuned.storage.keep_split(identity.split_id, rows.hashes)
     return entry, rows
 
 

@@ -17,6 +17,7 @@ import tomli_w
 from tuner.artifacts import development_path
 from tuner.data import Prepared, prepare
 from tuner.errors import Problem, SpecError, StudyError, counted
+from tuner.overlap import enter
 from tuner.spec import StudySpec, load_spec
 from tuner.storage import LeaseHolder, Storage
 from tuner.study import (
@@ -101,6 +102,7 @@ class Placed:
 
     queued: Queued
     warnings: tuple[str, ...]  #: about its data
+    shared: tuple[str, ...]  #: those of them about rows that other studies keep sealed
     synthetic: bool
 
 
@@ -156,9 +158,11 @@ def place(storage: Storage, spec: StudySpec, *, artifacts_root: Path) -> Placed:
         development_sha256=prepared.development_sha256,
         artifacts_root=artifacts_root,
     )
+    shared = enter(storage, spec, prepared)
     return Placed(
         queued=queue(tuned),
-        warnings=prepared.all_warnings,
+        warnings=(*prepared.all_warnings, *shared),
+        shared=shared,
         synthetic=prepared.identity.synthetic,
     )
 

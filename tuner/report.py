@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner import heldout, report_page, study
+from tuner import heldout, overlap, report_page, study
 from tuner.artifacts import development_path, publish, require_writable
 from tuner.data import DevelopmentData, load_development
 from tuner.errors import LeaseLostError, StudyError, TunerError, counted
@@ -274,11 +274,13 @@ def _finite(value: float) -> float | None:
 
 
 def _with_the_ledger_of_now(tuned: TunedStudy, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded report with all openings of its split up to now, by whatever study."""
-    rows = tuned.storage.ledger(split_id=tuned.record.data.split_id)
+    """The recorded report with all openings of its test rows up to now, by whatever study."""
+    data = tuned.record.data
+    rows = overlap.openings(tuned.storage, data.split_id)
     ledger = {
         "entry": recorded["ledger"]["entry"],
         "openings": len(rows),
+        "test_rows": data.test_rows,
         "rows": [
             {
                 "entry": row.id,
@@ -287,9 +289,11 @@ def _with_the_ledger_of_now(tuned: TunedStudy, recorded: Mapping[str, Any]) -> d
                 "study": row.study,
                 "trial": row.trial,
                 "evaluated": row.report is not None,
+                "shared_rows": data.test_rows if row.split_id == data.split_id else shared,
             }
-            for row in rows
+            for row, shared in rows
         ],
+        "used_elsewhere": [dataclasses.asdict(one) for one in overlap.used_elsewhere(tuned)],
     }
     return {**recorded, "ledger": ledger}
 

@@ -21,6 +21,7 @@ Document = Mapping[str, Any]
 
 COIN_TOSS_LOSS = 0.693  # nats, ln 2: of whoever always says 0.5
 _BLUE, _ORANGE, _GREY, _GREEN = "#1f5fa8", "#c4560a", "#8a8f98", "#1b7f4b"
+_LISTED_STUDIES = 5  # that saw test rows; the rest are counted
 _FEW = 15  # epochs or trials: each can have its tick
 _WORDS_OF_STATE = {"COMPLETE": "fully trained", "PRUNED": "stopped early", "FAIL": "failed"}
 
@@ -158,10 +159,8 @@ def ledger_warnings(document: Document) -> tuple[str, ...]:
     warnings = []
     if ledger["openings"] > 1:
         warnings.append(
-            f"Warning: this test split was opened {counted(ledger['openings'], 'time')} in this "
-            "storage. "
-            "Each look at it that led to another study makes its figures a little too good; an "
-            "untouched figure needs another split."
+            f"Warning: {_openings_in_words(ledger)} Each look at it that led to another study "
+            "makes its figures a little too good; an untouched figure needs another split."
         )
     abandoned = [row["entry"] for row in ledger["rows"] if not row["evaluated"]]
     if abandoned:
@@ -170,7 +169,41 @@ def ledger_warnings(document: Document) -> tuple[str, ...]:
             f"Ledger entry {entries}: opened, but the evaluation was never recorded (it was cut "
             "off, or is still going on). It counts as an opening all the same."
         )
+    if used := ledger["used_elsewhere"]:
+        warnings.append(
+            "Warning: other studies of this storage saw some of these "
+            f"{counted(ledger['test_rows'], 'test row')}: {_used_in_words(used)}. If anything that "
+            "they found was used here, these figures are too good."
+        )
     return tuple(warnings)
+
+
+def _openings_in_words(ledger: Mapping[str, Any]) -> str:
+    rows, openings = ledger["rows"], ledger["openings"]
+    if all(row["shared_rows"] == ledger["test_rows"] for row in rows):
+        return f"this test split was opened {counted(openings, 'time')} in this storage."
+    others = "; ".join(
+        f"{row['shared_rows']:,} of {ledger['test_rows']:,} by study {row['study']!r}, ledger "
+        f"entry {row['entry']}"
+        for row in rows
+        if row["entry"] != ledger["entry"]
+    )
+    return (
+        f"rows of this test split were opened {counted(openings, 'time')} in this storage (beside "
+        f"this report: {others})."
+    )
+
+
+def _used_in_words(used: Sequence[Mapping[str, Any]]) -> str:
+    said = []
+    for one in used[:_LISTED_STUDIES]:
+        counts = {"training": one["training"], "validation": one["validation"]}
+        places = " and ".join(f"{n:,} in its {name} split" for name, n in counts.items() if n)
+        said.append(f"{one['study']!r} had {places}")
+    if len(used) > _LISTED_STUDIES:
+        more = counted(len(used) - _LISTED_STUDIES, "more study", "more studies")
+        said.append(f"{more} had some, too")
+    return "; ".join(said)
 
 
 def render(document: Document) -> str:

@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -53,6 +53,7 @@ from tuner.database import (
     schema,
     schema_state,
     shown,
+    splits,
 )
 from tuner.driven import DrivenStorage, upsert_attributes
 from tuner.errors import LeaseLostError, StorageError, StudyInUseError
@@ -70,6 +71,7 @@ __all__ = [
 LOG_IN = "log in"  #: the action of a login in the record of changes
 
 LEASE_SECONDS = 30.0  #: a lease not renewed for this long may be taken over
+HASH_BYTES = 32  #: of a SHA-256
 _RENEWAL_SECONDS = 1.0  #: between two renewals of a lease that `Storage.leased` holds
 _LAST_LOOK_SECONDS = 5.0  #: who renews it within this time is alive, whatever the clock says
 
@@ -641,6 +643,42 @@ class Storage:
             connection.execute(development.delete().where(development.c.sha256.not_in(named)))
 
         self._transaction(remove)
+
+    # --- test splits ---
+
+    def keep_split(self, split_id: str, hashes: Collection[bytes]) -> None:
+        """Stores which sequences a test split holds; it stays when its studies are deleted.
+
+        Args:
+            split_id: The split's identity.
+            hashes: The SHA-256 of each sequence.
+        """
+        known = sa.select(splits.c.split_id).where(splits.c.split_id == split_id)
+        content = b"".join(sorted(hashes))
+
+        def insert(connection: sa.Connection) -> None:
+            lock_for_writing(connection)
+            if connection.execute(known).first() is None:
+                connection.execute(splits.insert().values(split_id=split_id, sequences=content))
+
+        try:
+            self._transaction(insert)
+        except StorageError as error:
+            # Two kept it at once, and what they keep is the same.
+            if not isinstance(error.__cause__, sa.exc.IntegrityError):
+                raise
+
+    def splits(self) -> dict[str, frozenset[bytes]]:
+        """Which sequences each known test split holds, by the split's identity."""
+        query = sa.select(splits.c.split_id, splits.c.sequences)
+        rows = self._transaction(lambda connection: connection.execute(query).all())
+        return {
+            row.split_id: frozenset(
+                bytes(row.sequences[start : start + HASH_BYTES])
+                for start in range(0, len(row.sequences), HASH_BYTES)
+            )
+            for row in rows
+        }
 
     # --- decisions ---
 

@@ -26,7 +26,7 @@ from werkzeug.routing import Map, Rule
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
 
-from tuner import orders
+from tuner import orders, overlap
 from tuner.access import (
     MAX_PASSWORD,
     LoginsBusyError,
@@ -331,6 +331,8 @@ class Pages:
         except TunerError as error:
             request.environ[DETAIL_KEY] = f"refused: {error}"
             return self._launch_page(request, 409, said=str(error), **kept)
+        if placed.shared:  # to be read now: a redirection would lose it
+            return self._show_study(request, placed.queued.study, said=" ".join(placed.shared))
         return _redirect(f"{ROOT}/studies/{quote(placed.queued.study, safe='')}")
 
     def _show_log(self, request: Request) -> Response:
@@ -600,7 +602,7 @@ class Pages:
             "searched": list(spec.space.parameters),
             "parameter_count": {"min": low, "max": high},
             "data": identity.check_document(),
-            "warnings": list(prepared.all_warnings),
+            "warnings": [*prepared.all_warnings, *overlap.warnings(self._storage, spec, prepared)],
             "spec_hash": spec.spec_hash,
         }
 

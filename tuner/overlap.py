@@ -1,0 +1,218 @@
+"""Test rows that several studies share: sealed in one of them, and something else in another.
+
+A split's identity changes with each row, seed and fraction, while most of its sequences stay. So
+splits are compared by the hashes of their sequences, which outlive their studies. Labels are not
+read, and no test row leaves `tuner.data`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tuner.artifacts import development_path
+from tuner.data import (
+    DataIdentity,
+    Prepared,
+    SplitHashes,
+    development_hashes,
+    load_development,
+    read_hashes,
+)
+from tuner.errors import DataError, counted
+from tuner.spec import StudySpec
+from tuner.storage import LedgerEntry, Storage
+from tuner.study import RECORD_KEY, TunedStudy, list_names, study_name
+
+_LISTED_SPLITS = 5  #: of which a launch warns; the rest are counted
+_LISTED_NAMES = 3  #: of the studies that share a split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedRows:
+    """Rows of a study that are in another study's test split."""
+
+    studies: tuple[str, ...]  #: that keep the split sealed, or whose report opened it
+    entries: tuple[int, ...]  #: of the ledger, that opened it; () while it is sealed
+    rows: int  #: of that split
+    training: int  #: of those, in the training split of the study
+    validation: int
+    test: int
+
+    @property
+    def in_words(self) -> str:
+        names = ", ".join(map(repr, self.studies[:_LISTED_NAMES]))
+        if len(self.studies) > _LISTED_NAMES:
+            names += f" and {len(self.studies) - _LISTED_NAMES} more"
+        counts = {"training": self.training, "validation": self.validation, "test": self.test}
+        places = " and ".join(
+            f"{count:,} in this study's {name} split" for name, count in counts.items() if count
+        )
+        rows = counted(self.rows, "test row")
+        if self.entries:
+            plural = "entry" if len(self.entries) == 1 else "entries"
+            return (
+                f"Of the {rows} that a report of {names} opened (ledger {plural} "
+                f"{', '.join(map(str, self.entries))}), {places}: what was learned from that "
+                "report is in this study, too, so its own report is not of rows that were never "
+                "looked at."
+            )
+        return (
+            f"Of the {rows} that {names} keep{'s' * (len(self.studies) == 1)} "
+            f"sealed, {places}: this search looks at them. Where anything that it finds is used "
+            "there, that study's report is not of rows that were never looked at; the same seed "
+            "and fractions in [data] split keep the same rows sealed."
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsedRows:
+    """Test rows of a study that another study trained on or chose by."""
+
+    study: str
+    training: int
+    validation: int
+
+
+def enter(storage: Storage, spec: StudySpec, prepared: Prepared) -> tuple[str, ...]:
+    """Keeps which sequences a study's test split holds; the warnings are those of `warnings`."""
+    if prepared.hashes is not None:
+        storage.keep_split(prepared.identity.split_id, prepared.hashes.test)
+    _enter_earlier_studies(storage, spec, prepared)
+    return warnings(storage, spec, prepared)
+
+
+def warnings(storage: Storage, spec: StudySpec, prepared: Prepared) -> tuple[str, ...]:
+    """What is to be said of rows that other studies keep sealed, or that a report opened.
+
+    Args:
+        storage: Where the other studies are.
+        spec: The study file.
+        prepared: Its data.
+    """
+    name = study_name(spec, prepared.identity)
+    hashes = prepared.hashes
+    if hashes is None:
+        if spec.data.truncate:  # the whole sequences are not here
+            return ()
+        hashes = development_hashes(load_development(prepared.development_file))
+    found = [one for one in _shared(storage, name, prepared.identity, hashes) if _matters(one)]
+    found.sort(key=lambda one: (one.validation + one.training, one.test), reverse=True)
+    said = [one.in_words for one in found[:_LISTED_SPLITS]]
+    if len(found) > _LISTED_SPLITS:
+        more = counted(len(found) - _LISTED_SPLITS, "more test split")
+        said.append(f"The same of {more}.")
+    return tuple(said)
+
+
+def _matters(shared: SharedRows) -> bool:
+    """Two studies may seal the same rows; that harms neither until one of them opens them."""
+    return bool(shared.training or shared.validation or (shared.entries and shared.test))
+
+
+def _shared(
+    storage: Storage, name: str, identity: DataIdentity, hashes: SplitHashes
+) -> Iterator[SharedRows]:
+    splits = storage.splits()
+    test = hashes.test or splits.get(identity.split_id, frozenset())
+    studies: dict[str, list[str]] = defaultdict(list)  # by split
+    own_key = None
+    for other, document in _records(storage).items():
+        if document["data"]["split_id"] != identity.split_id:
+            studies[document["data"]["split_id"]].append(other)
+        elif other == name:
+            own_key = document["folder"]
+    openings: dict[str, list[LedgerEntry]] = defaultdict(list)
+    for entry in storage.ledger():
+        if entry.study_key != own_key:
+            openings[entry.split_id].append(entry)
+    for split_id, sequences in splits.items():
+        opened = openings[split_id]
+        names = [entry.study for entry in opened] or studies[split_id]
+        if names:
+            yield SharedRows(
+                studies=tuple(dict.fromkeys(names)),
+                entries=tuple(entry.id for entry in opened),
+                rows=len(sequences),
+                training=len(sequences & hashes.training),
+                validation=len(sequences & hashes.validation),
+                test=len(sequences & test),
+            )
+
+
+def _records(storage: Storage) -> dict[str, Mapping[str, Any]]:
+    """The records of the tuner's studies, by name."""
+    names = set(list_names(storage))
+    return {
+        known.study_name: known.user_attrs[RECORD_KEY]
+        for known in storage.optuna.get_all_studies()
+        if known.study_name in names
+    }
+
+
+def _enter_earlier_studies(storage: Storage, spec: StudySpec, prepared: Prepared) -> None:
+    """Keeps the test splits of studies that an earlier version made from the data at hand."""
+    if prepared.hashes is None:
+        return
+    known = set(storage.splits())
+    for document in _records(storage).values():
+        data, settings = document["data"], document["spec"]["data"]
+        if data["split_id"] in known or data["sha256"] != prepared.identity.sha256:
+            continue
+        known.add(data["split_id"])
+        split = spec.data.split.model_copy(update=settings["split"])
+        its = {"split": split, "max_length": data["max_length"]}
+        its["truncate"] = settings.get("truncate", spec.data.truncate)
+        try:
+            identity, hashes = read_hashes(spec.data.model_copy(update=its), folder=spec.folder)
+        except DataError:  # cannot be read so today: it is entered when it is launched itself
+            continue
+        if identity.split_id == data["split_id"]:
+            storage.keep_split(identity.split_id, hashes.test)
+
+
+def openings(storage: Storage, split_id: str) -> tuple[tuple[LedgerEntry, int], ...]:
+    """The openings of a test split's rows, oldest first, each with how many of them it opened.
+
+    Args:
+        storage: Where they are recorded.
+        split_id: The split's identity. Of one whose sequences are not known only the openings of
+            the very same split are found, with 0 rows.
+    """
+    splits = storage.splits()
+    own = splits.get(split_id, frozenset())
+    found = []
+    for entry in storage.ledger():
+        shared = len(own & splits.get(entry.split_id, frozenset()))
+        if shared or entry.split_id == split_id:
+            found.append((entry, shared))
+    return tuple(found)
+
+
+def used_elsewhere(tuned: TunedStudy) -> tuple[UsedRows, ...]:
+    """Other studies of the storage that trained on test rows of this one, or chose by them.
+
+    Only those whose development file is at hand under the same artifacts, can be looked
+    at; cut sequences are not found.
+    """
+    test = tuned.storage.splits().get(tuned.record.data.split_id, frozenset())
+    root = tuned.artifacts.folder.parent
+    found = []
+    for name, document in _records(tuned.storage).items():
+        if document["data"]["split_id"] == tuned.record.data.split_id:
+            continue
+        path = development_path(root, document["development_sha256"])
+        try:
+            hashes = development_hashes(load_development(path, document["development_sha256"]))
+        except DataError:
+            continue
+        used = UsedRows(
+            study=name,
+            training=len(test & hashes.training),
+            validation=len(test & hashes.validation),
+        )
+        if used.training or used.validation:
+            found.append(used)
+    return tuple(found)
