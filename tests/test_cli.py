@@ -661,6 +661,16 @@ def test_markup_of_the_terminal_in_names_and_paths_stays_text(folder: Path) -> N
     assert re.search(r"^data +x\[/y\]:smile:\.csv,", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_name_that_the_output_cannot_show_is_escaped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    name = "\U0001f600"
+    text = tuner(folder, "check", "tiny.toml", "--set", f'name="{name}"').stdout
+    assert f"study       {name if 'utf' in encoding else ascii(name)[1:-1]}," in text
+
+
 def test_the_terminal_is_made_in_one_place() -> None:
     calls = [
         (path.relative_to(ROOT).as_posix(), line.strip())

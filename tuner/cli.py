@@ -6,6 +6,7 @@ for TensorFlow, and no verb for what it does not use.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -181,6 +182,9 @@ def main() -> NoReturn:
     if debug:
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, stream=sys.stderr)
+    # A name or a path that the output's encoding does not have is shown escaped, as on stderr.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             app()

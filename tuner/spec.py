@@ -50,6 +50,7 @@ from tuner.toml_file import (
 from tuner.toml_lines import KeyPath
 
 MAX_NAME_LENGTH = 80  # characters; with "-synthetic" and a suffix still a file name everywhere
+_MAX_NAME_BYTES = 160  #: the same in UTF-8, of which a file's name has at most 255 in all
 _SUFFIXES = (".npz", ".csv", ".tsv")
 #: For the JSON schema: the greater part of `name_problem`.
 _NAME_PATTERN = r'^[^\s.\-/\\:*?"<>|][^/\\:*?"<>|\u0000-\u001f]*$'
@@ -62,8 +63,10 @@ def name_problem(name: str) -> str | None:
     """
     if not name.strip():
         return "must not be empty; give the study a name"
-    if len(name) > MAX_NAME_LENGTH or len(name.encode("utf-8", "replace")) > 2 * MAX_NAME_LENGTH:
+    if len(name) > MAX_NAME_LENGTH:
         return f"has {len(name)} characters; a name has at most {MAX_NAME_LENGTH}"
+    if (size := len(name.encode("utf-8", "replace"))) > _MAX_NAME_BYTES:
+        return f"has {len(name)} characters of {size} bytes; a name has at most {_MAX_NAME_BYTES}"
     if name != name.strip():
         return f"must not begin or end with a space, as {shown(name)} does; remove it"
     if bad := sorted({letter for letter in name if letter in '/\\:*?"<>|' or not _prints(letter)}):
