@@ -699,7 +699,7 @@ def test_an_id_that_another_study_was_given_shows_that_study(
 
 
 def test_an_error_of_ours_is_answered_without_its_inside(
-    local: Browser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    local: Browser, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a secret of the inside")
@@ -707,7 +707,7 @@ def test_an_error_of_ours_is_answered_without_its_inside(
     monkeypatch.setattr(dashboard._Shown, "read", broken)
     answer = local.get("/api/studies")
     assert (answer.status_code, answer.json) == (500, {"reason": "Something broke here."})
-    assert "a secret of the inside" in capsys.readouterr().err
+    assert "a secret of the inside" in caplog.text
 
 
 # --- the server ---

@@ -16,14 +16,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from tuner import __version__
+from tuner import __version__, logs
 from tuner.artifacts import (
     DEFAULT_EXPORT_FOLDER,
     DEFAULT_ROOT,
@@ -45,6 +44,8 @@ if TYPE_CHECKING:
     from tuner.spec import StudySpec
     from tuner.storage import Storage
     from tuner.study import StudyStatus, TunedStudy
+
+logger = logging.getLogger(logs.OURS)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -173,6 +174,36 @@ Overrides = Annotated[
 ]
 
 
+def _choose_log(variable: str) -> Callable[[str | None], str | None]:
+    def choose(value: str | None) -> str | None:
+        if value is not None:
+            os.environ[variable] = value  # the processes that this one starts write the same log
+            logs.set_up()
+        return value
+
+    return choose
+
+
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error", "critical"] | None,
+    typer.Option(
+        "--log-level",
+        callback=_choose_log(logs.LEVEL_VARIABLE),
+        is_eager=True,
+        help="Of the log on stderr, Dask's and Optuna's lines too; also $TUNER_LOG_LEVEL.",
+    ),
+]
+LogFormat = Annotated[
+    Literal["text", "json"] | None,
+    typer.Option(
+        "--log-format",
+        callback=_choose_log(logs.FORMAT_VARIABLE),
+        is_eager=True,
+        help="json: one object a line; also $TUNER_LOG_FORMAT.",
+    ),
+]
+
+
 def main() -> NoReturn:
     """Runs the command line and exits.
 
@@ -181,11 +212,12 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv or bool(os.environ.get("TUNER_DEBUG"))
     if debug:
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, stream=sys.stderr)
+        os.environ[logs.LEVEL_VARIABLE] = "debug"
     # A name or a path that the output's encoding does not have is shown escaped, as on stderr.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        logs.set_up()
         try:
             app()
         finally:
@@ -198,6 +230,9 @@ def main() -> NoReturn:
         if isinstance(error, BrokenPipeError):  # `tuner status | head`
             sys.exit(1)
         message = _explanation(error)
+        if message is None and logs.is_asked():
+            logger.critical("%s: %s", type(error).__name__, error, exc_info=error)
+            sys.exit(1)
         if debug or message is None:
             raise
         _complain(message)
@@ -225,16 +260,22 @@ def _explanation(error: Exception) -> str | None:
 
 
 def _complain(message: str) -> None:
+    if logs.is_asked():
+        logger.error(message)
+        return
     typer.secho(message, fg=typer.colors.RED if sys.stderr.isatty() else None, err=True)
 
 
 def _note(message: str) -> None:
+    if logs.is_asked():
+        logger.info(message)
+        return
     typer.echo(message, err=True)
 
 
 def _log(message: str) -> None:
-    """A line of the service's log."""
-    _note(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {message}")
+    """A line of the log of what runs for long."""
+    logger.info(message)
 
 
 #: Where there is no terminal, Rich takes 80 columns, and folds or cuts what is longer.
@@ -274,6 +315,7 @@ def _open(
 
     set_on_retry_hooks(())  # an outage is told in our words
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logs.adopt()
     return Storage(url, patience_seconds=patience_seconds, say=say, create=create)
 
 
@@ -393,6 +435,9 @@ def _warn_synthetic() -> None:
 
 
 def _warn(text: str) -> None:
+    if logs.is_asked():
+        logger.warning(text)
+        return
     line = "!" * 78
     typer.secho(f"{line}\n{text}\n{line}", fg=typer.colors.YELLOW, bold=True, err=True)
 
@@ -484,6 +529,8 @@ def launch(
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
+    _log_level: LogLevel = None,
+    _log_format: LogFormat = None,
 ) -> None:
     """Creates a study, or takes it up where it stopped, and runs it to its budget."""
     if detach:
@@ -608,7 +655,10 @@ def _tls(
     if cluster is not None:
         warning = exposure(scheduler_address(cluster, tls))
         if warning is not None:
-            typer.secho(warning, fg=typer.colors.YELLOW, bold=True, err=True)
+            if logs.is_asked():
+                logger.warning(warning)
+            else:
+                typer.secho(warning, fg=typer.colors.YELLOW, bold=True, err=True)
     elif tls is not None:
         raise typer.BadParameter("--tls-ca, --tls-cert and --tls-key belong to --cluster.")
     return tls
@@ -671,20 +721,24 @@ def _run(
     return ending
 
 
-def _stop_on_signals(stop_gracefully: Callable[[], None]) -> None:
+def _stop_on_signals(stop_gracefully: Callable[[], None], *, has_log: bool = False) -> None:
     """Ctrl-C or SIGTERM once: running trials save and stay open. Twice: now."""
     from tuner.processes import SAME_SIGNAL_SECONDS
 
     asked_at: list[float] = []
+
+    def say(message: str) -> None:
+        is_log = has_log or logs.is_asked()
+        os.write(2, logs.line(message) if is_log else f"\n{message}\n".encode())
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         # One Ctrl-C may arrive twice (from the terminal, and from `make` or a wrapper).
         if not asked_at:
             asked_at.append(time.monotonic())
             stop_gracefully()
-            os.write(2, b"\nStopping: running trials save a checkpoint. Again: stop at once.\n")
+            say("Stopping: running trials save a checkpoint. Again: stop at once.")
         elif time.monotonic() - asked_at[0] > SAME_SIGNAL_SECONDS:
-            os.write(2, b"\nStopped at once. The same command goes on where it was.\n")
+            say("Stopped at once. The same command goes on where it was.")
             raise KeyboardInterrupt  # the workers are ended on the way out
 
     signal.signal(signal.SIGINT, stop)
@@ -750,6 +804,8 @@ def worker(
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
+    _log_level: LogLevel = None,
+    _log_format: LogFormat = None,
 ) -> None:
     """Trains for the studies of a Dask scheduler; any number of these may come and go."""
     from tuner.scheduler import SchedulerFileMissingError, tls_files
@@ -772,7 +828,7 @@ def worker(
         lifetime=lifetime,
         host=host,
     )
-    serve(settings, say=_note)
+    serve(settings, say=_log)
 
 
 # --- status, stop, delete ---
@@ -988,6 +1044,8 @@ def dashboard(
     data: DataFolder = None,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
+    _log_level: LogLevel = None,
+    _log_format: LogFormat = None,
 ) -> None:
     """Shows studies in the Optuna dashboard, with the pages to launch and export under /tuner."""
     if context.invoked_subcommand is not None:
@@ -1141,6 +1199,8 @@ def serve(
     data: DataFolder = None,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
+    _log_level: LogLevel = None,
+    _log_format: LogFormat = None,
 ) -> None:
     """Drives every study that was launched with --detach, and shows the dashboard."""
     _refuse_two_places(cluster, workers)
@@ -1197,7 +1257,7 @@ def serve(
                 artifacts_root=artifacts,
                 say=_log,
             )
-            _stop_on_signals(service.stop)
+            _stop_on_signals(service.stop, has_log=True)
             service.run(queue)
 
 

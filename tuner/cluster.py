@@ -42,6 +42,7 @@ from tuner.errors import (
     WorkerLostError,
     counted,
 )
+from tuner.logs import about
 from tuner.processes import (
     BFLOAT16,
     SLOT,
@@ -49,6 +50,7 @@ from tuner.processes import (
     TrainingWorker,
     WithoutHttp,
     children_deaf_to_interrupts,
+    is_dask_heard,
     silence_dask,
     training_environment,
     training_resources,
@@ -629,11 +631,16 @@ class Cluster:
         self._tuned.storage.renews_lease()
         with contextlib.suppress(OSError):  # the next one takes its place
             self._tuned.artifacts.checkpoint(trial).unlink(missing_ok=True)
-        self._connection.say(
+        self._say(
             f"Trial {trial} of {self._tuned.name}: its checkpoint cannot be used and was removed "
             f"({reason.splitlines()[0][:200] if reason else 'no reason given'}). It trains again "
-            "from epoch 1; what it reported stands."
+            "from epoch 1; what it reported stands.",
+            trial,
         )
+
+    def _say(self, message: str, trial: int | None = None) -> None:
+        with about(study=self._tuned.name, trial=trial):
+            self._connection.say(message)
 
     def _keep_checkpoint(self, trial: int, content: bytes) -> None:
         """Writes a checkpoint; one that the disk has no room for is missed by nobody but time."""
@@ -679,7 +686,7 @@ class Cluster:
     def _say_disk_is_full(self, error: OSError) -> None:
         if not self._was_disk_full:
             self._was_disk_full = True
-            self._connection.say(
+            self._say(
                 f"{self._tuned.artifacts.folder} cannot be written ({error.strerror}): checkpoints "
                 "are skipped, and finished trials wait for room. Free some; nothing is lost."
             )
@@ -837,6 +844,7 @@ def _local_cluster(workers: int, *, folder: str, environment: Mapping[str, str])
     memory of these processes, and reach a worker through the pipe that starts it.
     """
     security = Security.temporary()
+    silent = False if is_dask_heard() else logging.CRITICAL
     common: dict[str, Any] = {"host": "127.0.0.1", "protocol": "tls://", "security": security}
     training = common | {
         "nthreads": 1,
@@ -844,14 +852,14 @@ def _local_cluster(workers: int, *, folder: str, environment: Mapping[str, str])
         "resources": training_resources(),
         "local_directory": folder,
         "env": dict(environment),
-        "silence_logs": logging.CRITICAL,
+        "silence_logs": silent or None,
         "worker_class": TrainingWorker,
     }
     return SpecCluster(
         scheduler={"cls": _LocalScheduler, "options": common},
         workers={number: {"cls": Nanny, "options": training} for number in range(workers)},
         security=security,
-        silence_logs=logging.CRITICAL,
+        silence_logs=silent,
     )
 
 

@@ -24,6 +24,7 @@ from tuner.errors import (
     WorkerLostError,
     counted,
 )
+from tuner.logs import about
 from tuner.objective import DETAIL_KEY, ENDED_KEY, Objective, reported_epochs
 from tuner.space import ModelConfig
 from tuner.spec import StudySpec
@@ -371,7 +372,8 @@ class Coordinator:
         self._count_resumption(resumed)
         self._running[trial.number] = trial.last_step or 0
         had = counted(trial.last_step or 0, "epoch")
-        self._watcher.say(f"Trial {trial.number} goes on; it had {had}.")
+        with about(trial=trial.number):
+            self._watcher.say(f"Trial {trial.number} goes on; it had {had}.")
         return resumed
 
     def _drive(self, trial: optuna.Trial) -> None:
@@ -398,7 +400,8 @@ class Coordinator:
                 if self._is_poison(trial, lost, progressed=progressed):
                     return TrialState.PRUNED, None
                 self._count_resumption(trial)
-                self._watcher.say(f"Trial {trial.number}: {lost}; it goes on under its number.")
+                with about(trial=trial.number):
+                    self._watcher.say(f"Trial {trial.number}: {lost}; it goes on under its number.")
             except (TunerError, TrainingPausedError):
                 raise
             except Exception as error:

@@ -11,11 +11,11 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import re
 import signal
 import socket
 import ssl
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -46,7 +46,7 @@ from tornado.netutil import is_valid_ip
 from tornado.wsgi import WSGIContainer
 from werkzeug.http import parse_cookie
 
-from tuner import pages
+from tuner import logs, pages
 from tuner.access import (
     LOOPBACK_NAMES,
     READING,
@@ -162,7 +162,7 @@ def serve(
     Args:
         storage: What to show.
         settings: Where and to whom.
-        say: Takes the lines about it; stderr by default.
+        say: Takes the lines about it; the log by default.
 
     Raises:
         TunerError: The settings do not fit together, or the port is taken.
@@ -337,7 +337,8 @@ class Guard:
         except TunerError as error:
             return answer.refuse(_Refused("409 Conflict", str(error)))
         except Exception as error:  # noqa: BLE001 - a request without an answer hangs the browser
-            _say(f"{environ.get('REQUEST_METHOD')} {path!r}: {type(error).__name__}: {error}")
+            what = f"{environ.get('REQUEST_METHOD')} {path!r}: {type(error).__name__}: {error}"
+            logging.getLogger(logs.OURS).error(what)
             return answer.refuse(_Refused("500 Internal Server Error", "Something broke here."))
 
     def _answer(self, environ: WSGIEnvironment, answer: _Secured, path: str) -> Iterable[bytes]:
@@ -720,8 +721,7 @@ def _is_too_large(storage: BaseStorage, study_id: int) -> bool:
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(f"{message}\n")
-    sys.stderr.flush()
+    logging.getLogger(logs.OURS).info(message)
 
 
 # --- the server ---

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from distributed import Worker
 
+from tuner import logs
 from tuner.errors import SetupError
 from tuner.steady import keep_steady
 
@@ -100,14 +102,19 @@ class WithoutHttp:
 class TrainingWorker(WithoutHttp, Worker):
     """The Dask worker of a training process."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        logs.set_up()
+        super().__init__(*args, **options)
+
 
 def is_dask_heard() -> bool:
     """Whether the user asked for logs."""
-    return logging.getLogger().isEnabledFor(logging.DEBUG)
+    return logs.level_asked() is not None
 
 
 def silence_dask() -> None:
-    """What matters we say ourselves; with --debug, Dask speaks, too."""
+    """What matters we say ourselves; with --log-level or --debug, Dask speaks, too."""
+    logs.adopt()
     if not is_dask_heard():
         # Dask gives some of its loggers a level of their own.
         for name in ["distributed", *logging.root.manager.loggerDict]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tuner import logs
 from tuner.curves import EpochResult
 from tuner.errors import counted
 from tuner.objective import DETAIL_KEY, ENDED_KEY
@@ -52,7 +55,11 @@ class ProgressWatcher:
         if not self._console.is_terminal:
             yield
             return
-        with Live(console=self._console, auto_refresh=False, transient=True) as self._live:
+        # Its redirection would take a log that goes to a file, too.
+        redirect = sys.stderr.isatty()
+        with Live(
+            console=self._console, auto_refresh=False, transient=True, redirect_stderr=redirect
+        ) as self._live:
             yield
 
     def epoch(self, trial: int, result: EpochResult) -> None:
@@ -63,9 +70,14 @@ class ProgressWatcher:
         self._ended += 1
         self._latest.pop(trial.number, None)
         if trial.state.name == "COMPLETE" or trial.user_attrs.get(ENDED_KEY):
-            self.say(describe_end(trial))
+            with logs.about(trial=trial.number):
+                self.say(describe_end(trial))
 
     def say(self, message: str) -> None:
+        if logs.is_asked():
+            with logs.about(study=self._tuned.name):
+                logging.getLogger(logs.OURS).info(message)
+            return
         self._console.print(message, soft_wrap=True)
 
     def tick(self, running: int) -> None:

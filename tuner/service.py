@@ -7,6 +7,7 @@ same storage does no harm.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import threading
@@ -30,6 +31,7 @@ from tuner.errors import (
     StudyInUseError,
     counted,
 )
+from tuner.logs import about
 from tuner.objective import ENDED_KEY
 from tuner.progress import describe_end, duration
 from tuner.storage import Lease, Storage
@@ -217,10 +219,12 @@ class LogWatcher:
 
     def trial_ended(self, trial: FrozenTrial) -> None:
         if trial.state == TrialState.FAIL or trial.user_attrs.get(ENDED_KEY):
-            self.say(describe_end(trial))
+            with about(trial=trial.number):
+                self.say(describe_end(trial))
 
     def say(self, message: str) -> None:
-        self._say(f"Study {self._study}: {message}")
+        with about(study=self._study):
+            self._say(f"Study {self._study}: {message}")
 
     def tick(self, running: int) -> None:
         pass
@@ -389,6 +393,10 @@ class Service:
     # --- one study, on a thread of its own ---
 
     def _drive(self, drive: _Drive) -> None:
+        with contextlib.ExitStack() as subject:
+            self._drive_about(drive, subject)
+
+    def _drive_about(self, drive: _Drive, subject: contextlib.ExitStack) -> None:
         study_id = drive.study_id
         try:
             with self._open_storage() as storage:
@@ -396,6 +404,7 @@ class Service:
                     drive.storage = storage
                 try:
                     drive.name = storage.optuna.get_study_name_from_id(study_id)
+                    subject.enter_context(about(study=drive.name))
                 except KeyError:  # deleted a moment ago
                     storage.dequeue(study_id)
                     return

@@ -34,6 +34,7 @@ from distributed import Nanny
 from distributed.system import MEMORY_LIMIT
 
 from tuner.errors import ClusterError, counted
+from tuner.logs import line
 from tuner.processes import (
     SAME_SIGNAL_SECONDS,
     THREADS_VARIABLE,
@@ -382,7 +383,7 @@ class _Host:
 
 
 def _end_now(number: signal.Signals, folder: str) -> None:
-    os.write(2, b"Ended at once; what was trained since the last checkpoint is trained again.\n")
+    os.write(2, line("Ended at once; what was trained since the last checkpoint is trained again."))
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
