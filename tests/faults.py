@@ -22,10 +22,11 @@ from fakes import loss_of
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_store
+from tuner.curves import EPOCHS_KEY
 from tuner.objective import curve_of
 from tuner.storage import Storage
 from tuner.study import FINISHED, RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, load
-from tuner.trial_page import COST_KEY, NOTE_KEY
+from tuner.trial_page import NOTE_KEY
 
 #: The file that collects what users were told, for docs/faults.md; see benchmarks/faults.py.
 STORY = "PYTEST_TUNER_STORY"
@@ -247,13 +248,13 @@ def assert_whole(plan: Plan) -> list[FrozenTrial]:
 def assert_page_is_whole(tuned: TunedStudy, trial: FrozenTrial) -> None:
     """What hangs on a trial tells of all its epochs, those before a crash included."""
     epochs = trial.last_step or 0
-    note, cost = trial.user_attrs[NOTE_KEY], trial.user_attrs[COST_KEY]
-    assert cost.startswith(f"{epochs} epoch")
+    note = trial.user_attrs[NOTE_KEY]
+    assert trial.user_attrs[EPOCHS_KEY] == epochs
     assert note.startswith("Fully" if trial.state == TrialState.COMPLETE else "Pruned")
     if trial.user_attrs.get(RESUMED_KEY):
-        assert "resumed" in cost
+        assert "Resumed" in note
         if after := trial.user_attrs.get(RESUMED_FROM_KEY):
-            assert cost.endswith(f"from its checkpoint after epoch {after}")
+            assert note.endswith(f"from its checkpoint after epoch {after}.")
     assert drawn_epochs(hung(tuned, trial, CURVES_FILE)) == epochs
     assert hung(tuned, trial, NETWORK_FILE).startswith("layer,output shape,parameters\n")
 

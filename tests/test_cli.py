@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -151,7 +151,10 @@ def curves(folder: Path, study: str) -> list[list[tuple[float, ...]]]:
 
     def look(storage: Storage) -> list[list[tuple[float, ...]]]:
         trials = load(storage, study, artifacts_root=folder).trials()
-        return [[astuple(result)[:-1] for result in curve_of(trial)] for trial in trials]
+        return [
+            [astuple(replace(result, seconds=0.0)) for result in curve_of(trial)]
+            for trial in trials
+        ]
 
     return in_storage(folder, look)
 

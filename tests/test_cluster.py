@@ -38,7 +38,7 @@ from tuner.errors import (
 )
 from tuner.objective import curve_of
 from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
-from tuner.trial_page import COST_KEY
+from tuner.trial_page import NOTE_KEY
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +199,8 @@ def test_a_paused_study_resumes_from_its_checkpoints(tmp_path: Path, local: Conn
         for trial in resumed:
             after = trial.user_attrs[RESUMED_FROM_KEY]
             assert after >= 1
-            cost = trial.user_attrs[COST_KEY]
-            assert cost.endswith(f"the last time from its checkpoint after epoch {after}")
+            note = trial.user_attrs[NOTE_KEY]
+            assert note.endswith(f"the last time from its checkpoint after epoch {after}.")
         assert not any((tuned.artifacts.folder / "checkpoints").iterdir())
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Generator, Sequence
 
 import optuna
@@ -8,7 +9,7 @@ import pytest
 from fakes import epoch_result, fake_train, small_spec
 from optuna.trial import TrialState
 
-from tuner.curves import EpochResult
+from tuner.curves import EpochResult, figures_of
 from tuner.errors import TrialEndedError
 from tuner.objective import CURVE_KEY, ENDED_KEY, Objective, curve_of
 from tuner.space import ModelConfig
@@ -68,12 +69,35 @@ def test_a_trial_stores_its_curve_by_name_and_one_by_position_is_read() -> None:
     stored = trial.system_attrs[CURVE_KEY]
     assert stored["epoch"] == list(range(1, 10))
     whole = curve_of(trial)
-    rows = [dataclasses.astuple(epoch) for epoch in whole]
+    rows = [dataclasses.astuple(epoch)[:6] for epoch in whole]
     # Earlier versions: rows, which began among the user's attributes.
     trial.system_attrs[CURVE_KEY] = rows
     assert curve_of(trial) == whole
     trial.user_attrs[CURVE_KEY] = trial.system_attrs.pop(CURVE_KEY)
     assert curve_of(trial) == whole
+
+
+def test_the_figures_are_those_of_the_first_best_epoch_and_what_is_unknown_is_left_out() -> None:
+    curve = [epoch_result(loss, epoch) for epoch, loss in enumerate([0.7, 0.5, 0.5], start=1)]
+    curve[1] = dataclasses.replace(curve[1], validation_accuracy=0.8, validation_roc_auc=0.9)
+    assert figures_of(curve) == {
+        "epochs": 3,
+        "training_seconds": pytest.approx(0.003),
+        "best_epoch": 2,
+        "validation_accuracy": 0.8,
+        "validation_roc_auc": 0.9,
+    }
+    unknown = dataclasses.replace(curve[0], validation_accuracy=math.nan, seconds=math.nan)
+    assert figures_of([unknown]) == {"epochs": 1, "best_epoch": 1}
+    assert figures_of([]) == {"epochs": 0, "training_seconds": 0}
+
+
+def test_a_trial_of_a_notebook_has_its_figures_as_numbers() -> None:
+    study, objective = plain_study()
+    study.optimize(objective, n_trials=1)
+    attributes = study.trials[0].user_attrs
+    assert {"parameters", "epochs", "best_epoch", "validation_accuracy"} <= set(attributes)
+    assert all(isinstance(value, int | float) for value in attributes.values())
 
 
 def test_the_pruner_is_asked_after_epochs_1_3_and_9_and_never_at_the_last() -> None:

@@ -220,7 +220,10 @@ def test_a_checkpoint_whose_history_lacks_a_field_or_has_one_more_is_resumed(
     assert next(second.epochs()).epoch == 2
 
 
-def test_it_learns_and_best_weights_are_those_of_the_best_epoch(tensors: TensorData) -> None:
+def test_it_learns_and_best_weights_are_those_of_the_best_epoch(
+    tensors: TensorData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "VALIDATION_BATCH", 7)  # several batches, the last one short
     run = training_run(tensors, dataclasses.replace(PLAIN, learning_rate=0.05), max_epochs=8)
     best = min(run.epochs(), key=lambda result: result.validation_loss)
     assert best.epoch < 8
@@ -231,6 +234,10 @@ def test_it_learns_and_best_weights_are_those_of_the_best_epoch(tensors: TensorD
     assert losses.mean() == pytest.approx(best.validation_loss, rel=1e-5)
     right = (predicted > 0) == (DATA.validation_labels == 1)
     assert right.mean() == pytest.approx(best.validation_accuracy)
+    soluble = DATA.validation_labels == 1
+    pairs = predicted[soluble][:, np.newaxis] - predicted[~soluble]
+    expected = (pairs > 0).mean() + (pairs == 0).mean() / 2
+    assert 0.5 < best.validation_roc_auc == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_evaluation_counts_losses_as_training_does_however_large_the_logits() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import optuna
 import pytest
 from fakes import FakeWorkers, Notes, epoch_result, fake_train, make_study, small_spec
 from faults import assert_page_is_whole, drawn_epochs, hung
@@ -19,15 +22,15 @@ from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, dashboard_fo
 from tuner.coordinator import Coordinator
 from tuner.curves import EpochResult
 from tuner.errors import StudyError, TrialEndedError, WorkerLostError
-from tuner.export import config_of_trial, write_configs
+from tuner.export import best_configs, config_of_trial, write_configs, write_trials
 from tuner.space import parameter_count
 from tuner.spec import load_spec
+from tuner.storage import COORDINATOR_KEY
 from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete, status
 from tuner.trial_page import (
     AGAIN_KEY,
-    COST_KEY,
     NOTE_KEY,
-    REACHED_KEY,
+    PRECISION_KEY,
     draw_curves,
     notes,
     train_again,
@@ -68,7 +71,7 @@ def test_every_trial_has_its_page(study: Make) -> None:
         assert_page_is_whole(tuned, trial)
         config = tuned.record.spec.space.resolve(trial.params)
         assert trial.user_attrs["parameters"] == parameter_count(config, 200)
-        assert trial.user_attrs["seed"] == f"0, as trial {trial.number}"
+        assert (trial.user_attrs["seed"], trial.user_attrs["as_trial"]) == (0, trial.number)
         assert trial.user_attrs["precision"] == "float32"
         *layers, all_of_them = csv.DictReader(hung(tuned, trial, NETWORK_FILE).splitlines())
         assert int(all_of_them["parameters"]) == parameter_count(config, 200)
@@ -81,17 +84,78 @@ def test_a_pruned_trial_says_where_why_and_what_it_cost() -> None:
     assert words(TrialState.PRUNED, 0.9, 0.7, 0.8, bracket=1) == {
         NOTE_KEY: "Pruned after epoch 3 of 9, a rung of bracket 1: not among the best 1/3 that had "
         "come there. That saved 6 epochs.",
-        REACHED_KEY: "validation loss 0.7000 nats, accuracy 60.0%, after epoch 2",
-        COST_KEY: "3 epochs, 0 s of training",
     }
+
+
+def test_what_a_trial_reached_and_cost_are_numbers_in_attributes_csv_and_json(
+    study: Make, tmp_path: Path
+) -> None:
+    def train(config, *, seed, trial, rungs):
+        for result in fake_train(config, seed=seed, trial=trial, rungs=rungs):
+            yield replace(result, validation_roc_auc=0.5 + result.epoch / 100, seconds=2.0)
+
+    tuned = study(trials=12)
+    Coordinator(tuned, FakeWorkers(1, train), Notes()).run()
+    write_trials(tuned, tmp_path / "trials.csv")
+    with (tmp_path / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for trial, row in zip(tuned.trials(), rows, strict=True):
+        epochs = trial.last_step
+        expected = {
+            "epochs": epochs,
+            "training_seconds": 2.0 * epochs,
+            "best_epoch": epochs,  # of the stand-in, each epoch is better than the one before
+            "validation_accuracy": 0.6,
+            "validation_roc_auc": 0.5 + epochs / 100,
+            "parameters": parameter_count(tuned.record.spec.space.resolve(trial.params), 200),
+        }
+        numbers = {
+            key: value for key, value in trial.user_attrs.items() if isinstance(value, int | float)
+        }
+        assert numbers == {**expected, "seed": 0, "as_trial": trial.number}
+        assert {key: float(row[key]) for key in expected} == expected
+    best = json.loads(json.dumps(status(tuned).to_document()))["best"]
+    exported = best_configs(tuned)[0].to_document()
+    attributes = tuned.ranked()[0].user_attrs
+    for key in ("validation_accuracy", "validation_roc_auc", "parameters"):
+        assert best[key] == exported[key] == attributes[key]
+    assert exported["provenance"]["validation_roc_auc"] == attributes["validation_roc_auc"]
+
+
+def test_no_attribute_of_a_trial_has_a_number_in_words(study: Make) -> None:
+    tuned = study(trials=2)
+    Coordinator(tuned, FakeWorkers(1), Notes()).run()
+    for trial in tuned.trials():
+        words = {key for key, value in trial.user_attrs.items() if isinstance(value, str)}
+        assert words == {COORDINATOR_KEY, NOTE_KEY, PRECISION_KEY, AGAIN_KEY}
+
+
+def test_a_trial_of_an_earlier_version_has_blank_figures(study: Make, tmp_path: Path) -> None:
+    tuned = study(trials=1)
+    tuned.study.add_trial(optuna.trial.create_trial(value=0.5, intermediate_values={1: 0.5}))
+    write_trials(tuned, tmp_path / "trials.csv")
+    with (tmp_path / "trials.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["validation_loss"], row["validation_accuracy"], row["best_epoch"]) == (
+        "0.5",
+        "",
+        "",
+    )
+    best = status(tuned).to_document()["best"]
+    assert (best["validation_loss"], best["validation_accuracy"]) == (0.5, None)
+    assert (best["validation_roc_auc"], best["parameters"]) == (None, None)
+
+
+def test_the_value_has_a_name_also_in_a_study_of_an_earlier_version(study: Make) -> None:
+    tuned = study(trials=1)
+    assert tuned.study.metric_names is None
+    Coordinator(tuned, FakeWorkers(1), Notes()).run()
+    assert tuned.study.metric_names == ["validation loss (nats)"]
 
 
 def test_a_trial_that_could_not_go_on_says_why() -> None:
     said = words(TrialState.PRUNED, ended="out_of_memory", ended_detail="building the network")
-    assert said == {
-        NOTE_KEY: "Ended early (out of memory): building the network.",
-        COST_KEY: "0 epochs, 0 s of training",
-    }
+    assert said == {NOTE_KEY: "Ended early (out of memory): building the network."}
     failed = words(TrialState.FAIL, 0.5, ended_detail="ValueError: x")
     assert failed[NOTE_KEY] == "Failed: ValueError: x."
 
@@ -105,13 +169,12 @@ def test_a_trained_trial_says_whether_patience_ended_it() -> None:
 
 def test_a_resumed_trial_says_from_where() -> None:
     resumed = {RESUMED_KEY: 2, RESUMED_FROM_KEY: 3}
-    assert words(TrialState.COMPLETE, 0.5, 0.6, **resumed)[COST_KEY] == (
-        "2 epochs, 0 s of training; resumed 2 times, the last time from its checkpoint after "
-        "epoch 3"
+    assert words(TrialState.COMPLETE, 0.5, 0.6, **resumed)[NOTE_KEY].endswith(
+        "epochs. Resumed 2 times, the last time from its checkpoint after epoch 3."
     )
-    once = words(TrialState.COMPLETE, 0.5, **{RESUMED_KEY: 1})[COST_KEY]
-    assert once.endswith("resumed once, the last time from the start, without a checkpoint")
-    assert "resumed" not in words(TrialState.COMPLETE, 0.5)[COST_KEY]
+    once = words(TrialState.COMPLETE, 0.5, **{RESUMED_KEY: 1})[NOTE_KEY]
+    assert once.endswith("Resumed once, the last time from the start, without a checkpoint.")
+    assert "Resumed" not in words(TrialState.COMPLETE, 0.5)[NOTE_KEY]
 
 
 def test_the_curve_of_a_trial_whose_worker_died_is_drawn_once_and_whole(study: Make) -> None:

@@ -351,6 +351,7 @@ class Coordinator:
                 self._end_early(finished + in_flight, self._stop_rule.reason())
                 return None
             if not self._is_precision_decided:  # there is a slot now, and so a worker to judge by
+                self._tuned.name_value()
                 self._tuned.decide_precision(fast_bfloat16=self._workers.has_fast_bfloat16())
                 self._is_precision_decided = True
             asked = self._tuned.study.ask()

@@ -10,6 +10,14 @@ from typing import Any, Protocol, Self
 
 from tuner.space import ModelConfig
 
+#: Attributes of a trial: numbers that the dashboard sorts and draws by, and exports list.
+PARAMETERS_KEY = "parameters"  # of the network
+BEST_EPOCH_KEY = "best_epoch"  # the first with the lowest validation loss
+ACCURACY_KEY = "validation_accuracy"  # of the best epoch, 0..1
+ROC_AUC_KEY = "validation_roc_auc"  # of the best epoch, 0..1
+EPOCHS_KEY = "epochs"  # trained
+SECONDS_KEY = "training_seconds"  # of all epochs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochResult:
@@ -21,6 +29,9 @@ class EpochResult:
     validation_loss: float
     validation_accuracy: float  #: fraction right at a threshold of 0.5, 0..1
     seconds: float  #: wall-clock time of the epoch, validation included
+    #: Area under the ROC curve, 0..1; None where all rows have one label, and in curves of earlier
+    #: versions.
+    validation_roc_auc: float | None = None
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self:
@@ -70,6 +81,25 @@ def curve_from_document(
     else:
         rows = (dict(zip(_POSITIONS, row, strict=True)) for row in document)
     return tuple(map(EpochResult.from_document, rows))
+
+
+def figures_of(curve: Sequence[EpochResult]) -> dict[str, float]:
+    """What a training reached and cost, as attributes of its trial; what is unknown is left out."""
+    figures: dict[str, float | None] = {
+        EPOCHS_KEY: len(curve),
+        SECONDS_KEY: sum(epoch.seconds for epoch in curve),
+    }
+    best = min(curve, key=lambda epoch: epoch.validation_loss, default=None)
+    if best is not None:
+        figures[BEST_EPOCH_KEY] = best.epoch
+        figures[ACCURACY_KEY] = best.validation_accuracy
+        figures[ROC_AUC_KEY] = best.validation_roc_auc
+    # JSON has no NaN, which stands in a curve for what another version did not record.
+    return {
+        key: figure
+        for key, figure in figures.items()
+        if figure is not None and math.isfinite(figure)
+    }
 
 
 class Train(Protocol):

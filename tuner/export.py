@@ -21,12 +21,13 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import publish, require_writable
+from tuner.curves import ACCURACY_KEY, BEST_EPOCH_KEY, PARAMETERS_KEY, ROC_AUC_KEY, SECONDS_KEY
 from tuner.data import PAIR
 from tuner.errors import StudyError, TunerError
 from tuner.objective import DETAIL_KEY, ENDED_KEY, curve_of
 from tuner.space import ModelConfig, space_of
 from tuner.spec import name_problem
-from tuner.study import RESUMED_KEY, StudyRecord, TunedStudy, source_files
+from tuner.study import RESUMED_KEY, StudyRecord, TunedStudy, figures_in, source_files
 
 Format = Literal["toml", "json", "yaml"]
 #: By the suffix of a study file, as `tuner.spec.load_spec` reads it.
@@ -41,6 +42,7 @@ class ExportedConfig:
     trial: int
     validation_loss: float | None  #: nats, of the best epoch; None where no epoch was completed
     epochs: int  #: completed epochs
+    figures: Mapping[str, float | None]  #: see `tuner.study.figures_in`
     sampled: Mapping[str, Any]  #: what was searched, by its name in the study file
     config: ModelConfig
     provenance: Mapping[str, Any]
@@ -53,6 +55,7 @@ class ExportedConfig:
             "trial": self.trial,
             "validation_loss": self.validation_loss,
             "epochs": self.epochs,
+            **self.figures,
             "sampled": dict(self.sampled),
             "config": dataclasses.asdict(self.config),
             "provenance": dict(self.provenance),
@@ -146,6 +149,7 @@ def _exported(
         "trial": trial.number,
         "validation_loss": loss,
         "validation_accuracy": None if best is None else best.validation_accuracy,
+        "validation_roc_auc": None if best is None else best.validation_roc_auc,
         "best_epoch": None if best is None else best.epoch,
         "state": trial.state.name,
         "epochs": trial.last_step or 0,
@@ -166,6 +170,7 @@ def _exported(
         trial=trial.number,
         validation_loss=loss,
         epochs=trial.last_step or 0,
+        figures=figures_in(trial),
         sampled=trial.params,
         config=config,
         provenance=provenance,
@@ -390,11 +395,16 @@ def write_model(tuned: TunedStudy, exported: ExportedConfig, path: Path) -> None
     _write(path, content.getvalue(), exported.files)
 
 
+_FIGURES = (ACCURACY_KEY, ROC_AUC_KEY, BEST_EPOCH_KEY, PARAMETERS_KEY, SECONDS_KEY)
+
+
 def write_trials(tuned: TunedStudy, path: Path) -> int:
     """Writes every trial as a row of a CSV file; returns how many.
 
     Columns: number, state, validation_loss (nats), epochs, bracket, ended, detail, resumed,
-    started, ended_at, then one column for each sampled hyperparameter (`param.NAME`).
+    started, ended_at, validation_accuracy and validation_roc_auc (0..1, of best_epoch),
+    best_epoch, parameters, training_seconds, then one column for each sampled hyperparameter
+    (`param.NAME`). What a trial of an earlier version does not have is blank.
 
     Raises:
         TunerError: The file cannot be written.
@@ -405,7 +415,7 @@ def write_trials(tuned: TunedStudy, path: Path) -> int:
     writer = csv.writer(text)
     writer.writerow(
         ["number", "state", "validation_loss", "epochs", "bracket", "ended", "detail", "resumed"]
-        + ["started", "ended_at"]
+        + ["started", "ended_at", *_FIGURES]
         + [f"param.{name}" for name in names]
     )
     for trial in trials:
@@ -414,6 +424,7 @@ def write_trials(tuned: TunedStudy, path: Path) -> int:
             [trial.number, trial.state.name, trial.value, trial.last_step or 0]
             + [spec.bracket_of(trial.number), attrs.get(ENDED_KEY), attrs.get(DETAIL_KEY)]
             + [attrs.get(RESUMED_KEY, 0), trial.datetime_start, trial.datetime_complete]
+            + [attrs.get(name) for name in _FIGURES]
             + [trial.params.get(name) for name in names]
         )
     _write(path, text.getvalue().encode(), _source_files(tuned, None))

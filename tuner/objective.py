@@ -6,8 +6,16 @@ import contextlib
 
 import optuna
 
-from tuner.curves import EpochResult, Train, curve_document, curve_from_document
+from tuner.curves import (
+    PARAMETERS_KEY,
+    EpochResult,
+    Train,
+    curve_document,
+    curve_from_document,
+    figures_of,
+)
 from tuner.errors import TrialEndedError
+from tuner.space import parameter_count
 from tuner.spec import StudySpec
 
 #: What a trial leaves behind beside Optuna's own: attributes of the trial. The curve is one of the
@@ -38,6 +46,7 @@ class Objective:
         """
         spec = self._spec
         config = spec.space.suggest(trial)
+        trial.set_user_attr(PARAMETERS_KEY, parameter_count(config, spec.data.max_length))
         reported = reported_epochs(trial)
         best = float("inf")
         curve: list[EpochResult] = []
@@ -60,6 +69,8 @@ class Objective:
             raise optuna.TrialPruned(str(end)) from end
         finally:
             trial.storage.set_trial_system_attr(trial._trial_id, CURVE_KEY, curve_document(curve))
+            for key, figure in figures_of(curve).items():
+                trial.set_user_attr(key, figure)
         return best
 
 

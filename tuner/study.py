@@ -12,6 +12,7 @@ import platform
 import time
 import unicodedata
 import uuid
+import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import HUNG_PREFIXES, StudyArtifacts, study_folder_name
+from tuner.curves import ACCURACY_KEY, PARAMETERS_KEY, ROC_AUC_KEY
 from tuner.data import SOLUBILITY_FILE, DataIdentity, find_source, source_sha256
 from tuner.data import source_files as named_files
 from tuner.errors import StudyError, StudyInUseError, counted
@@ -44,6 +46,8 @@ WORKERS_KEY = "workers"
 #: What precision "auto" means in this study: `tuner.precision.BFLOAT16_FROM`, or None for never.
 BFLOAT16_FROM_KEY = "bfloat16_from"
 ERROR_KEY = "error"  # why the service gave the study up; None once it is launched again
+#: What a trial's value is called on the dashboard's axes.
+VALUE_NAME = "validation loss (nats)"
 #: The trial attribute that counts how often a trial was taken up again.
 RESUMED_KEY = "resumed"
 #: The one that says after which epoch the last time; 0: from the start.
@@ -121,6 +125,14 @@ class TunedStudy:
             return asked
         fewest = self.study.user_attrs.get(BFLOAT16_FROM_KEY)
         return precision_by_size(config, self.record.data.max_length, fewest)
+
+    def name_value(self) -> None:
+        """Names a trial's value, for the dashboard's axes and Optuna's data frames."""
+        if self.study.metric_names is None:
+            with warnings.catch_warnings(
+                action="ignore", category=optuna.exceptions.ExperimentalWarning
+            ):
+                self.study.set_metric_names([VALUE_NAME])
 
     def decide_precision(self, *, fast_bfloat16: bool) -> None:
         """Decides what "auto" means, once: also for who takes the study up on other machines.
@@ -694,6 +706,7 @@ class StudyStatus:
             best = {
                 "trial": self.best.number,
                 "validation_loss": self.best.value,
+                **figures_in(self.best),
                 "sampled": self.best.params,
             }
         return {
@@ -760,6 +773,14 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
         error=attributes.get(ERROR_KEY),
         ended_early=attributes.get(ENDED_EARLY_KEY),
     )
+
+
+def figures_in(trial: FrozenTrial) -> dict[str, float | None]:
+    """Accuracy, ROC AUC and parameters among a trial's attributes; None where it has none.
+
+    Trials of earlier versions have their parameters alone.
+    """
+    return {key: trial.user_attrs.get(key) for key in (ACCURACY_KEY, ROC_AUC_KEY, PARAMETERS_KEY)}
 
 
 def _could_not_go_on(trial: FrozenTrial) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 from tuner.curves import EpochResult
 from tuner.data import DevelopmentData
 from tuner.errors import TrialEndedError
+from tuner.metrics import area_under_curve
 from tuner.model import (
     build_model,
     keras,
@@ -100,6 +101,7 @@ class TrainingRun:
             ValueError: The checkpoint is of another run.
         """
         self._data = data
+        self._validation_labels = data.validation_labels.numpy().astype(np.uint8)  # [m]
         self._config = config
         self._seed = seed
         self._trial = trial
@@ -170,7 +172,9 @@ class TrainingRun:
         """Trains epoch `epoch` (from 1) and validates."""
         started = time.monotonic()
         training_loss, training_accuracy = self._train_epoch(epoch, self._deadline(started))
-        validation_loss, validation_accuracy, weights_finite = (x.numpy() for x in self._validate())
+        validation_loss, validation_accuracy, weights_finite, logits = (
+            x.numpy() for x in self._validate()
+        )
         if not (weights_finite and math.isfinite(validation_loss)):
             raise TrialEndedError("diverged", f"epoch {epoch}, validation loss {validation_loss}")
         return EpochResult(
@@ -179,6 +183,8 @@ class TrainingRun:
             training_accuracy=training_accuracy,
             validation_loss=float(validation_loss),
             validation_accuracy=float(validation_accuracy),
+            # One sort of the validation rows: 0.2 ms for 2,000, next to seconds of training.
+            validation_roc_auc=area_under_curve(self._validation_labels, logits.astype(np.float64)),
             seconds=time.monotonic() - started,
         )
 
@@ -256,10 +262,16 @@ class TrainingRun:
         return losses, logits, objective
 
     def _validate_in_graph(self) -> Any:
-        """Mean validation loss without penalties, accuracy, and whether all weights are finite."""
+        """Validates over all rows.
+
+        Returns:
+            Mean loss without penalties, accuracy, whether all weights are finite, and the logits,
+            float32 [m].
+        """
         data = self._data
         loss_sum = tf.zeros((), tf.float64)
         right = tf.zeros((), tf.float64)
+        all_logits = tf.TensorArray(tf.float32, 0, dynamic_size=True, infer_shape=False)
         for start in tf.range(0, len(data.validation_labels), VALIDATION_BATCH):
             labels = data.validation_labels[start : start + VALIDATION_BATCH]
             tokens = data.validation_tokens[start : start + VALIDATION_BATCH]
@@ -267,12 +279,13 @@ class TrainingRun:
             losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
             loss_sum += tf.reduce_sum(tf.cast(losses, tf.float64))
             right += _right(logits, labels)
+            all_logits = all_logits.write(start // VALIDATION_BATCH, logits)
         # A maximum may drop a NaN, so the losses alone do not tell.
         finite = tf.reduce_all(
             [tf.reduce_all(tf.math.is_finite(weight)) for weight in self._model.weights]
         )
         rows = tf.cast(len(data.validation_labels), tf.float64)
-        return loss_sum / rows, right / rows, finite
+        return loss_sum / rows, right / rows, finite, all_logits.concat()
 
     def _seed_dropout(self, epoch: int) -> None:
         # Keras does not save the state of its seed generators; so each epoch sets it anew.

@@ -22,13 +22,14 @@ from tuner.artifacts import CURVES_FILE, DEFAULT_STORAGE_URL, NETWORK_FILE
 from tuner.curves import EpochResult
 from tuner.errors import counted
 from tuner.objective import DETAIL_KEY, ENDED_KEY
-from tuner.space import ModelConfig, layers_of, parameter_count
+from tuner.space import ModelConfig, layers_of
 from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy
 
 #: Attributes of the trial, as its page and the table of trials show them.
 NOTE_KEY = "note"
-REACHED_KEY = "reached"
-COST_KEY = "cost"
+SEED_KEY = "seed"  # the study's
+AS_TRIAL_KEY = "as_trial"  # weights, shuffling and dropout are those of this number
+PRECISION_KEY = "precision"
 AGAIN_KEY = "train_again"
 
 _DRAW_SECONDS = 10.0  #: between two drawings of a trial that is being trained
@@ -50,9 +51,9 @@ class TrialPage:
         max_length = record.data.max_length
         known = {
             NOTE_KEY: "In training.",
-            "seed": f"{record.spec.seed}, as trial {record.spec.training.seeded_as(number)}",
-            "precision": self._tuned.precision_of(self._config),
-            "parameters": parameter_count(self._config, max_length),
+            SEED_KEY: record.spec.seed,
+            AS_TRIAL_KEY: record.spec.training.seeded_as(number),
+            PRECISION_KEY: self._tuned.precision_of(self._config),
             AGAIN_KEY: train_again(self._tuned, number),
         }
         attributes = self._attributes()
@@ -128,19 +129,11 @@ def notes(
     bracket: int | None,
     attributes: dict[str, object],
 ) -> dict[str, str]:
-    """Why a trial ended, what it reached, what it cost, and from where it was resumed.
+    """Why a trial ended, and from where it was resumed.
 
-    Three short attributes: the dashboard breaks no lines.
+    What it reached and what it cost are numbers: see `tuner.objective.figures_of`.
     """
-    said = {NOTE_KEY: _why(state, curve, max_epochs, eta, bracket, attributes)}
-    best = min(curve, key=lambda result: result.validation_loss, default=None)
-    if best is not None:
-        said[REACHED_KEY] = (
-            f"validation loss {best.validation_loss:.4f} nats, accuracy "
-            f"{best.validation_accuracy:.1%}, after epoch {best.epoch}"
-        )
-    spent = duration(sum(result.seconds for result in curve))
-    said[COST_KEY] = f"{counted(len(curve), 'epoch')}, {spent} of training"
+    said = _why(state, curve, max_epochs, eta, bracket, attributes)
     times = attributes.get(RESUMED_KEY)
     if isinstance(times, int) and times > 0:
         again = "once" if times == 1 else counted(times, "time")
@@ -148,8 +141,8 @@ def notes(
         where = (
             f"its checkpoint after epoch {after}" if after else "the start, without a checkpoint"
         )
-        said[COST_KEY] += f"; resumed {again}, the last time from {where}"
-    return said
+        said += f" Resumed {again}, the last time from {where}."
+    return {NOTE_KEY: said}
 
 
 def _why(
