@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from fakes import small_spec
 
 from tuner.attempt import TrainingTask, open_from_checkpoint
 from tuner.data import DevelopmentData
-from tuner.errors import TrialEndedError
+from tuner.errors import SetupError, TrialEndedError
 
 
 def task_of(checkpoint: bytes | None = None) -> TrainingTask:
@@ -114,7 +115,16 @@ def test_a_checkpoint_of_another_run_is_told_and_the_trial_begins_anew(opened, g
 
 
 @pytest.mark.parametrize(
-    "error", [TrialEndedError("out_of_memory", "building"), FileNotFoundError("rows"), ValueError()]
+    "error",
+    [
+        TrialEndedError("out_of_memory", "building"),
+        SetupError("no Keras"),
+        FileNotFoundError(errno.ENOENT, "rows"),
+        OSError(errno.EMFILE, "Too many open files"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        MemoryError(),
+        ValueError(),
+    ],
 )
 def test_what_is_not_the_checkpoints_fault_is_not_blamed_on_it(error: Exception) -> None:
     opened: list[TrainingTask] = []
@@ -129,6 +139,30 @@ def test_what_is_not_the_checkpoints_fault_is_not_blamed_on_it(error: Exception)
         open_from_checkpoint(task_of(None), fail)
     # Tried without it only where it might be to blame.
     assert len(opened) == (3 if isinstance(error, ValueError) else 2)
+
+
+def test_a_damaged_head_that_asks_for_all_memory_is_damage_and_no_want_of_memory(
+    opened, good: bytes
+) -> None:
+    # The first array's shape, in the text of its head.
+    shape = good.index(b"'shape': (")
+    damaged = good[: shape + 10] + b"9" + good[shape + 11 :]
+    _, unusable = open_from_checkpoint(task_of(damaged), opened)
+    assert unusable is not None
+    assert "damaged" in unusable
+
+
+def test_a_checkpoint_that_memory_has_no_room_for_is_not_blamed(
+    opened, good: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuner.model import tf
+
+    def exhausted(*_: object) -> None:
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating a tensor")
+
+    monkeypatch.setattr("tuner.training.load_weights", exhausted)
+    with pytest.raises(MemoryError, match="OOM when allocating"):
+        open_from_checkpoint(task_of(good), opened)
 
 
 LEAVER = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import signal
 import socket
@@ -13,14 +14,24 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import dask
 import psutil
 import pytest
 from clusters import assert_memory_is_kept, eventually
 from distributed import Client, Security
-from fakes import FakeRun, Notes, assert_whole, make_study, small_spec
+from fakes import (
+    FakeRun,
+    Notes,
+    assert_whole,
+    epoch_result,
+    loss_of,
+    make_study,
+    small_spec,
+)
 from optuna.trial import TrialState
 
 from tuner.artifacts import publish
@@ -280,34 +291,103 @@ def test_a_damaged_checkpoint_costs_epochs_and_never_its_trial(
     assert line.startswith("Trial 0 of small: its checkpoint cannot be used and was removed (JSON")
 
 
-def test_a_checkpoint_that_the_disk_does_not_give_back_costs_epochs_only(
+REFUSALS = [
+    OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+    OSError(errno.ENFILE, os.strerror(errno.ENFILE)),
+    PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
+    OSError(errno.EIO, os.strerror(errno.EIO)),
+    OSError(errno.ESTALE, os.strerror(errno.ESTALE)),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=str)
+def test_a_checkpoint_that_cannot_be_opened_is_waited_for_and_stays(
+    tmp_path: Path, local: Connection, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(local, "say", told.append)
+    monkeypatch.setattr("tuner.cluster._DISK_PAUSE_SECONDS", 0.2)
+    tuned = make_study(tmp_path, small_spec(trials=1, hyperband=None))
+    config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
+    rows = [asdict(epoch_result(loss_of(config, 0, epoch), epoch)) for epoch in (1, 2, 3)]
+    checkpoint = tuned.artifacts.checkpoint(0)
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text(json.dumps(rows))
+    read_bytes, refused = Path.read_bytes, []
+
+    def refuse(path: Path) -> bytes:
+        if path == checkpoint and len(refused) < 3:
+            refused.append(path)
+            assert path.exists()
+            raise error
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with cluster_of(local, tuned) as cluster:
+        epochs = cluster.train(config, seed=0, trial=0, rungs=())
+        trained_by = [int(epoch.seconds) for epoch in epochs]
+    assert len(refused) == 3
+    assert trained_by[:3] == [0, 0, 0]  # those of the checkpoint
+    assert 0 not in trained_by[3:]
+    (line,) = [line for line in told if "cannot be read" in line]
+    assert "Trial 0 of small: " in line
+    assert not [line for line in told if "was removed" in line]
+
+
+def test_a_stop_does_not_wait_for_a_checkpoint_that_cannot_be_opened(
     tmp_path: Path, local: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr(local, "say", told.append)
-    tuned = make_study(tmp_path, small_spec(trials=1))
-    tuned.artifacts.checkpoint(0).mkdir(parents=True)  # reading it fails as from a broken disk
+    tuned = make_study(tmp_path, small_spec(trials=1, hyperband=None))
+    checkpoint = tuned.artifacts.checkpoint(0)
+    checkpoint.mkdir(parents=True)  # as it is, it will never be read
     with cluster_of(local, tuned) as cluster:
-        epochs = cluster.train(
-            tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3}),
-            seed=0,
-            trial=0,
-            rungs=(),
+        coordinator = Coordinator(tuned, cluster, Notes())
+        stopper = threading.Thread(
+            target=lambda: eventually(lambda: bool(told)) and coordinator.stop("interrupted")
         )
-        assert len(list(epochs)) == 9
-    assert [line for line in told if "its checkpoint cannot be used" in line]
+        stopper.start()
+        assert coordinator.run() == "interrupted"
+        stopper.join()
+        (trial,) = tuned.trials()
+        assert trial.state == TrialState.RUNNING
+    assert checkpoint.exists()
+
+
+def test_a_worker_whose_system_refuses_files_fails_no_trial(
+    tmp_path: Path, local: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.cluster._DISK_PAUSE_SECONDS", 0.2)
+    mark = tmp_path / "refused"
+
+    class RefusedRun(FakeRun):
+        def __init__(self, task) -> None:
+            with contextlib.suppress(FileExistsError):
+                mark.touch(exist_ok=False)
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            super().__init__(task)
+
+    tuned = make_study(tmp_path, small_spec(trials=2))
+    notes = Notes()
+    with cluster_of(local, tuned, RefusedRun) as cluster:
+        Coordinator(tuned, cluster, notes).run()
+        assert_whole(tuned, 2)
+    (line,) = notes.said
+    assert "its worker was refused by its system (Too many open files); it" in line
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, kind: str, times: int) -> list[Path]:
     """Files of a kind cannot be written so many times; returns the attempts."""
     attempts: list[Path] = []
 
-    def write(path: Path, content: bytes) -> None:
+    def write(path: Path, content: bytes, **options: Any) -> None:
         if path.parent.name == kind:
             attempts.append(path)
             if len(attempts) <= times:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        publish(path, content)
+        publish(path, content, **options)
 
     monkeypatch.setattr("tuner.cluster.publish", write)
     monkeypatch.setattr("tuner.cluster._DISK_PAUSE_SECONDS", 0.2)

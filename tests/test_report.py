@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -568,6 +569,57 @@ def test_a_winner_with_large_logits_is_reported_by_the_loss_that_training_counte
     monkeypatch.setattr(TunedStudy, "ranked", lambda _: [trials[WINNER]])
     document = reported(tuned, evaluate=sure).document
     assert document["validation"]["loss"] == pytest.approx(counted, rel=1e-4)
+
+
+OUTAGES = [
+    OSError(errno.EMFILE, "Too many open files"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    OSError(errno.EIO, "Input/output error"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUTAGES, ids=str)
+@pytest.mark.parametrize("which", ["weights", "development"])
+def test_a_file_that_cannot_be_opened_is_told_and_not_called_damaged(
+    tuned: TunedStudy, monkeypatch: pytest.MonkeyPatch, which: str, error: Exception
+) -> None:
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.parent.name == which:
+            raise error
+        return read_bytes(path)
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(StudyError, match="Nothing was opened") as told:
+            reported(tuned)
+    assert (getattr(error, "strerror", None) or "MemoryError") in str(told.value)
+    assert "amaged" not in str(told.value)
+    assert tuned.storage.ledger() == ()
+    assert reported(tuned).opened_now
+
+
+@pytest.mark.parametrize("error", [OUTAGES[0], OUTAGES[-1]], ids=str)
+@pytest.mark.parametrize(("calls", "opened"), [(0, 0), (1, 1)])
+def test_an_evaluation_that_the_system_refuses_is_told(
+    tuned: TunedStudy, error: Exception, calls: int, opened: int
+) -> None:
+    before: list[int] = []
+
+    def refused(
+        config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[np.float64]:
+        if len(before) == calls:
+            raise error
+        before.append(len(tokens))
+        return predict(config, weights, tokens)
+
+    with pytest.raises(StudyError, match=r"evaluated.*once that is solved, report again") as told:
+        reported(tuned, evaluate=refused)
+    assert "amaged" not in str(told.value)
+    assert len(tuned.storage.ledger()) == opened
 
 
 def test_a_study_without_a_fully_trained_trial_has_no_winner(

@@ -220,6 +220,68 @@ def test_a_checkpoint_whose_history_lacks_a_field_or_has_one_more_is_resumed(
     assert next(second.epochs()).epoch == 2
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 4},
+        {"precision": "bfloat16"},
+        {"config": dataclasses.replace(CONFIG, learning_rate=0.01)},  # the same shapes
+        {"config": dataclasses.replace(CONFIG, bias_l2=1e-3)},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_configuration_or_precision_is_refused(
+    tensors: TensorData, changes: dict[str, Any]
+) -> None:
+    checkpoint = training_run(tensors).checkpoint()
+    with pytest.raises(ValueError, match="of another run"):
+        training_run(tensors, **changes, checkpoint=checkpoint)
+
+
+def train_nothing(results: list[EpochResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs with these results, each of which marks the weights with its number."""
+
+    def epoch_of(run: TrainingRun, epoch: int) -> EpochResult:
+        embeddings = run._model.get_layer("embedding").embeddings
+        embeddings.assign(np.full(embeddings.shape, epoch))
+        return results[epoch - 1]
+
+    monkeypatch.setattr(TrainingRun, "_epoch", epoch_of)
+
+
+def marked_by(run: TrainingRun) -> int:
+    """The epoch whose weights are kept as the best."""
+    return int(training._unpacked(run.best_weights())["embedding/embeddings"][0, 0])
+
+
+def test_of_equal_losses_the_weights_of_the_first_epoch_stay(
+    tensors: TensorData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_nothing(made_up(0.7, 0.6, 0.6, 0.6), monkeypatch)
+    run = training_run(tensors)
+    list(run.epochs())
+    assert (run._best_epoch, marked_by(run)) == (2, 2)
+
+
+@pytest.mark.parametrize(("after", "best"), [(3, 2), (4, 2), (5, 5)])
+def test_best_weights_outlive_a_resumption_after_worse_epochs(
+    tensors: TensorData, monkeypatch: pytest.MonkeyPatch, after: int, best: int
+) -> None:
+    train_nothing(made_up(0.7, 0.5, 0.6, 0.55, 0.4, 0.45), monkeypatch)
+    first = training_run(tensors, max_epochs=after)
+    list(first.epochs())
+    resumed = training_run(tensors, max_epochs=after, checkpoint=first.checkpoint())
+    assert resumed.finished
+    assert marked_by(resumed) == best
+    last = training_run(tensors, max_epochs=6, checkpoint=resumed.checkpoint())
+    list(last.epochs())
+    assert marked_by(last) == 5
+    # What it trains on with is the last epoch, not the best one.
+    assert int(training._unpacked(first.checkpoint())["weights/embedding/embeddings"][0, 0]) == (
+        after
+    )
+
+
 def test_it_learns_and_best_weights_are_those_of_the_best_epoch(
     tensors: TensorData, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import ipaddress
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -740,6 +742,18 @@ def test_rows_are_fetched_once_for_all_workers_of_a_machine(
     copy.write_bytes(b"damaged")
     assert development_file("elsewhere", sha256, fetch).read_bytes() == b"rows"
     assert len(fetched) == 2
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_rows_that_cannot_be_opened_now_are_not_taken_for_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        development_file(str(tmp_path / "rows.npz"), "0" * 64, lambda: None)
 
 
 def test_rows_with_another_hash_are_not_used(

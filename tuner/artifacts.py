@@ -50,6 +50,10 @@ class StudyArtifacts:
         """Where a running trial goes on from; removed when the trial ends."""
         return self.folder / "checkpoints" / f"{trial}.npz"
 
+    def drop_checkpoint(self, trial: int) -> None:
+        """Removes it; `tidy` removes what could not be."""
+        _remove(self.checkpoint(trial))
+
     def weights(self, trial: int) -> Path:
         """The best weights of a finished trial, kept for the best trials only."""
         return self.folder / "weights" / f"{trial}.npz"
@@ -110,7 +114,7 @@ class StudyArtifacts:
         """Removes the weights of every trial but these."""
         for path in (self.folder / "weights").glob("*.npz"):
             if path.stem.isdigit() and int(path.stem) not in trials:
-                path.unlink(missing_ok=True)
+                _remove(path)
 
     def tidy(self, open_trials: set[int]) -> None:
         """Removes what a coordinator that was killed left: for who holds the study's lease alone.
@@ -119,10 +123,10 @@ class StudyArtifacts:
         """
         for folder in (self.folder / "checkpoints", self.folder / "weights"):
             for path in folder.glob(f".*{_UNFINISHED}"):
-                path.unlink(missing_ok=True)
+                _remove(path)
         for path in (self.folder / "checkpoints").glob("*.npz"):
             if path.stem.isdigit() and int(path.stem) not in open_trials:
-                path.unlink(missing_ok=True)
+                _remove(path)
 
     def bytes_on_disk(self, hanging: Iterable[str] = ()) -> int:
         """What its own files take, and those with these ids that hang in the dashboard.
@@ -172,6 +176,12 @@ def artifact_store(root: Path) -> FileSystemArtifactStore:
 def development_path(root: Path, sha256: str) -> Path:
     """Training and validation rows, named by their content: studies may share them."""
     return root / "development" / f"{sha256}.npz"
+
+
+def _remove(path: Path) -> None:
+    """Removes a file that is not needed any more; one that stays costs room, and no study."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:

@@ -29,7 +29,7 @@ from distributed import Status, Worker, WorkerPlugin, get_client, get_worker
 
 from tuner.curves import EpochResult
 from tuner.delivery import development_file
-from tuner.errors import EndReason, SetupError, TrialEndedError
+from tuner.errors import EndReason, SetupError, TrialEndedError, is_outage
 from tuner.precision import Precision
 from tuner.processes import SAME_SIGNAL_SECONDS, THREADS_VARIABLE, UNFIT, silence_dask
 from tuner.space import ModelConfig
@@ -163,10 +163,10 @@ def open_from_checkpoint(task: TrainingTask, open_run: OpenRun) -> tuple[Run, st
     """
     try:
         return open_run(task), None
-    except (TrialEndedError, OSError, SetupError):  # no memory; no development rows; no Keras
+    except (TrialEndedError, SetupError):
         raise
     except Exception as error:
-        if task.checkpoint is None:
+        if task.checkpoint is None or is_outage(error):  # no development rows; no memory
             raise
         # Half a file, another run's, one of an older version: each fails in a way of its own. It
         # is the checkpoint's fault where it works without.

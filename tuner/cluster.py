@@ -41,6 +41,8 @@ from tuner.errors import (
     WorkerLeftError,
     WorkerLostError,
     counted,
+    is_outage,
+    reason_of,
 )
 from tuner.logs import about
 from tuner.processes import (
@@ -85,9 +87,9 @@ _NO_WORKERS_SECONDS = 10.0  #: without any worker for this long, a launch does n
 _WORKERS_GONE_SECONDS = 5.0  #: without any worker for this long, the user is told
 _LOCAL_RESTART_SECONDS = 20.0  #: the same, where Dask starts them again by itself
 _LOCAL_WORKERS_GONE_SECONDS = 60.0  #: workers of this machine come back within seconds, or never
-_DISK_PAUSE_SECONDS = 5.0  #: between two attempts to write to a disk that was full
-#: The disk is full, over its quota, over the limit for one file, or broken.
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_DISK_PAUSE_SECONDS = 5.0  #: between two attempts to read or write what the system refused
+#: The disk is full, over its quota, or over the limit for one file.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Connection:
@@ -122,6 +124,7 @@ class Connection:
         self._topics: dict[str, Callable[[Any], None]] = {}
         self._kept_short: set[str] = set()
         self._offers: dict[str, Path] = {}
+        self._undelivered: set[str] = set()
         self._on_loss: list[Callable[[], None]] = []
         self._slots = 0
         self._has_fast_bfloat16 = False
@@ -236,7 +239,8 @@ class Connection:
             return
         with self._lock:
             self._offers[sha256] = path
-            with contextlib.suppress(Exception):  # the client that comes next delivers it
+            self._undelivered.add(sha256)
+            with contextlib.suppress(Exception):  # the next look delivers it, or the next client
                 self._deliver(sha256, path)
 
     def on_loss(self, tell: Callable[[], None]) -> None:
@@ -268,6 +272,14 @@ class Connection:
             content = path.read_bytes()
             self._client.set_metadata(keys, content)
             self._client.set_metadata(length, len(content))
+        self._undelivered.discard(sha256)
+
+    def _deliver_the_rest(self) -> None:
+        """Delivers what could not be read before, for want of descriptors for instance."""
+        with self._lock:
+            for sha256 in list(self._undelivered):
+                with contextlib.suppress(OSError):
+                    self._deliver(sha256, self._offers[sha256])
 
     def _keep_looking(self) -> None:
         while not self._closed.is_set():
@@ -280,6 +292,7 @@ class Connection:
                     raise OSError("the client lost its scheduler")
                 self._look()
                 self._up.set()
+                self._deliver_the_rest()
             except Exception as error:  # noqa: BLE001 - whatever it is, a new client is the answer
                 if not self._closed.is_set():
                     self._replace_client(is_silent=isinstance(error, TimeoutError))
@@ -423,7 +436,7 @@ class Cluster:
         self._news: dict[str, int] = {}  # orders that were not sent yet
         self._lock = threading.Lock()
         self._pausing = False
-        self._was_disk_full = False
+        self._is_unwritable = False
         self._wake = threading.Event()
         self._closed = threading.Event()
         connection.subscribe(self._events, self._hear)
@@ -589,6 +602,11 @@ class Cluster:
                 error = message.exception()
                 if isinstance(error, KilledWorker):
                     raise _death(attempt)
+                if is_outage(error) and not isinstance(error, FileNotFoundError):
+                    self._wait_for_the_system()
+                    raise WorkerLeftError(
+                        f"its worker was refused by its system ({reason_of(error)})"
+                    ) from error
                 raise error
 
     def _note_worker(self, trial: int, opened: _Opened) -> None:
@@ -618,19 +636,45 @@ class Cluster:
             self._keep_weights(trial, outcome.best_weights)
 
     def _read_checkpoint(self, trial: int) -> bytes | None:
-        try:
-            return self._tuned.artifacts.checkpoint(trial).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            self._drop_checkpoint(trial, str(error))
-            return None
+        """The trial's checkpoint, however long it takes until it can be read; None without one.
+
+        Raises:
+            TrainingPausedError: The study is stopped meanwhile; the trial stays open.
+        """
+        path = self._tuned.artifacts.checkpoint(trial)
+        is_told = False
+        while True:
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                return None
+            except (OSError, MemoryError) as error:
+                if not is_told:
+                    is_told = True
+                    self._say(
+                        f"Trial {trial} of {self._tuned.name}: {path} cannot be read "
+                        f"({reason_of(error)}); the trial waits until it can. Nothing is lost. "
+                        "Without that file it would train again from epoch 1.",
+                        trial,
+                    )
+            self._wait_for_the_system()
+
+    def _wait_for_the_system(self) -> None:
+        """The pause before what the system refused is tried again.
+
+        Raises:
+            TrainingPausedError: The study is stopped; the trial stays open.
+        """
+        waited = 0.0
+        while waited < _DISK_PAUSE_SECONDS:
+            if self._pausing or self._closed.wait(0.2):
+                raise TrainingPausedError
+            waited += 0.2
 
     def _drop_checkpoint(self, trial: int, reason: str) -> None:
         """A checkpoint that cannot be used costs epochs, never its trial."""
         self._tuned.storage.renews_lease()
-        with contextlib.suppress(OSError):  # the next one takes its place
-            self._tuned.artifacts.checkpoint(trial).unlink(missing_ok=True)
+        self._tuned.artifacts.drop_checkpoint(trial)  # else the next one takes its place
         self._say(
             f"Trial {trial} of {self._tuned.name}: its checkpoint cannot be used and was removed "
             f"({reason.splitlines()[0][:200] if reason else 'no reason given'}). It trains again "
@@ -647,11 +691,9 @@ class Cluster:
         try:
             self._publish(self._tuned.artifacts.checkpoint(trial), content)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
-                raise
-            self._say_disk_is_full(error)
+            self._say_cannot_be_written(error)
         else:
-            self._was_disk_full = False
+            self._is_unwritable = False
 
     def _keep_weights(self, trial: int, content: bytes) -> None:
         """Writes the best weights, however long the disk takes to have room.
@@ -663,17 +705,11 @@ class Cluster:
             try:
                 self._publish(self._tuned.artifacts.weights(trial), content)
             except OSError as error:
-                if error.errno not in _DISK_ERRORS:
-                    raise
-                self._say_disk_is_full(error)
+                self._say_cannot_be_written(error)
             else:
-                self._was_disk_full = False
+                self._is_unwritable = False
                 return
-            waited = 0.0
-            while waited < _DISK_PAUSE_SECONDS:
-                if self._pausing or self._closed.wait(0.2):
-                    raise TrainingPausedError
-                waited += 0.2
+            self._wait_for_the_system()
 
     def _publish(self, path: Path, content: bytes) -> None:
         """Writes a file of the study's while this process certainly drives it.
@@ -683,12 +719,13 @@ class Cluster:
         """
         publish(path, content, only_if=self._tuned.storage.renews_lease)
 
-    def _say_disk_is_full(self, error: OSError) -> None:
-        if not self._was_disk_full:
-            self._was_disk_full = True
+    def _say_cannot_be_written(self, error: OSError) -> None:
+        if not self._is_unwritable:
+            self._is_unwritable = True
+            remedy = " for room. Free some" if error.errno in _FULL else ""
             self._say(
-                f"{self._tuned.artifacts.folder} cannot be written ({error.strerror}): checkpoints "
-                "are skipped, and finished trials wait for room. Free some; nothing is lost."
+                f"{self._tuned.artifacts.folder} cannot be written ({reason_of(error)}): "
+                f"checkpoints are skipped, and finished trials wait{remedy}; nothing is lost."
             )
 
     def _allow(self, attempt: _Attempt, until: int) -> None:

@@ -430,7 +430,7 @@ class Coordinator:
         # Who was frozen since, and replaced, would remove what the next coordinator needs.
         self._tuned.storage.renews_lease()
         artifacts = self._tuned.artifacts
-        artifacts.checkpoint(trial.number).unlink(missing_ok=True)
+        artifacts.drop_checkpoint(trial.number)
         if state == TrialState.COMPLETE:
             with self._deciding:
                 best = {kept.number for kept in self._tuned.ranked()[:KEPT_WEIGHTS]}

@@ -233,10 +233,12 @@ def load_development(path: Path, sha256: str | None = None) -> DevelopmentData:
 
     Raises:
         DataError: The file is missing, damaged, or not the one that was asked for.
+        OSError: It cannot be opened or read.
+        MemoryError: There is no room for it.
     """
     remedy = "launch the study again: that writes the file anew"
     problems = _Problems()
-    content = _read_bytes(path, str(path), problems)
+    content = _read_bytes(path, str(path), problems, outages=True)
     problems.raise_if_any()
     found = hashlib.sha256(content).hexdigest()
     if sha256 is not None and found != sha256:
@@ -251,6 +253,8 @@ def load_development(path: Path, sha256: str | None = None) -> DevelopmentData:
                 validation_labels=_member(archive, "validation_labels"),
             )
     except (KeyError, _DamagedError) as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise error.__cause__ from None
         problems.add(str(path), f"is no development file ({error}); {remedy}")
         problems.raise_if_any()
     return development
@@ -917,8 +921,11 @@ def _resolve(name: str, folder: Path) -> Path:
     return folder / (Path(name).expanduser() if name.startswith("~/") else Path(name))
 
 
-def _read_bytes(path: Path, file: str, problems: _Problems) -> bytes:
-    """The file's bytes; none, with a problem added, where there are none to be had."""
+def _read_bytes(path: Path, file: str, problems: _Problems, *, outages: bool = False) -> bytes:
+    """The file's bytes; none, with a problem added, where there are none to be had.
+
+    With `outages`, what keeps the system from reading it is raised as it is.
+    """
     content = b""
     try:
         if path.is_dir():
@@ -937,6 +944,8 @@ def _read_bytes(path: Path, file: str, problems: _Problems) -> bytes:
             if not content:
                 problems.add(file, "is empty; was it copied or written to the end?", value=file)
     except OSError as error:
+        if outages:
+            raise
         problems.add(file, f"cannot be read: {error.strerror or error}", value=file)
     return content
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import platformdirs
 
 from tuner.artifacts import development_path, make_folder, new_file_mode, publish
 
+_STARVED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 CACHE_VARIABLE = "TUNER_CACHE"  #: the folder of this machine's copies, instead of the user's cache
 
 
@@ -70,5 +72,7 @@ def one_process_at_a_time(lock: Path) -> Iterator[None]:
 def _is_it(path: Path, sha256: str) -> bool:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-    except OSError:
+    except OSError as error:
+        if error.errno in _STARVED:  # nothing is known of the file, nor could another be read
+            raise
         return False

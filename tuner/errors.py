@@ -16,6 +16,23 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
+def is_outage(error: BaseException) -> bool:
+    """Whether the system failed to read or write: nothing is said about what stands in a file.
+
+    No descriptors, no permission, no memory, a disk that fails: what is tried again may succeed.
+    An `OSError` without a number is a library's word for content that it does not understand.
+    """
+    if isinstance(error, OSError):
+        return error.errno is not None
+    return isinstance(error, MemoryError)
+
+
+def reason_of(error: BaseException) -> str:
+    """The error in a few words: "Too many open files", "MemoryError"."""
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return (strerror or str(error) or type(error).__name__).splitlines()[0][:200]
+
+
 class TunerError(Exception):
     """Something the user can mend. The message stands alone: no traceback is needed."""
 

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.artifacts import publish, require_writable
 from tuner.curves import ACCURACY_KEY, BEST_EPOCH_KEY, PARAMETERS_KEY, ROC_AUC_KEY, SECONDS_KEY
 from tuner.data import PAIR
-from tuner.errors import StudyError, TunerError
+from tuner.errors import StudyError, TunerError, reason_of
 from tuner.objective import DETAIL_KEY, ENDED_KEY, curve_of
 from tuner.space import ModelConfig, space_of
 from tuner.spec import name_problem
@@ -370,13 +370,20 @@ def write_model(tuned: TunedStudy, exported: ExportedConfig, path: Path) -> None
         TunerError: They cannot be read, or the file cannot be written.
     """
     kept = tuned.artifacts.weights(exported.trial)
-    if not kept.exists():
+    try:
+        packed = kept.read_bytes()
+    except FileNotFoundError:
         raise StudyError(
             f"The weights of trial {exported.trial} are not in {kept.parent}: only those of the "
             "best trials are kept. Ask for fewer (--top), or launch the exported study file."
-        )
+        ) from None
+    except (OSError, MemoryError) as error:
+        raise TunerError(
+            f"{kept} cannot be read ({reason_of(error)}), which says nothing about what is in it; "
+            "once that is solved, export again."
+        ) from error
     try:
-        with np.load(kept) as weights:
+        with np.load(io.BytesIO(packed)) as weights:
             arrays = {name: weights[name] for name in weights.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise TunerError(

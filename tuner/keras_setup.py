@@ -75,7 +75,16 @@ with _undisturbed_import():
     import tensorflow as tf
     from keras import layers, ops
 
-__all__ = ["keras", "layers", "ops", "set_keras", "tf"]
+__all__ = ["keras", "layers", "memory_errors", "ops", "set_keras", "tf"]
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raises Python's MemoryError where TensorFlow has its own."""
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        raise MemoryError((str(error) or type(error).__name__).splitlines()[0]) from error
 
 
 def set_keras() -> None:

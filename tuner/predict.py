@@ -7,6 +7,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 
+from tuner.keras_setup import memory_errors
 from tuner.model import build_model, load_weights, logit_model
 from tuner.space import ModelConfig
 
@@ -25,11 +26,13 @@ def logits(
 
     Raises:
         ValueError: The weights are of another network.
+        MemoryError: There is no room to compute them.
     """
-    model = build_model(config, tokens.shape[1])
-    with np.load(io.BytesIO(weights), allow_pickle=False) as arrays:
-        load_weights(model, dict(arrays))
-    network = logit_model(model)
-    batches = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
-    predicted = [network(batch, training=False).numpy()[:, 0] for batch in batches]
+    with memory_errors():
+        model = build_model(config, tokens.shape[1])
+        with np.load(io.BytesIO(weights), allow_pickle=False) as arrays:
+            load_weights(model, dict(arrays))
+        network = logit_model(model)
+        batches = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
+        predicted = [network(batch, training=False).numpy()[:, 0] for batch in batches]
     return np.concatenate([np.empty(0), *predicted])

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner import heldout, overlap, report_page, study
 from tuner.artifacts import development_path, publish, require_writable
 from tuner.data import DevelopmentData, load_development
-from tuner.errors import LeaseLostError, StudyError, TunerError, counted
+from tuner.errors import LeaseLostError, StudyError, TunerError, counted, is_outage, reason_of
 from tuner.export import config_hash
 from tuner.metrics import Metrics, measure, roc_curve
 from tuner.objective import ENDED_KEY, curve_of
@@ -179,8 +179,15 @@ def _open_and_evaluate(
             raise StudyError(
                 f"{_lost(tuned)} Nothing was opened; report again once it is finished."
             ) from error
-        logits = _predict(evaluate, config, weights, rows.tokens)
-        test = measure(rows.labels, logits)
+        try:
+            logits = _predict(evaluate, config, weights, rows.tokens)
+            test = measure(rows.labels, logits)
+        except (OSError, MemoryError) as error:
+            raise StudyError(
+                f"The test split was opened (ledger entry {entry}), but trial {winner.number} "
+                f"could not be evaluated ({reason_of(error)}); once that is solved, report again, "
+                "which opens the split once more."
+            ) from error
         document = {
             "study": tuned.name,
             "trial": winner.number,
@@ -337,9 +344,9 @@ def _kept_weights(tuned: TunedStudy, winner: FrozenTrial) -> bytes:
     path = tuned.artifacts.weights(winner.number)
     try:
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise StudyError(
-            f"{path}: {error.strerror or error}. The winner, trial {winner.number}, is evaluated "
+            f"{path}: {reason_of(error)}. The winner, trial {winner.number}, is evaluated "
             "from the weights that were kept there, never trained again. If the study ran with "
             "another artifacts folder, name that one (TUNER_ARTIFACTS). Nothing was opened."
         ) from error
@@ -362,7 +369,12 @@ def _validation_metrics(
     try:
         logits = _predict(evaluate, config, weights, development.validation_tokens)
         metrics = measure(development.validation_labels, logits)
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, OSError, MemoryError, zipfile.BadZipFile) as error:
+        if is_outage(error):
+            raise StudyError(
+                f"Trial {winner.number} cannot be evaluated now ({reason_of(error)}); once that "
+                "is solved, report again. Nothing was opened."
+            ) from error
         raise StudyError(
             f"{path}: the network of trial {winner.number} cannot be made from these weights "
             f"({error}). Was the file damaged, or written by another version? Put a sound copy "
@@ -388,7 +400,13 @@ def _development(tuned: TunedStudy) -> DevelopmentData:
             "validation split, which is in there. `tuner launch` with the study file writes it "
             "again and trains nothing. Nothing was opened."
         )
-    return load_development(path, tuned.record.development_sha256)
+    try:
+        return load_development(path, tuned.record.development_sha256)
+    except (OSError, MemoryError) as error:
+        raise StudyError(
+            f"{path} cannot be read ({reason_of(error)}), which says nothing about what is in it; "
+            "once that is solved, report again. Nothing was opened."
+        ) from error
 
 
 def _changed_versions(tuned: TunedStudy) -> str:

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import time
+import zipfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +22,7 @@ import numpy as np
 from tuner.curves import EpochResult
 from tuner.data import DevelopmentData
 from tuner.errors import TrialEndedError
+from tuner.keras_setup import memory_errors
 from tuner.metrics import area_under_curve
 from tuner.model import (
     build_model,
@@ -42,13 +44,17 @@ SGD_MOMENTUM = 0.9  # Keras' default is none, with which these networks hardly m
 
 
 class TensorData:
-    """The development rows as tensors in memory, made once a process and shared by its trials."""
+    """The development rows as tensors in memory, made once a process and shared by its trials.
+
+    Of each split: tokens, uint8 [n, max_length], and labels, float32 [n], 0 or 1.
+    """
 
     def __init__(self, data: DevelopmentData) -> None:
-        self.training_tokens = tf.constant(data.training_tokens, tf.uint8)  # [n, max_length]
-        self.training_labels = tf.constant(data.training_labels, tf.float32)  # [n], 0 or 1
-        self.validation_tokens = tf.constant(data.validation_tokens, tf.uint8)  # [m, max_length]
-        self.validation_labels = tf.constant(data.validation_labels, tf.float32)  # [m]
+        with memory_errors():
+            self.training_tokens = tf.constant(data.training_tokens, tf.uint8)
+            self.training_labels = tf.constant(data.training_labels, tf.float32)
+            self.validation_tokens = tf.constant(data.validation_tokens, tf.uint8)
+            self.validation_labels = tf.constant(data.validation_labels, tf.float32)
 
     @property
     def training_rows(self) -> int:
@@ -98,7 +104,8 @@ class TrainingRun:
 
         Raises:
             TrialEndedError: The network does not fit into memory.
-            ValueError: The checkpoint is of another run.
+            ValueError: The checkpoint is damaged, or of another run.
+            MemoryError: There is no room to open it.
         """
         self._data = data
         self._validation_labels = data.validation_labels.numpy().astype(np.uint8)  # [m]
@@ -125,7 +132,8 @@ class TrainingRun:
         self.history = []
         self._best_weights = named_weights(self._model)
         if checkpoint is not None:
-            self._resume(checkpoint)
+            with memory_errors():
+                self._resume(checkpoint)
 
     @property
     def finished(self) -> bool:
@@ -451,8 +459,9 @@ def _right(logits: Any, labels: Any) -> Any:
 @contextmanager
 def _out_of_memory_ends_the_trial(where: str) -> Iterator[None]:
     try:
-        yield
-    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+        with memory_errors():
+            yield
+    except MemoryError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise TrialEndedError("out_of_memory", f"{where}: {reason}") from error
 
@@ -464,5 +473,9 @@ def _packed(arrays: Mapping[str, Any]) -> bytes:
 
 
 def _unpacked(packed: bytes) -> dict[str, Any]:
+    # First of all: an array's damaged head may ask for more memory than there is.
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} in it is damaged")
     with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
         return dict(arrays)
