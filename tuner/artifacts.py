@@ -81,7 +81,7 @@ class StudyArtifacts:
         Raises:
             OSError: It cannot be written.
         """
-        identity = self._hung(name, trial)
+        identity = self.identity(name, trial)
         publish(
             dashboard_folder(self.folder.parent) / identity, content, durable=False, only_if=only_if
         )
@@ -94,7 +94,8 @@ class StudyArtifacts:
         }
         return f"{HUNG_PREFIX}{identity}", json.dumps(described)
 
-    def _hung(self, name: str, trial: int | None) -> str:
+    def identity(self, name: str, trial: int | None) -> str:
+        """The id under which `hang` hangs a file; those of other people's are random."""
         place = f"{self.folder.name}/{'study' if trial is None else trial}/{name}"
         return str(uuid.uuid5(_HUNG, place))
 
@@ -102,7 +103,7 @@ class StudyArtifacts:
         """Removes what `hang` wrote for these trials, also where a crash left no attribute."""
         for trial in trials:
             for name in (CURVES_FILE, NETWORK_FILE):
-                self.take_down(self._hung(name, trial))
+                self.take_down(self.identity(name, trial))
 
     def take_down(self, identity: str) -> None:
         """Removes a file that `hang`, or a user of the dashboard, put there."""

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import re
 import signal
 import socket
@@ -19,7 +20,7 @@ import ssl
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +30,6 @@ from urllib.parse import quote
 
 import optuna_dashboard
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage
-from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from tornado.http1connection import HTTP1Connection
 from tornado.httputil import (
@@ -60,10 +59,20 @@ from tuner.access import (
     is_loopback,
     networks,
 )
-from tuner.artifacts import artifact_store
+from tuner.artifacts import artifact_store, dashboard_folder
 from tuner.connections import MOST_OF_AN_ADDRESS, LimitedServer, raise_descriptor_limit
 from tuner.errors import StorageError, TunerError, counted
 from tuner.health import ALIVE, NO_DATABASE, READY, Health
+from tuner.optuna_requests import (
+    DELETE_STUDY,
+    Asked,
+    Checks,
+    ReadableStudies,
+    Refused,
+    Route,
+    Uploads,
+    find_route,
+)
 from tuner.storage import Storage
 from tuner.study import RECORD_KEY, load
 from tuner.study import delete as delete_study
@@ -71,36 +80,10 @@ from tuner.study import delete as delete_study
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-#: These plots draw every pair of parameters; the contour of 2,000 trials with 10 parameters was
-#: answered with 4.46 GB after 107 s.
-_PLOT_OF_PAIRS = re.compile(r"/api/studies/(\d+)/plot/(contour|rank)")
-#: A contour needs about 20 bytes a cell.
-_MAX_CELLS = 1_000_000
-
-#: Nothing in a storage has such a number, and SQLite refuses to look for it.
-_NO_ID = re.compile(r"/-?\d{19,}(/|$)")
-_DELETE_STUDY = re.compile(r"/api/studies/(\d+)")
-_NOTE = re.compile(r"/api/studies/\d+(/\d+)?/note")
-#: Notes are written in pieces of two kilobytes, and sent with every look at the study: one of
-#: 15 MB kept the storage from everybody for 13 s.
-_MAX_NOTE_BYTES = 128 * 1024
-#: What Optuna's dashboard may change: what people write about a study, and files beside it.
-#: Not on this list: creating and renaming studies (a renamed one is another study), telling
-#: trials and their attributes (the coordinator's business), and what is still to come.
-_CHANGES = (
-    ("PUT", _NOTE),
-    ("POST", re.compile(r"/api/artifacts/\d+(/\d+)?")),
-    ("DELETE", re.compile(r"/api/artifacts/\d+(/\d+)?/[0-9a-fA-F-]+")),
-    ("DELETE", _DELETE_STUDY),
-)
-
-#: Answers that many browsers ask for again and again, and for how many seconds one is given out.
-_KEPT = (
-    (re.compile(r"/api/studies(/\d+)?"), 2.0),
-    (re.compile(r"/api/studies/\d+/(param_importances|plot/\w+)"), 10.0),
-)
+#: Answers that many browsers ask for again and again are given out for a moment.
 _LONGEST_KEPT_SECONDS = 10.0  #: what took long to answer is given out for up to so long
 _KEPT_BYTES = 128 * 1024 * 1024  #: of all such answers together
+_KEPT_ANSWERS = 256
 
 _MAX_BODY_BYTES = 16 * 1024 * 1024
 _MAX_HEADER_BYTES = 32 * 1024
@@ -122,13 +105,17 @@ _DASHBOARD_POLICY = (
     "worker-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'"
 )
-#: A file that somebody uploaded runs in an origin of its own: no cookie, no request, no frame of
-#: another site around it.
+#: A file is shown in an origin of its own: no cookie, no request, no frame of another site around
+#: it. Scripts run in pages that the tuner wrote, and in no other.
 SANDBOX_POLICY = (
-    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; "
+    "sandbox{scripts}; default-src 'none'; script-src {sources}; "
     "style-src 'unsafe-inline'; img-src data: blob:; font-src data:; media-src 'self'; "
     "frame-ancestors 'self'"
 )
+_OWN_PAGE_POLICY = SANDBOX_POLICY.format(
+    scripts=" allow-scripts", sources="'unsafe-inline' 'unsafe-eval'"
+)
+_OTHERS_PAGE_POLICY = SANDBOX_POLICY.format(scripts="", sources="'none'")
 
 
 #: What is added to Optuna's page: the way to ours, and what hides the buttons that are refused.
@@ -290,14 +277,10 @@ def make_app(
 
 #: In the WSGI environment, behind a proxy: whether the request came through it.
 _FROM_PROXY = "tuner.from_proxy"
+#: In the WSGI environment: the file that is asked for is a page of the tuner's own.
+_OWN_PAGE = "tuner.own_page"
 #: In the WSGI environment: the request has its entry in the record of changes.
 _RECORDED = "tuner.recorded"
-
-
-class _Refused(Exception):  # noqa: N818 - an answer, no error
-    def __init__(self, status: str, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, list(headers)
 
 
 class Guard:
@@ -326,55 +309,53 @@ class Guard:
             body = self._answer(environ, answer, path)
             self._record_a_refusal(environ, answer, path)
             return body
-        except _Refused as refused:
+        except Refused as refused:
             body = answer.refuse(refused)
             self._record_a_refusal(environ, answer, path, refused.message)
             return body
         except (StorageError, OSError) as error:
-            return answer.refuse(_Refused("503 Service Unavailable", str(error)))
+            return answer.refuse(Refused("503 Service Unavailable", str(error)))
         except (StorageInternalError, SQLAlchemyError):  # the driver's own words, with SQL
-            return answer.refuse(_Refused("503 Service Unavailable", NO_DATABASE))
+            return answer.refuse(Refused("503 Service Unavailable", NO_DATABASE))
         except TunerError as error:
-            return answer.refuse(_Refused("409 Conflict", str(error)))
+            return answer.refuse(Refused("409 Conflict", str(error)))
         except Exception as error:  # noqa: BLE001 - a request without an answer hangs the browser
             what = f"{environ.get('REQUEST_METHOD')} {path!r}: {type(error).__name__}: {error}"
             logging.getLogger(logs.OURS).error(what)
-            return answer.refuse(_Refused("500 Internal Server Error", "Something broke here."))
+            return answer.refuse(Refused("500 Internal Server Error", "Something broke here."))
 
     def _answer(self, environ: WSGIEnvironment, answer: _Secured, path: str) -> Iterable[bytes]:
         method = environ["REQUEST_METHOD"]
         if not environ.get(_FROM_PROXY, True):
-            raise _Refused(
+            raise Refused(
                 "403 Forbidden",
                 "This dashboard stands behind a proxy and answers to that alone; --trust-proxy "
                 "names one more.",
             )
         if not self._policy.names_host(environ):
-            raise _Refused(
+            raise Refused(
                 "421 Misdirected Request",
                 "This dashboard does not answer to that name; --allow-host gives it one more.",
             )
         if method not in READING | WRITING:
             allow = ", ".join(sorted(READING | WRITING))
-            raise _Refused("405 Method Not Allowed", f"Use {allow}.", [("Allow", allow)])
+            raise Refused("405 Method Not Allowed", f"Use {allow}.", [("Allow", allow)])
         if method in WRITING and not self._policy.is_same_origin(environ):
-            raise _Refused("403 Forbidden", "That came from another site's page.")
+            raise Refused("403 Forbidden", "That came from another site's page.")
         if path in pages.PUBLIC or path.startswith(f"{pages.ROOT}/static/"):
             return self._pages(environ, answer)
         visitor = self._visitor(environ)
         if visitor is None:
             raise self._login_first(environ, path)
         environ[pages.VISITOR_KEY] = visitor
-        if not pages.is_ours(path) and _NO_ID.search(path):
-            raise _Refused("404 Not Found", "Nothing has that number.")
         if method in WRITING:
             return self._change(environ, answer, path, visitor)
         if pages.is_ours(path):
             return self._pages(environ, answer)
-        self._refuse_a_large_plot(path)
-        # The dashboard fails on a request that does not say what encodings it takes.
-        environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
-        return self._shown.read(environ, answer, path)
+        found = find_route(method, path)
+        if found is None:
+            raise Refused("404 Not Found", "There is no such page.")
+        return self._shown.read(environ, answer, path, self._shown.check(environ, *found))
 
     def _record_a_refusal(
         self, environ: WSGIEnvironment, answer: _Secured, path: str, detail: str = ""
@@ -397,24 +378,15 @@ class Guard:
         token = parse_cookie(environ).get(self._policy.cookie(environ))
         return self._sessions.visitor(token) if token else None
 
-    def _login_first(self, environ: WSGIEnvironment, path: str) -> _Refused:
+    def _login_first(self, environ: WSGIEnvironment, path: str) -> Refused:
         message = f"Log in first: {pages.ROOT}/login"
         if environ["REQUEST_METHOD"] in READING and not _is_api(path):
             query = environ.get("QUERY_STRING", "")
             # Quoted as it was asked for, then as a part of another address.
             asked = quote(path.encode("latin-1", "replace"))
             there = quote(asked + (f"?{query}" if query else ""), safe="/")
-            return _Refused("303 See Other", message, [("Location", f"{pages.LOGIN}?next={there}")])
-        return _Refused("401 Unauthorized", message)
-
-    def _refuse_a_large_plot(self, path: str) -> None:
-        plot = _PLOT_OF_PAIRS.fullmatch(path)
-        if plot and _is_too_large(self._storage.optuna, int(plot[1])):
-            raise _Refused(
-                "413 Content Too Large",
-                f"The {plot[2]} plot of this study would be too large to draw: it shows every "
-                "pair of parameters. The other plots are there.",
-            )
+            return Refused("303 See Other", message, [("Location", f"{pages.LOGIN}?next={there}")])
+        return Refused("401 Unauthorized", message)
 
     def _change(
         self, environ: WSGIEnvironment, answer: _Secured, path: str, visitor: Visitor
@@ -424,23 +396,15 @@ class Guard:
         if path in pages.LOGOUTS:
             return self._pages(environ, answer)
         if visitor.role != "editor":
-            raise _Refused(
+            raise Refused(
                 "403 Forbidden", f"{visitor.name} is a viewer: only an editor may change things."
             )
-        ours = pages.is_ours(path)
-        if not ours and not any(
-            method == known and pattern.fullmatch(path) for known, pattern in _CHANGES
-        ):
-            raise _Refused(
+        ours, found = pages.is_ours(path), find_route(method, path)
+        if not ours and found is None:
+            raise Refused(
                 "403 Forbidden",
                 "The dashboard must not change that: it would break the study. Use the pages "
                 f"under {pages.ROOT} or the `tuner` command.",
-            )
-        if _NOTE.fullmatch(path) and int(environ.get("CONTENT_LENGTH") or 0) > _MAX_NOTE_BYTES:
-            raise _Refused(
-                "413 Content Too Large",
-                f"A note has at most {_MAX_NOTE_BYTES // 1024} KB; hang a file on the study "
-                "instead (Artifacts).",
             )
         entry = self._storage.begin_change(
             who=visitor.name,
@@ -450,17 +414,13 @@ class Guard:
         environ[_RECORDED] = True
         detail, status = "", 500
         try:
-            if ours:
+            if found is None:
                 body = list(self._pages(environ, answer))
                 detail = str(environ.get(pages.DETAIL_KEY, ""))
-            elif method == "DELETE" and (found := _DELETE_STUDY.fullmatch(path)):
-                detail = self._delete(int(found[1]))
-                body = answer.nothing()
             else:
-                detail = self._shown.name(path)
-                body = list(self._shown.write(environ, answer))
+                detail, body = self._change_a_study(environ, answer, *found)
             status = answer.status
-        except _Refused as refused:
+        except Refused as refused:
             status, detail = int(refused.status[:3]), refused.message
             raise
         except StorageError as error:
@@ -474,15 +434,28 @@ class Guard:
             self._storage.end_change(entry, status=status, detail=detail)
         return body
 
-    def _delete(self, study_id: int) -> str:
+    def _change_a_study(
+        self, environ: WSGIEnvironment, answer: _Secured, route: Route, parts: Mapping[str, str]
+    ) -> tuple[str, list[bytes]]:
+        """Does what Optuna's dashboard is asked for; what was changed, and the answer."""
+        with (
+            self._shown.uploads.one_at_a_time
+            if route.method == "POST"
+            else contextlib.nullcontext()
+        ):
+            asked = self._shown.check(environ, route, parts)
+            assert asked.study is not None
+            name = self._shown.name(asked.study)
+            if route is DELETE_STUDY:
+                return self._delete(name), answer.nothing()
+            return name, self._shown.write(environ, answer)
+
+    def _delete(self, name: str) -> str:
         """Deletes as `tuner delete` does: the ledger's rows stay, a running study is refused."""
-        names = {one._study_id: one.study_name for one in self._storage.optuna.get_all_studies()}
-        if study_id not in names:
-            raise _Refused("404 Not Found", "There is no such study (any more).")
-        tuned = load(self._storage, names[study_id], artifacts_root=self._places.artifacts)
+        tuned = load(self._storage, name, artifacts_root=self._places.artifacts)
         trials = counted(len(tuned.trials()), "trial")
         delete_study(tuned)
-        return f"deleted {names[study_id]} with {trials}"
+        return f"deleted {name} with {trials}"
 
 
 @dataclass(slots=True)
@@ -506,7 +479,9 @@ class _Shown:
 
     def __init__(self, storage: Storage, artifacts: Path) -> None:
         self._storage = storage
-        self._store = artifact_store(artifacts)
+        artifact_store(artifacts)  # makes the folder
+        self.uploads = Uploads(dashboard_folder(artifacts))
+        self._checks = Checks(storage.optuna, artifacts, self._is_study)
         self._lock = threading.Lock()
         self._looked = 0.0
         self._identities: dict[int, tuple[str, str]] = {}
@@ -514,20 +489,41 @@ class _Shown:
         self._app = self._make()
 
     def _make(self) -> Any:
-        return optuna_dashboard.wsgi(self._storage.optuna, artifact_store=self._store)
+        studies = ReadableStudies(self._storage.optuna)
+        return optuna_dashboard.wsgi(studies, artifact_store=self.uploads)
 
-    def read(self, environ: WSGIEnvironment, answer: _Secured, path: str) -> Iterable[bytes]:
-        seconds = next((keep for pattern, keep in _KEPT if pattern.fullmatch(path)), None)
-        if path.startswith(("/api/", "/csv/", "/artifacts/")):
+    def check(self, environ: WSGIEnvironment, route: Route, parts: Mapping[str, str]) -> Asked:
+        """See `Checks.check`."""
+        if route.method != "GET":
+            self._looked = -math.inf  # what is changed is looked for now
+        self._notice_other_studies()
+        try:
+            return self._checks.check(environ, route, parts)
+        except KeyError:  # deleted a moment ago
+            raise Refused("404 Not Found", "There is no such study (any more).") from None
+
+    def _is_study(self, study_id: int) -> bool:
+        if study_id not in self._identities:
+            self._looked = -math.inf  # it may be younger than the last look
             self._notice_other_studies()
+        return study_id in self._identities
+
+    def read(
+        self, environ: WSGIEnvironment, answer: _Secured, path: str, asked: Asked
+    ) -> Iterable[bytes]:
+        # The dashboard fails on a request that does not say what encodings it takes.
+        environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
+        environ[_OWN_PAGE] = asked.may_run_scripts
+        seconds = asked.route.kept_seconds
         if path == "/":  # Optuna's own names scheme and host, which a proxy may have changed
             answer("302 Found", [("Location", "/dashboard"), ("Content-Length", "0")])
             return []
         if path.startswith("/dashboard") and environ["REQUEST_METHOD"] == "GET":
             return self._page_with_a_link(environ, answer)
-        if seconds is None or environ["REQUEST_METHOD"] != "GET":
+        if not seconds or environ["REQUEST_METHOD"] != "GET":
             return self._pass(environ, answer)
-        kept = self._place_for(f"{path}?{environ.get('QUERY_STRING', '')}")
+        key = f"{path}?{asked.query}"
+        kept = self._place_for(key)
         with kept.lock:  # the others wait for the one that asks
             if time.monotonic() >= kept.until:
                 began = time.monotonic()
@@ -538,6 +534,7 @@ class _Shown:
                     # a core. Optuna's dashboard keeps the trials of a large study as long.
                     longest = max(seconds, _LONGEST_KEPT_SECONDS)
                     kept.until = time.monotonic() + min(max(seconds, 50 * took), longest)
+                self._make_room(key, kept)
             answer(kept.status, list(kept.headers))
             return [kept.body]
 
@@ -573,25 +570,31 @@ class _Shown:
         with self._lock:
             kept = self._kept.setdefault(key, _Kept())
             self._kept.move_to_end(key)
-            size = sum(len(one.body) for one in self._kept.values())
-            while len(self._kept) > 1 and (size > _KEPT_BYTES or len(self._kept) > 256):
-                size -= len(self._kept.popitem(last=False)[1].body)
             return kept
 
-    def write(self, environ: WSGIEnvironment, answer: _Secured) -> Iterable[bytes]:
-        return self._pass(environ, answer)
+    def _make_room(self, key: str, kept: _Kept) -> None:
+        """Keeps the newest answers, as many and as large as may be, and no error."""
+        with self._lock:
+            if kept.until <= 0 and self._kept.get(key) is kept:
+                del self._kept[key]
+            size = sum(len(one.body) for one in self._kept.values())
+            while size > _KEPT_BYTES or len(self._kept) > _KEPT_ANSWERS:
+                size -= len(self._kept.popitem(last=False)[1].body)
 
-    def _pass(self, environ: WSGIEnvironment, answer: _Secured) -> Iterable[bytes]:
+    def _pass(self, environ: WSGIEnvironment, answer: _Secured) -> list[bytes]:
         passed = _Kept()
         self._ask(environ, passed)
         answer(passed.status, passed.headers)
         return [passed.body]
 
-    def name(self, path: str) -> str:
-        """The study that a path of Optuna's is about, for the record of changes."""
-        found = re.match(r"/api/(?:studies|artifacts)/(\d+)", path)
-        names = {one._study_id: one.study_name for one in self._storage.optuna.get_all_studies()}
-        return names.get(int(found[1]), "") if found else ""
+    def write(self, environ: WSGIEnvironment, answer: _Secured) -> list[bytes]:
+        """What Optuna's dashboard answers to a change; a failed upload leaves no file."""
+        with self.uploads.whole_or_nothing(lambda: answer.status < 400):
+            return self._pass(environ, answer)
+
+    def name(self, study_id: int) -> str:
+        """The name of a study that there is."""
+        return self._identities.get(study_id, ("", ""))[0]
 
     def forget(self) -> None:
         """Something was changed: the next answer shows it."""
@@ -664,7 +667,10 @@ class _Secured:
         if self._sends_hsts:
             yield "Strict-Transport-Security", _HSTS
         if self._path.startswith("/artifacts/"):
-            yield "Content-Security-Policy", SANDBOX_POLICY
+            own = self._environ.get(_OWN_PAGE, False)
+            yield "Content-Security-Policy", _OWN_PAGE_POLICY if own else _OTHERS_PAGE_POLICY
+            if not own and self.status == 200:
+                yield "Content-Disposition", "attachment"
             yield "X-Frame-Options", "SAMEORIGIN"
         else:
             yield "X-Frame-Options", "DENY"
@@ -676,7 +682,7 @@ class _Secured:
             # What one user saw must not come out of a shared machine's cache.
             yield "Cache-Control", "no-store"
 
-    def refuse(self, refused: _Refused) -> Iterable[bytes]:
+    def refuse(self, refused: Refused) -> Iterable[bytes]:
         if _is_api(self._path):
             body = json.dumps({"reason": refused.message})
             kind = "application/json"
@@ -708,16 +714,6 @@ def _action(environ: WSGIEnvironment, path: str) -> str:
 
 def _is_api(path: str) -> bool:
     return path.startswith(("/api/", f"{pages.ROOT}/api/"))
-
-
-def _is_too_large(storage: BaseStorage, study_id: int) -> bool:
-    """Whether a plot of every pair of parameters would have too many cells."""
-    try:
-        trials = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-    except KeyError:
-        return False  # no such study: the dashboard says so
-    parameters = {name for trial in trials for name in trial.params}
-    return (len(parameters) * len(trials)) ** 2 > _MAX_CELLS
 
 
 def _say(message: str) -> None:

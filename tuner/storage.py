@@ -77,6 +77,7 @@ _LAST_LOOK_SECONDS = 5.0  #: who renews it within this time is alive, whatever t
 
 #: The system attributes that hold a study's note, as optuna_dashboard names them.
 _NOTE_PREFIX = "dashboard:note_"
+MOST_NOTE_VERSIONS = 2**53  #: browsers count exactly as far
 _NOTE_VERSION, _NOTE_PIECE = "dashboard:note_ver", "dashboard:note_str:"
 
 R = TypeVar("R")
@@ -516,7 +517,7 @@ class Storage:
             notes = (table.c.study_id == study_id) & table.c.key.startswith(_NOTE_PREFIX)
             query = sa.select(table.c.key, table.c.value_json).where(notes)
             known = {row.key: row.value_json for row in connection.execute(query)}
-            version = int(known.get(_NOTE_VERSION, 0)) + 1
+            version = note_version(json.loads(known.get(_NOTE_VERSION, "0"))) + 1
             # The dashboard, where somebody edits the note, writes it in pieces, and shows all.
             values = {key: "" for key in known if key.startswith(_NOTE_PIECE)}
             values |= {f"{_NOTE_PIECE}0": markdown}
@@ -813,6 +814,15 @@ def _one_line(text: str) -> str:
     """Text without what forges a line, commands a terminal, or is no text to a database."""
     line = " ".join(text.split())
     return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in line)
+
+
+def note_version(stored: object) -> int:
+    """The version of a note; 0 of one that an earlier dashboard stored as something else."""
+    try:
+        version = int(stored)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return version if 0 <= version < MOST_NOTE_VERSIONS else 0
 
 
 def _in_use(lease: Lease) -> str:

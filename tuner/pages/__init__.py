@@ -431,6 +431,10 @@ class Pages:
         if not isinstance(name, str) or not isinstance(password, str):
             raise BadRequest('Send {"name": "...", "password": "..."}.')
         try:
+            (name + password).encode()
+        except UnicodeEncodeError:  # nothing hashes it, and no database takes it
+            raise BadRequest("name or password holds half of a surrogate pair.") from None
+        try:
             token = self._begin_session(request, name, password)
         except _LoginRefused as refused:
             response = _json({"reason": refused.said}, refused.code)
@@ -722,7 +726,7 @@ def _trials(text: str) -> int | None:
 
 def _top(request: Request) -> int:
     text = request.args.get("top", "1")
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:5]) <= MAX_TOP):
+    if not (text.isascii() and text.isdigit() and len(text) < 5 and 1 <= int(text) <= MAX_TOP):
         raise BadRequest(f"top is a number from 1 to {MAX_TOP}.")
     return int(text)
 

@@ -1,0 +1,454 @@
+"""The requests for Optuna's dashboard that are let through, and what each of them may carry.
+
+Optuna's dashboard looks at the type of little that it is sent: a note whose text was a list was
+stored, and no page of its study could be shown afterwards. So each route is declared here with
+its path, its query and its body. A request reaches the dashboard only as far as it was declared,
+and for a study, a trial and a file that there are; what else it brought along is left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import mimetypes
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import parse_qs, urlencode
+
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.storages import BaseStorage
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from tuner.artifacts import HUNG_PREFIX, HUNG_PREFIXES, StudyArtifacts, dashboard_folder
+from tuner.errors import counted
+from tuner.storage import MOST_NOTE_VERSIONS, note_version
+from tuner.study import RECORD_KEY
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIEnvironment
+
+#: Notes are written in pieces of two kilobytes, and sent with every look at the study: one of
+#: 15 MB kept the storage from everybody for 13 s.
+MAX_NOTE_BYTES = 128 * 1024
+MAX_UPLOADS = 200  #: files that people hang on a study and its trials
+MAX_UPLOAD_BYTES = 256 * 1024 * 1024  #: of all of them together
+_MAX_CELLS = 1_000_000  #: of a plot of pairs: a contour needs about 20 bytes a cell
+_MAX_SELECTED = 10_000  #: trials that are named for a CSV file
+
+_ID = re.compile(r"0|[1-9][0-9]{0,17}")  #: what a database of ours takes for a number
+_ARTIFACT = re.compile(r"[0-9a-fA-F]{1,12}(-[0-9a-fA-F]{1,12}){1,8}")
+_MIMETYPE = re.compile(r"[\w.+-]+/[\w.+-]+", re.ASCII)
+_NOTE_KEY = re.compile(r"dashboard:(?:[0-9]+:)?note_(ver|str:[0-9]+)")
+
+#: These draw every pair of parameters; the contour of 2,000 trials with 10 parameters was
+#: answered with 4.46 GB after 107 s.
+_PLOTS_OF_PAIRS = ("contour", "rank")
+_PLOTS = (*_PLOTS_OF_PAIRS, "slice", "parallel_coordinate", "edf", "timeline", "pareto_front")
+
+
+class Refused(Exception):  # noqa: N818 - an answer, no error
+    """Ends a request with a status and a reason."""
+
+    def __init__(self, status: str, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, list(headers)
+
+
+# --- bodies ---
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Note(_Body):
+    version: int = Field(ge=1, le=MOST_NOTE_VERSIONS)
+    body: str
+
+
+class _Upload(_Body):
+    file: str  #: a data URI, base64
+    filename: str = Field(default="", max_length=255)
+
+    @field_validator("file")
+    @classmethod
+    def _is_a_file(cls, uri: str) -> str:
+        head, comma, content = uri.partition(",")
+        if not comma or not re.fullmatch(r"data:[^:]{0,200};base64", head):
+            raise ValueError("send a data URI: data:text/plain;base64,...")
+        try:
+            base64.b64decode(content, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError("its content is not base64") from error
+        return uri
+
+    @field_validator("filename")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not name.isprintable():
+            raise ValueError("a name is one line of printable letters")
+        # A name such as data:text/x,y brings a type of its own along.
+        try:
+            kind, _ = mimetypes.guess_type(name)
+        except ValueError as error:
+            raise ValueError("a name without a scheme, such as report.pdf") from error
+        if kind is not None and kind not in _known_types():
+            raise ValueError("a name without a scheme, such as report.pdf")
+        return name
+
+
+def _known_types() -> set[str]:
+    mimetypes.init()
+    return {*mimetypes.types_map.values(), *mimetypes.common_types.values()}
+
+
+# --- routes ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One route of Optuna's dashboard."""
+
+    method: str
+    path: re.Pattern[str]  #: its groups study, trial, artifact and plot are checked further
+    query: str = ""  #: the one parameter that matters
+    body: type[BaseModel] | None = None
+    max_bytes: int = 0  #: of the body; 0: as the server takes them
+    kept_seconds: float = 0.0  #: so long an answer that many ask for is given out again
+
+
+def _route(method: str, path: str, **more: Any) -> Route:
+    pattern = re.sub(r"<(\w+)>", r"(?P<\1>[^/]*)", path)
+    return Route(method=method, path=re.compile(pattern, re.DOTALL), **more)
+
+
+DELETE_STUDY = _route("DELETE", r"/api/studies/<study>")
+#: What may be read, and what people may change: what they write about a study, and files beside
+#: it. Not here, and so refused: creating and renaming studies (a renamed one is another study),
+#: telling trials and their attributes (the coordinator's business), and what is still to come.
+ROUTES = (
+    _route("GET", r"/"),
+    _route("GET", r"/dashboard(/.*)?"),
+    _route("GET", r"/favicon\.ico"),
+    _route("GET", r"/static/[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*"),
+    _route("GET", r"/api/meta"),
+    _route("GET", r"/api/studies", kept_seconds=2.0),
+    _route("GET", r"/api/studies/<study>", query="after", kept_seconds=2.0),
+    _route("GET", r"/api/studies/<study>/param_importances", kept_seconds=10.0),
+    _route("GET", r"/api/studies/<study>/plot/<plot>", kept_seconds=10.0),
+    _route("GET", r"/csv/<study>", query="trial_ids"),
+    _route("GET", r"/artifacts/<study>/<artifact>"),
+    _route("GET", r"/artifacts/<study>/<trial>/<artifact>"),
+    _route("PUT", r"/api/studies/<study>/note", body=_Note, max_bytes=MAX_NOTE_BYTES),
+    _route("PUT", r"/api/studies/<study>/<trial>/note", body=_Note, max_bytes=MAX_NOTE_BYTES),
+    _route("POST", r"/api/artifacts/<study>", body=_Upload),
+    _route("POST", r"/api/artifacts/<study>/<trial>", body=_Upload),
+    _route("DELETE", r"/api/artifacts/<study>/<artifact>"),
+    _route("DELETE", r"/api/artifacts/<study>/<trial>/<artifact>"),
+    DELETE_STUDY,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request that was checked."""
+
+    route: Route
+    study: int | None = None
+    query: str = ""
+    may_run_scripts: bool = False  #: a page that the tuner wrote itself
+    is_upload: bool = False
+
+
+def find_route(method: str, path: str) -> tuple[Route, Mapping[str, str]] | None:
+    """The route that a request is for, with the parts of its path; None where none is.
+
+    Args:
+        method: HEAD stands for GET.
+        path: Without slashes at its end.
+    """
+    wanted = "GET" if method == "HEAD" else method
+    for route in ROUTES:
+        if route.method == wanted and (found := route.path.fullmatch(path)):
+            return route, found.groupdict()
+    return None
+
+
+class Checks:
+    """Looks at requests for Optuna's dashboard over one storage."""
+
+    def __init__(
+        self, storage: BaseStorage, artifacts: Path, is_study: Callable[[int], bool]
+    ) -> None:
+        """Makes checks.
+
+        Args:
+            storage: Optuna's.
+            artifacts: The folder of all artifacts.
+            is_study: Whether there is a study with this id, now.
+        """
+        self._storage = storage
+        self._artifacts = artifacts
+        self._is_study = is_study
+
+    def check(self, environ: WSGIEnvironment, route: Route, parts: Mapping[str, str]) -> Asked:
+        """Checks a request, and leaves in it what its route declares.
+
+        Raises:
+            Refused: It is for nothing that there is, or does not fit the declaration.
+        """
+        study = trial = None
+        if "study" in parts:
+            study = _number(parts["study"])
+            if study is None or not self._is_study(study):
+                raise Refused("404 Not Found", "There is no such study (any more).")
+        if "trial" in parts:
+            assert study is not None
+            trial = self._trial(study, parts["trial"])
+        query = self._query(environ, route)
+        environ["QUERY_STRING"] = query
+        if "plot" in parts:
+            assert study is not None
+            self._check_plot(study, parts["plot"])
+        is_ours = False
+        if "artifact" in parts:
+            assert study is not None
+            is_ours = self._is_ours(study, trial, parts["artifact"])
+        self._check_body(environ, route)
+        is_upload = route.body is _Upload
+        if is_upload:
+            assert study is not None
+            self._check_room(study, int(environ["CONTENT_LENGTH"]))
+        return Asked(
+            route=route, study=study, query=query, may_run_scripts=is_ours, is_upload=is_upload
+        )
+
+    def _trial(self, study: int, text: str) -> FrozenTrial:
+        number = _number(text)
+        for trial in self._storage.get_all_trials(study, deepcopy=False):
+            if trial._trial_id == number:
+                return trial
+        raise Refused("404 Not Found", "The study has no such trial.")
+
+    @staticmethod
+    def _query(environ: WSGIEnvironment, route: Route) -> str:
+        if not route.query:
+            return ""
+        given = parse_qs(str(environ.get("QUERY_STRING", "")), max_num_fields=100)
+        values = given.get(route.query)
+        if not values:
+            return ""
+        numbers = [_number(one.strip()) for one in values[0].split(",")]
+        if None in numbers or len(numbers) > (_MAX_SELECTED if route.query == "trial_ids" else 1):
+            raise Refused("400 Bad Request", f"{route.query} has numbers from 0.")
+        unique = ",".join(str(one) for one in dict.fromkeys(numbers))
+        return urlencode({route.query: unique}, safe=",")
+
+    def _check_plot(self, study: int, plot: str) -> None:
+        if plot not in _PLOTS:
+            raise Refused("404 Not Found", f"The plots are {', '.join(_PLOTS)}.")
+        if plot in _PLOTS_OF_PAIRS and is_too_large(self._storage, study):
+            raise Refused(
+                "413 Content Too Large",
+                f"The {plot} plot of this study would be too large to draw: it shows every "
+                "pair of parameters. The other plots are there.",
+            )
+        if plot == "pareto_front" and len(self._storage.get_study_directions(study)) not in (2, 3):
+            raise Refused("404 Not Found", "A Pareto front needs two or three objectives.")
+
+    def _is_ours(self, study: int, trial: FrozenTrial | None, artifact: str) -> bool:
+        """Whether the tuner itself hung a file there; refuses one that does not hang there."""
+        attributes = self._storage.get_study_system_attrs(study)
+        keys = [f"{HUNG_PREFIX}{artifact}"]
+        found = attributes.get(keys[0]) if trial is None else None
+        if trial is not None:
+            found = attributes.get(f"{HUNG_PREFIXES[1]}{trial._trial_id}:{artifact}")
+            found = found or trial.system_attrs.get(keys[0])
+        described = _described(found)
+        file = dashboard_folder(self._artifacts) / artifact
+        if described is None or not _ARTIFACT.fullmatch(artifact) or not file.is_file():
+            raise Refused("404 Not Found", "No such file hangs there (any more).")
+        record = self._storage.get_study_user_attrs(study).get(RECORD_KEY)
+        if not isinstance(record, dict):
+            return False
+        folder = StudyArtifacts(self._artifacts / str(record.get("folder")))
+        number = None if trial is None else trial.number
+        return artifact == folder.identity(str(described.get("filename")), number)
+
+    @staticmethod
+    def _check_body(environ: WSGIEnvironment, route: Route) -> None:
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        content = b""
+        if route.body is not None:
+            if route.max_bytes and length > route.max_bytes:
+                raise Refused(
+                    "413 Content Too Large",
+                    f"A note has at most {route.max_bytes // 1024} KB; hang a file on the study "
+                    "instead (Artifacts).",
+                )
+            kind = str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise Refused("400 Bad Request", "Send application/json.")
+            try:
+                parsed = route.body.model_validate_json(environ["wsgi.input"].read(length))
+            except ValidationError as error:
+                raise Refused("400 Bad Request", _in_words(error)) from None
+            content = parsed.model_dump_json().encode()
+            environ["CONTENT_TYPE"] = "application/json"
+        environ["wsgi.input"] = io.BytesIO(content)
+        environ["CONTENT_LENGTH"] = str(len(content))
+
+    def _check_room(self, study: int, length: int) -> None:
+        files = self._uploads(study)
+        taken = sum(path.stat().st_size for path in files if path.is_file())
+        if len(files) >= MAX_UPLOADS or taken + length * 3 // 4 > MAX_UPLOAD_BYTES:
+            raise Refused(
+                "413 Content Too Large",
+                f"People may hang {counted(MAX_UPLOADS, 'file')} on a study and its trials, of "
+                f"{MAX_UPLOAD_BYTES // 2**20} MB together. Remove one first.",
+            )
+
+    def _uploads(self, study: int) -> list[Path]:
+        """The files that hang on a study and its trials, without those of the tuner itself."""
+        trials = self._storage.get_all_trials(study, deepcopy=False)
+        record = self._storage.get_study_user_attrs(study).get(RECORD_KEY)
+        name = str(record.get("folder")) if isinstance(record, dict) else ""
+        ours = StudyArtifacts(self._artifacts / name)
+        on_study = self._storage.get_study_system_attrs(study)
+        found = []
+        for number, attributes in (
+            (None, on_study),
+            *((trial.number, trial.system_attrs) for trial in trials),
+        ):
+            for key, value in attributes.items():
+                if key.startswith(HUNG_PREFIXES) and (described := _described(value)):
+                    identity = key.rpartition(":")[2]
+                    if identity != ours.identity(str(described.get("filename")), number):
+                        found.append(dashboard_folder(self._artifacts) / Path(identity).name)
+        return found
+
+
+def _number(text: str) -> int | None:
+    """A number as a path or a query names it: digits of ASCII, and no more than a database has."""
+    return int(text) if _ID.fullmatch(text) else None
+
+
+def _described(attribute: object) -> dict[str, Any] | None:
+    """What is known of a file, from the attribute that hangs it; None where it was taken down."""
+    try:
+        found = json.loads(attribute) if isinstance(attribute, str) else None
+    except ValueError:
+        return None
+    if not isinstance(found, dict) or not _MIMETYPE.fullmatch(str(found.get("mimetype"))):
+        return None
+    return found
+
+
+def _in_words(error: ValidationError) -> str:
+    said = []
+    for one in error.errors(include_url=False, include_input=False)[:5]:
+        place = ".".join(map(str, one["loc"]))
+        said.append(f"{place}: {one['msg']}" if place else one["msg"])
+    return "; ".join(said)
+
+
+def is_too_large(storage: BaseStorage, study: int) -> bool:
+    """Whether a plot of every pair of parameters would have too many cells."""
+    try:
+        trials = storage.get_all_trials(study, deepcopy=False, states=(TrialState.COMPLETE,))
+    except KeyError:
+        return False  # no such study: the dashboard says so
+    parameters = {name for trial in trials for name in trial.params}
+    return (len(parameters) * len(trials)) ** 2 > _MAX_CELLS
+
+
+# --- what Optuna's dashboard is given ---
+
+
+class Uploads(FileSystemArtifactStore):
+    """The files that hang on studies, which takes back what nothing came to hang on."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder = folder
+        self._written = threading.local()
+        self.one_at_a_time = threading.Lock()  #: or two uploads share the last place
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        self._written.identities.append(artifact_id)
+        try:
+            super().write(artifact_id, content_body)
+        except OSError as error:
+            self._written.error = error
+            raise
+
+    @contextmanager
+    def whole_or_nothing(self, is_done: Callable[[], bool]) -> Iterator[None]:
+        """A block that uploads; removes its files unless it is done at its end.
+
+        Raises:
+            OSError: A file could not be written, whatever was made of that on the way.
+        """
+        self._written.identities, self._written.error = [], None
+        done = False
+        try:
+            yield
+            done = is_done()
+        finally:
+            if not done:
+                for identity in self._written.identities:
+                    (self._folder / identity).unlink(missing_ok=True)
+        if self._written.error is not None:
+            raise self._written.error
+
+    def remove(self, artifact_id: str) -> None:
+        try:
+            super().remove(artifact_id)
+        except FileNotFoundError as error:
+            raise ArtifactNotFound("not found") from error
+
+
+@BaseStorage.register
+class ReadableStudies:
+    """Optuna's storage, with notes that are text whatever was stored as one.
+
+    An older version stored notes of any type: Optuna's dashboard fails on every page of a study
+    that has one.
+    """
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        studies = self._storage.get_all_studies()
+        for study in studies:
+            study.system_attrs = with_readable_notes(study.system_attrs)
+        return studies
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        return with_readable_notes(self._storage.get_study_system_attrs(study_id))
+
+
+def with_readable_notes(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A study's system attributes, whose notes have a number for a version, and pieces of text."""
+    readable = dict(attributes)
+    for key, value in attributes.items():
+        found = _NOTE_KEY.fullmatch(key)
+        if found and found[1] == "ver":
+            readable[key] = note_version(value)
+        elif found and not isinstance(value, str):
+            readable[key] = json.dumps(value, ensure_ascii=False)
+    return readable
