@@ -352,7 +352,7 @@ def test_a_database_of_an_earlier_schema_is_upgraded(empty_database_url: str) ->
 def test_many_open_a_database_of_the_schema_before_at_once(empty_database_url: str) -> None:
     open_and_close(empty_database_url)
     execute(empty_database_url, "UPDATE tuner_schema SET version = 3", "DROP TABLE tuner_split")
-    barrier, failed = threading.Barrier(6), []
+    barrier, failed = threading.Barrier(3), []
 
     def open_together() -> None:
         barrier.wait()
@@ -362,7 +362,7 @@ def test_many_open_a_database_of_the_schema_before_at_once(empty_database_url: s
         except BaseException as error:  # noqa: BLE001
             failed.append(error)
 
-    threads = [threading.Thread(target=open_together) for _ in range(6)]
+    threads = [threading.Thread(target=open_together) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
