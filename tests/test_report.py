@@ -301,7 +301,7 @@ def test_a_report_that_loses_its_lease_once_the_split_is_open_records_nothing(
                 other._transaction(lambda c: c.exec_driver_sql("DELETE FROM tuner_lease"))
         return predict(config, weights, tokens)
 
-    with pytest.raises(StudyError, match=r"was opened \(ledger entry 1\).*`tuner report demo`"):
+    with pytest.raises(StudyError, match=r"was opened \(ledger entry 1\).*`tuner report demo "):
         reported(tuned, evaluate=freeze)
     assert [row.report for row in tuned.storage.ledger()] == [None]
     assert study.status(tuned).state == "reported"
@@ -484,10 +484,10 @@ def with_another_source(_: TunedStudy, folder: Path) -> None:
     ("spoil", "message"),
     [
         (running, r"'demo' is being run by process \d+ on .*tuner stop demo"),
-        (unfinished, r"has finished 4 of its 5 trials.*`tuner launch`.*--trials 4"),
+        (unfinished, r"has finished 4 of its 5 trials.*`tuner launch STUDY.toml .*--trials 4"),
         (without_weights, r"1\.npz: No such file.*never trained again.*TUNER_ARTIFACTS"),
         (with_a_better_trial_of_somebody_else, r"5\.npz: No such file"),
-        (without_development_file, r"is missing.*`tuner launch`"),
+        (without_development_file, r"is missing.*`tuner launch STUDY.toml "),
         (with_another_source, r"rows\.csv: sha256 is .*the data changed since"),
     ],
 )

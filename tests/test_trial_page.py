@@ -30,7 +30,9 @@ from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete, statu
 from tuner.trial_page import (
     AGAIN_KEY,
     NOTE_KEY,
+    PASSWORD_KEY,
     PRECISION_KEY,
+    TrialPage,
     draw_curves,
     notes,
     train_again,
@@ -295,7 +297,8 @@ def test_the_line_that_trains_a_trial_again_exports_and_launches_it(
     export, _, launch = pruned.user_attrs[AGAIN_KEY].partition(" && ")
     assert pruned.user_attrs[AGAIN_KEY] == train_again(tuned, pruned.number)
     file = f"{tuned.name}-trial-{pruned.number}.toml"
-    option = ["--storage", tuned.storage.url]
+    root = str(tuned.artifacts.folder.parent)
+    option = ["--storage", tuned.storage.url, "--artifacts", root]
     number = str(pruned.number)
     assert shlex.split(export) == [
         *("tuner", "export", tuned.name, "--trial", number, "-o", file),
@@ -317,7 +320,11 @@ def test_the_line_that_trains_a_trial_again_holds_no_password(study: Make, query
     try:
         options = shlex.split(train_again(tuned, 0))
         # *** would be taken for the password, and $PGPASSWORD not be looked at.
-        assert options[-2:] == ["--storage", "postgresql://ada@db.example/lab"]
+        at = options.index("--storage")
+        assert options[at + 1] == "postgresql://ada@db.example/lab"
+        trial = tuned.study.ask()
+        TrialPage(tuned, trial, tuned.record.spec.space.suggest(trial)).begin()
+        assert "PGPASSWORD" in str(trial.user_attrs[PASSWORD_KEY])
         assert "secret" not in tuned.storage.masked_url
     finally:
         tuned.storage.url = own

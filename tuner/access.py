@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 
 from werkzeug.security import check_password_hash, generate_password_hash
 
+from tuner.commands import command
 from tuner.errors import TunerError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -275,7 +276,8 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 
 def _how_to_add(path: Path) -> str:
-    return f"`tuner dashboard add-user NAME --role editor --users {path}` adds one."
+    add = command("dashboard", "add-user", "NAME", "--role", "editor", "--users", path)
+    return f"`{add}` adds one."
 
 
 # --- sessions ---

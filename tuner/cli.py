@@ -31,6 +31,7 @@ from tuner.artifacts import (
     DEFAULT_USERS_FILE,
     development_path,
 )
+from tuner.commands import command
 from tuner.errors import ProblemsError, StorageMissingError, TunerError, counted
 
 if TYPE_CHECKING:
@@ -566,7 +567,7 @@ def launch(
         if detach or now.finished_trials >= spec.trials:
             tuned = create_or_resume(opened, spec, prepared.identity, **made_from)
         if detach:
-            said = _queue(tuned, _again(storage))
+            said = _queue(tuned)
             _note(said) if as_json else typer.echo(said)
             if as_json:
                 _print_json(status(tuned).to_document())
@@ -591,7 +592,7 @@ def launch(
         if as_json:
             _print_json(now.to_document())
         else:
-            _print_summary(tuned, now, ending, exported, _again(storage))
+            _print_summary(tuned, now, ending, exported)
     if ending == "interrupted":
         raise typer.Exit(130)
 
@@ -620,29 +621,29 @@ def _refuse_with_detach(options: dict[str, object]) -> None:
         )
 
 
-def _queue(tuned: TunedStudy, again: str) -> str:
+def _queue(tuned: TunedStudy) -> str:
     """Puts a study into the service's queue, where it is not at work already; says what is so."""
     from tuner import orders
 
     queued = orders.queue(tuned)
     if queued.outcome in ("finished", "running"):
         return queued.in_words
-    return (
-        f"{queued.in_words}\n"
-        f"Next: tuner serve{again}      drives it, where no service does so yet\n"
-        f"      tuner status {tuned.name}{again} --watch      shows how far it is\n"
-        f"      tuner stop {tuned.name}{again}      takes it out of the queue"
-    )
+    suggested = {
+        tuned.command("serve"): "drives it, where no service does so yet",
+        tuned.command("status", tuned.name, "--watch"): "shows how far it is",
+        tuned.command("stop", tuned.name): "takes it out of the queue",
+    }
+    return f"{queued.in_words}\n{_next(tuned, suggested)}"
 
 
-def _again(storage: str) -> str:
-    """The option that finds the same storage again, where it is not the default."""
-    known = storage == DEFAULT_STORAGE_URL or storage == os.environ.get("TUNER_STORAGE")
-    if known:
-        return ""
-    from sqlalchemy import make_url
+def _next(tuned: TunedStudy, suggested: dict[str, str]) -> str:
+    """Commands with what each does, a line each: a shell takes the whole line."""
+    from tuner.commands import password_hint
 
-    return f" --storage {make_url(storage).render_as_string(hide_password=True)}"
+    width = max(map(len, suggested))
+    lines = [f"  {command:<{width}}  # {what}" for command, what in suggested.items()]
+    hint = password_hint(tuned.storage.url)
+    return "\n".join(["Next:", *lines, *([hint] if hint else [])])
 
 
 def _tls(
@@ -752,7 +753,7 @@ def _export_best(tuned: TunedStudy, folder: Path) -> Path:
 
 
 def _print_summary(
-    tuned: TunedStudy, now: StudyStatus, ending: Ending, exported: Path | None, again: str
+    tuned: TunedStudy, now: StudyStatus, ending: Ending, exported: Path | None
 ) -> None:
     from tuner.progress import status_details
 
@@ -764,10 +765,13 @@ def _print_summary(
     if ending in ("interrupted", "timeout", "stopped"):
         typer.echo(f"Stopped ({ending}); nothing is lost. The same command goes on where it was.")
         return
-    typer.echo(f"Next: tuner export {now.study}{again}      the best configurations")
-    typer.echo(f"      tuner dashboard{again}               every trial and its curves")
+    suggested = {
+        tuned.command("export", tuned.name): "the best configurations",
+        tuned.command("dashboard"): "every trial and its curves",
+    }
     if now.state != "reported":
-        typer.echo(f"      tuner report {now.study}{again}      opens the test split, once")
+        suggested[tuned.command("report", tuned.name)] = "opens the test split, once"
+    typer.echo(_next(tuned, suggested))
 
 
 # --- worker ---
@@ -858,7 +862,10 @@ def status(
             documents = [one.to_document() for one in found]
             return json.dumps(documents[0] if name else documents, indent=2)
         if not found:
-            return "No study yet. `tuner launch studies/quickstart.toml` makes one."
+            launch = command(
+                "launch", "studies/quickstart.toml", storage=storage, artifacts=artifacts
+            )
+            return f"No study yet. `{launch}` makes one."
         return status_details(found[0]) if name else status_table(found)
 
     console = terminal()
@@ -886,12 +893,13 @@ def stop(
     from tuner.study import load
 
     with _open(storage) as opened:
-        stopped = orders.stop(load(opened, name, artifacts_root=artifacts))
+        tuned = load(opened, name, artifacts_root=artifacts)
+        stopped = orders.stop(tuned)
     if as_json:
         _print_json(stopped.to_document())
     else:
-        goes_on = " `tuner launch` goes on." if stopped.dequeued and not stopped.asked else ""
-        typer.echo(f"{stopped.in_words}{goes_on}")
+        resumes = f" `{tuned.command('launch', 'STUDY.toml')}` resumes it."
+        typer.echo(stopped.in_words + resumes * (stopped.dequeued and not stopped.asked))
 
 
 @app.command(epilog="Example: tuner delete quickstart --yes")

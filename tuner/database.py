@@ -38,6 +38,7 @@ from sqlalchemy import event, orm
 from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError, SQLAlchemyError
 
 from tuner.artifacts import DEFAULT_STORAGE_URL, make_folder, new_file_mode
+from tuner.commands import command, secret_options
 from tuner.errors import LeaseLostError, StorageError, StorageMissingError
 from tuner.toml_file import did_you_mean
 
@@ -334,20 +335,10 @@ def _with_password(url: sa.URL) -> sa.URL:
     return url.set(password=password)
 
 
-#: Options of a connection that are secrets; libpq has one in each version more.
-_SECRET_OPTIONS = (
-    "password",
-    "sslpassword",
-    "scram_client_key",
-    "scram_server_key",
-    "oauth_client_secret",
-)
-
-
 def shown(url: sa.URL) -> str:
     """The URL as its user writes it, without its password."""
     plain = url.set(drivername=url.drivername.removesuffix("+psycopg"))  # which we put there
-    return plain.difference_update_query(_SECRET_OPTIONS).render_as_string(hide_password=True)
+    return plain.difference_update_query(secret_options(url)).render_as_string(hide_password=True)
 
 
 def mask(url: str) -> str:
@@ -725,7 +716,7 @@ def _check_optunas_version(rdb: FencedStorage, url: sa.URL, *, upgrade: bool) ->
     if not upgrade:
         raise StorageError(
             f"{shown(url)}: an older Optuna made its tables ({version}, this one needs "
-            f"{known[0]}). `tuner storage init` brings them up to date; make a copy first."
+            f"{known[0]}). `{_initialise(url)}` brings them up to date; make a copy first."
         )
     rdb.upgrade()
 
@@ -736,7 +727,8 @@ def _require_tables(url: sa.URL) -> None:
     Raises:
         StorageMissingError: They are not.
     """
-    remedy = "`tuner launch SPEC` makes one, --storage names another database"
+    launch = command("launch", "SPEC", storage=shown(url))
+    remedy = f"`{launch}` makes one, --storage names another database"
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
         raise StorageMissingError(f"{shown(url)} holds no study: there is no such file; {remedy}.")
     with closed_engine(url, configured=False) as engine:
@@ -791,7 +783,7 @@ SchemaState = Literal["current", "missing", "outdated", "newer"]
 
 def schema_state(url: sa.URL) -> tuple[SchemaState, str]:
     """Looks at the schema without changing it; the state, and what to do about it."""
-    made_by_itself = "`tuner storage init` makes it, and so does every other verb."
+    made_by_itself = f"`{_initialise(url)}` makes it, and so does every other verb."
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
         return "missing", f"There is no file yet; {made_by_itself}"
     with closed_engine(url, configured=False) as engine, engine.connect() as connection:
@@ -804,8 +796,12 @@ def schema_state(url: sa.URL) -> tuple[SchemaState, str]:
     if ours > SCHEMA_VERSION or optunas not in known:
         return "newer", "A newer tuner wrote it: use that one, or another --storage."
     if ours < SCHEMA_VERSION or optunas != known[0]:
-        return "outdated", "`tuner storage init` brings it up to date; make a copy first."
+        return "outdated", f"`{_initialise(url)}` brings it up to date; make a copy first."
     return "current", ""
+
+
+def _initialise(url: sa.URL) -> str:
+    return command("storage", "init", storage=shown(url))
 
 
 def _optunas_versions() -> list[str]:

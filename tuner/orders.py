@@ -211,7 +211,8 @@ def _keep_rows(tuned: TunedStudy) -> None:
     if content is None:
         raise StudyError(
             f"The training and validation rows of study {tuned.name!r} are neither in "
-            f"{_development_file(tuned)} nor in the storage; launch its study file again."
+            f"{_development_file(tuned)} nor in the storage; "
+            f"`{tuned.command('launch', 'STUDY.toml')}` writes them again."
         )
     tuned.storage.keep_development(tuned.record.development_sha256, content)
 

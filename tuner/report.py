@@ -139,7 +139,8 @@ def write_report(
     except OSError as error:
         raise TunerError(
             f"{folder}: the report cannot be written ({error.strerror or error}). It is recorded "
-            f"in the storage: `tuner report {name} -o DIR` writes it elsewhere and opens nothing."
+            f"in the storage: `{tuned.command('report', name, '-o', 'DIR')}` writes it elsewhere "
+            "and opens nothing."
         ) from error
     return written
 
@@ -208,8 +209,8 @@ def _open_and_evaluate(
         except LeaseLostError as error:
             raise StudyError(
                 f"{_lost(tuned)} The test split was opened (ledger entry {entry}), but what was "
-                f"found is not recorded: `tuner report {tuned.name}` shows the report of the "
-                "other process, or opens the split once more."
+                f"found is not recorded: `{tuned.command('report', tuned.name)}` shows the "
+                "report of the other process, or opens the split once more."
             ) from error
     return document, True
 
@@ -314,7 +315,8 @@ def _require_not_running(tuned: TunedStudy) -> None:
         raise StudyError(
             f"Study {tuned.name!r} is being run by process {lease.holder.pid} on "
             f"{lease.holder.host}; a report closes a study for more trials, so wait until it is "
-            f"finished, or stop it first (tuner stop {tuned.name}). Nothing was opened."
+            f"finished, or stop it first (`{tuned.command('stop', tuned.name)}`). Nothing was "
+            "opened."
         )
 
 
@@ -325,7 +327,8 @@ def _require_finished(tuned: TunedStudy) -> None:
         raise StudyError(
             f"Study {tuned.name!r} has finished {finished} of its "
             f"{counted(tuned.budget, 'trial')}; a report closes it for more. Finish it "
-            f"first (`tuner launch` with its study file){lower}. Nothing was opened."
+            f"first (`{tuned.command('launch', 'STUDY.toml')}`, its study file){lower}. Nothing "
+            "was opened."
         )
 
 
@@ -397,8 +400,9 @@ def _development(tuned: TunedStudy) -> DevelopmentData:
     if not path.is_file():
         raise StudyError(
             f"{path} is missing: before the test split is opened, the winner is tried on the "
-            "validation split, which is in there. `tuner launch` with the study file writes it "
-            "again and trains nothing. Nothing was opened."
+            "validation split, which is in there. "
+            f"`{tuned.command('launch', 'STUDY.toml')}`, with the study file, writes it again and "
+            "trains nothing. Nothing was opened."
         )
     try:
         return load_development(path, tuned.record.development_sha256)

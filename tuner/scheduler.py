@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from distributed import Security
 from distributed.comm.core import connect
 
+from tuner.commands import command
 from tuner.errors import ClusterError
 
 _SCHEMES = ("tcp", "tls")
@@ -220,5 +221,7 @@ def _in_words(error: Exception, patience_seconds: float) -> str:
 
 def worker_command(cluster: str, tls: TlsFiles | None) -> str:
     """The command that adds a worker."""
-    files = "" if tls is None else f" --tls-ca {tls.ca} --tls-cert {tls.cert} --tls-key {tls.key}"
-    return f"tuner worker --cluster {cluster}{files}"
+    files = (
+        () if tls is None else ("--tls-ca", tls.ca, "--tls-cert", tls.cert, "--tls-key", tls.key)
+    )
+    return command("worker", "--cluster", cluster, *files)

@@ -454,7 +454,8 @@ class Service:
     def _conclude(self, tuned: TunedStudy, ending: Ending, seconds: float) -> None:
         if ending != "finished":
             if ending == "stopped":
-                self._say(f"Study {tuned.name}: stopped; `tuner launch --detach` goes on with it.")
+                again = tuned.command("launch", "STUDY.toml", "--detach")
+                self._say(f"Study {tuned.name}: stopped; `{again}` resumes it.")
             return
         tuned.storage.dequeue(tuned.id)
         now = status(tuned)
@@ -494,7 +495,8 @@ class Service:
         if content is None:
             raise StudyError(
                 f"The training and validation rows of study {tuned.name!r} are neither in {path} "
-                "nor in the storage; `tuner launch SPEC --detach` puts them there."
+                "nor in the storage; "
+                f"`{tuned.command('launch', 'SPEC', '--detach')}` puts them there."
             )
         publish(path, content)
         return path

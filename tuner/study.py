@@ -27,6 +27,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import HUNG_PREFIXES, StudyArtifacts, study_folder_name
+from tuner.commands import command
 from tuner.curves import ACCURACY_KEY, PARAMETERS_KEY, ROC_AUC_KEY
 from tuner.data import SOLUBILITY_FILE, DataIdentity, find_source, source_sha256
 from tuner.data import source_files as named_files
@@ -143,6 +144,10 @@ class TunedStudy:
         if self.record.precision == "auto" and BFLOAT16_FROM_KEY not in self.study.user_attrs:
             fewest = BFLOAT16_FROM if fast_bfloat16 else None
             self.study.set_user_attr(BFLOAT16_FROM_KEY, fewest)
+
+    def command(self, *words: object) -> str:
+        """A command that a message suggests, with the options that find this study."""
+        return command(*words, storage=self.storage.url, artifacts=self.artifacts.folder.parent)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or None)
@@ -566,9 +571,10 @@ def load(storage: Storage, name: str, *, artifacts_root: Path) -> TunedStudy:
     found = find_name(name, names)
     if found is None:
         listed = ", ".join(sorted(names)) or "none yet"
+        launch = command("launch", "SPEC", storage=storage.url, artifacts=artifacts_root)
         raise StudyError(
             f"{storage.masked_url} holds no study {name!r}; it holds: {listed}. "
-            "`tuner launch SPEC` makes one."
+            f"`{launch}` makes one."
         )
     study = optuna.load_study(study_name=found, storage=storage.optuna)
     document = study.user_attrs.get(RECORD_KEY)
@@ -600,7 +606,7 @@ def delete(tuned: TunedStudy) -> None:
     if lease is not None and lease.is_live:
         raise StudyError(
             f"Study {tuned.name!r} is being run by process {lease.holder.pid} on "
-            f"{lease.holder.host}; `tuner stop {tuned.name}` first."
+            f"{lease.holder.host}; `{tuned.command('stop', tuned.name)}` first."
         )
     _take_down_what_hangs(tuned)
     tuned.artifacts.delete()
@@ -790,7 +796,8 @@ def _could_not_go_on(trial: FrozenTrial) -> bool:
 
 def _refuse_another_study(tuned: TunedStudy, spec: StudySpec, data: DataIdentity) -> None:
     advice = (
-        f"Give the new one another name (--name), or remove the old (tuner delete {tuned.name})."
+        f"Give the new one another name (--name), or remove the old "
+        f"(`{tuned.command('delete', tuned.name)}`)."
     )
     if tuned.record.spec.spec_hash != spec.spec_hash:
         keys = _differing_keys(tuned.record.spec.to_document(), spec.to_document())

@@ -7,13 +7,13 @@ HTML; what users name is escaped all the same, so that no name makes a link or a
 from __future__ import annotations
 
 import re
-import shlex
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from typing import Any
 
 from optuna.trial import TrialState
 
+from tuner.commands import password_hint
 from tuner.errors import counted
 from tuner.objective import curve_of
 from tuner.study import (
@@ -23,7 +23,7 @@ from tuner.study import (
     TunedStudy,
     status,
 )
-from tuner.trial_page import AGAIN_KEY, storage_option
+from tuner.trial_page import AGAIN_KEY
 
 _STATE_WORDS: dict[State, str] = {
     "queued": "Queued",
@@ -179,17 +179,18 @@ def _precision(tuned: TunedStudy) -> str:
 
 
 def _next(tuned: TunedStudy, now: StudyStatus, state: State) -> str:
-    name, option = shlex.quote(tuned.name), storage_option(tuned)
+    hint = password_hint(tuned.storage.url)
+    how = f"\n\n{_escaped(hint)}" if hint else ""
     if state == "running":
         say = "Nothing: it runs to its budget. This stops it, and what is trained is kept:"
-        return f"### Next\n\n{say}\n\n{_code(f'tuner stop {name}{option}')}"
+        return f"### Next\n\n{say}\n\n{_code(tuned.command('stop', tuned.name))}{how}"
     if state in ("queued", "stopped"):
         waits = "waits for a service" if state == "queued" else "goes on with its study file"
-        again = f"tuner launch STUDY.toml{option}" if state == "stopped" else f"tuner serve{option}"
-        return f"### Next\n\nIt {waits}:\n\n{_code(again)}"
-    lines = [f"tuner export {name} --top 3{option}"] if now.best is not None else []
+        again = ("launch", "STUDY.toml") if state == "stopped" else ("serve",)
+        return f"### Next\n\nIt {waits}:\n\n{_code(tuned.command(*again))}{how}"
+    lines = [tuned.command("export", tuned.name, "--top", 3)] if now.best is not None else []
     if state == "finished" and now.best is not None:
-        lines.append(f"tuner report {name}{option}")
+        lines.append(tuned.command("report", tuned.name))
     if not lines:
         return "### Next\n\nNo trial was trained to its end: launch it with a larger budget."
     opened = (
@@ -198,7 +199,7 @@ def _next(tuned: TunedStudy, now: StudyStatus, state: State) -> str:
         if state == "reported"
         else "Write the best configurations; then open the test split, once, for the report:"
     )
-    return f"### Next\n\n{opened}\n\n" + _code("\n".join(lines))
+    return f"### Next\n\n{opened}\n\n" + _code("\n".join(lines)) + how
 
 
 def _code(text: str) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from html import escape
@@ -18,7 +16,8 @@ from html import escape
 import optuna
 from optuna.trial import TrialState
 
-from tuner.artifacts import CURVES_FILE, DEFAULT_STORAGE_URL, NETWORK_FILE
+from tuner.artifacts import CURVES_FILE, NETWORK_FILE
+from tuner.commands import password_hint
 from tuner.curves import EpochResult
 from tuner.errors import counted
 from tuner.objective import DETAIL_KEY, ENDED_KEY
@@ -31,6 +30,7 @@ SEED_KEY = "seed"  # the study's
 AS_TRIAL_KEY = "as_trial"  # weights, shuffling and dropout are those of this number
 PRECISION_KEY = "precision"
 AGAIN_KEY = "train_again"
+PASSWORD_KEY = "train_again_password"  # noqa: S105 - how to give one, where the line needs that
 
 _DRAW_SECONDS = 10.0  #: between two drawings of a trial that is being trained
 
@@ -56,6 +56,8 @@ class TrialPage:
             PRECISION_KEY: self._tuned.precision_of(self._config),
             AGAIN_KEY: train_again(self._tuned, number),
         }
+        if hint := password_hint(self._tuned.storage.url):
+            known[PASSWORD_KEY] = hint
         attributes = self._attributes()
         for key, value in known.items():
             if attributes.get(key) != value:
@@ -187,20 +189,9 @@ def _ending(state: TrialState, attributes: dict[str, object]) -> str:
 
 def train_again(tuned: TunedStudy, number: int) -> str:
     """The line that trains a trial's network again, bit for bit, as a study of its own."""
-    name, option = tuned.name, storage_option(tuned)
-    file = shlex.quote(f"{name}-trial-{number}.toml")
-    return (
-        f"tuner export {shlex.quote(name)} --trial {number} -o {file}{option} "
-        f"&& tuner launch {file}{option}"
-    )
-
-
-def storage_option(tuned: TunedStudy) -> str:
-    """The option that finds the study's storage again, where it is not the default."""
-    if tuned.storage.url in (DEFAULT_STORAGE_URL, os.environ.get("TUNER_STORAGE")):
-        return ""
-    # Without a password, the one in $PGPASSWORD is taken; *** would be one.
-    return f" --storage {shlex.quote(tuned.storage.masked_url.replace(':***@', '@'))}"
+    file = f"{tuned.name}-trial-{number}.toml"
+    export = tuned.command("export", tuned.name, "--trial", number, "-o", file)
+    return f"{export} && {tuned.command('launch', file)}"
 
 
 def duration(seconds: float) -> str:

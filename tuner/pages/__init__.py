@@ -284,6 +284,7 @@ class Pages:
                 (trial.number, trial.value, trial.last_step or 0) for trial in tuned.ranked()[:10]
             ],
             study_id=tuned.id,
+            report_command=tuned.command("report", tuned.name),
             has_report=self._report_file(tuned).is_file(),
             spec=tomli_w.dumps(tuned.record.spec.to_document()),
             **{"said": "", **more},
@@ -382,8 +383,8 @@ class Pages:
             return self._message(
                 request,
                 "No report here",
-                f"`tuner report {name}` writes the final report of a finished study. It opens the "
-                "test split, once, so there is no button for it.",
+                f"`{tuned.command('report', tuned.name)}` writes the final report of a finished "
+                "study. It opens the test split, once, so there is no button for it.",
                 404,
             )
         response = Response(content, content_type="text/html; charset=utf-8")
