@@ -63,6 +63,11 @@ def data(what: str, name: str, content: str | bytes) -> Case:
     )
 
 
+def document(what: str, name: str, text: str | bytes) -> Case:
+    """A study file in the format that its name says."""
+    return Case(what=what, arguments=("check", name), files=((name, text),))
+
+
 def changed(old: str, new: str) -> str:
     if old not in GOOD:
         raise ValueError(old)
@@ -70,6 +75,14 @@ def changed(old: str, new: str) -> str:
 
 
 SPACE = "blocks = 1\n"
+#: Nine lists of nine of the one before: 10^9 values in 400 bytes.
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
+YAML = "name: good\ntrials: 3\n"
+DIGITS = "1" * 5000
+#: Rows between two lone quotes of one column, which `csv` reads as one field.
+SWALLOWED = 'sequence,note,label\nMKA,ok,0\nMKV,"open,1\nMKL,ok,0\nMKI,close",0\nMKP,ok,1\n'
 SPECS = (
     spec("TOML that ends too soon", GOOD + "filters = { choices = [16, 32"),
     spec("the same key twice", GOOD + "blocks = 2\n"),
@@ -97,6 +110,20 @@ SPECS = (
     spec("a name that is a path", changed('"good"', '"../good"')),
     spec("four mistakes at once", changed(SPACE, 'blocks = 0\nhead = "flaten"\nunits = -1\n')
          .replace("trials = 3", "trials = -3")),
+    spec("a step of a float that is none", changed(SPACE, SPACE +
+         "conv_l2 = { low = 0.0, high = 1.0, step = 1e-30 }\n")),
+    spec("a number of 5,000 digits", changed("trials = 3", f"trials = {DIGITS}")),
+    spec("brackets in brackets in brackets", GOOD + f"filters = {'[' * 5000}{']' * 5000}\n"),
+    document("YAML whose aliases multiply", "bomb.yaml", YAML + BOMB),
+    document("YAML whose alias holds itself", "self.yaml", YAML + "space: &s\n  blocks: *s\n"),
+    document("YAML with a date", "date.yaml", YAML + "seed: 2026-13-45\n"),
+    document("YAML with a number as a key", "key.yaml", YAML + "1: x\n"),
+    document("YAML with a key twice", "twice.yaml", YAML + "trials: 5\n"),
+    document("YAML that builds a Python object", "tag.yaml", YAML + "seed: !!python/object:x {}\n"),
+    document("JSON with a key twice", "twice.json", '{"name": "a", "trials": 3, "trials": 5}'),
+    document("JSON that is not a number", "nan.json", '{"name": "a", "trials": NaN}'),
+    document("JSON in JSON in JSON", "deep.json", '{"a":' * 5000 + "1" + "}" * 5000),
+    document("JSON with half of a character", "half.json", '{"name": "\\ud800", "trials": 3}'),
     Case(what="no such study file", arguments=("check", "goood.toml")),
     Case(what="a folder for a study file", arguments=("check", ".")),
     Case(what="a study file that is no text", arguments=("check", "x.toml"),
@@ -116,6 +143,14 @@ DATA = (
     data("an empty sequence", "nothing.csv", CSV + ",1\nMKA,0\n"),
     data("a label that is none", "label.csv", CSV + "MKV,yes\nMKA,0\n"),
     data("one sequence with both labels", "conflict.csv", CSV + "MKV,1\nMKV,0\n"),
+    data("a quote that swallows rows", "quotes.csv", SWALLOWED),
+    data("a quote that is never closed", "open.csv", CSV + '"MKV,1\nMKA,0\n'),
+    data("a TSV record of two lines", "lines.tsv", CSV.replace(",", "\t") + '"MK\nV"\t1\n'),
+    data("UTF-16 without a byte order mark", "utf16.csv", (CSV + "MKV,1\n").encode("utf-16-le")),
+    data("190 labels that are words", "words.csv",
+         CSV + "".join(f"MKV{'ACDEFGHIKL'[n % 10] * (n + 1)},{'yes' if n % 3 else 'no'}\n"
+                       for n in range(190))),
+    data("RNA", "rna.csv", CSV + "AUGGCCAUUGUAAUGGGCC,1\nAUGGCUAUUGUAAUGGGCA,0\n"),
     data("a single class", "single.csv", CSV + "".join(f"MK{r},1\n" for r in "ACDEFGHIKLMNPQ")),
     data("too few rows", "few.csv", CSV + "MKV,1\nMKA,0\n"),
     data("a sequence too long", "long.csv", CSV + "M" * 201 + ",1\nMKA,0\n"),
@@ -162,6 +197,14 @@ RUNS = (
     Case(what="no workers", arguments=("launch", "good.toml", "--workers", "0")),
     Case(what="a dashboard for everybody", arguments=("dashboard", "--host", "0.0.0.0")),
     Case(what="deleting without saying yes", arguments=("delete", "good")),
+    Case(what="workers that are no number", arguments=("launch", "good.toml", "--workers", "²")),
+    Case(what="an export where a folder cannot be",
+         arguments=("export", "good", "--trials", "/proc/none/trials.csv")),
+    Case(what="a suffix and a format that differ",
+         arguments=("export", "good", "--trial", "0", "--format", "toml", "-o", "best.yaml")),
+    Case(what="a proxy that is a name",
+         arguments=("dashboard", "--behind-proxy", "--trust-proxy", "proxy.lab",
+                    "--users", "users.json"), files=(("users.json", ""),)),
     Case(what="a verb that is none", arguments=("lanch", "good.toml")),
 )  # fmt: skip
 
