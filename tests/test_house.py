@@ -510,3 +510,16 @@ def test_a_count_before_a_noun_goes_through_counted() -> None:
                         found.append((path.name, node.lineno, words))
                         found.append((path.name, node.lineno, words))
     assert found == [], "write the count with tuner.errors.counted: 1 epoch, 2 epochs"
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    """`tests/test_x.py::test_y`, and after it `::test_z` of the same file."""
+    missing, named = [], 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        file = ""
+        for path, name in re.findall(r"(tests/\w+\.py)?::(test_\w+)", page.read_text("utf-8")):
+            file, named = path or file, named + 1
+            if not re.search(rf"^def {name}\(", (ROOT / file).read_text("utf-8"), re.MULTILINE):
+                missing.append((page.name, file, name))
+    assert named > 50
+    assert missing == []
