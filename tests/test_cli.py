@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -93,6 +94,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.writerows(list(zip(sequences, labels, strict=True))[:200])
     (folder / "tiny.toml").write_text(TINY)
     return folder
+
+
+@pytest.fixture
+def fresh(folder: Path, tmp_path: Path) -> Path:
+    """The same before anything was launched in it, whatever ran in `folder` by now."""
+    for name in ("tiny.csv", "tiny.toml"):
+        shutil.copy(folder / name, tmp_path)
+    return tmp_path
 
 
 def in_storage(folder: Path, look: Callable[[Storage], T]) -> T:
@@ -583,14 +592,14 @@ def group_members(group: int) -> list[int]:
     ],
 )
 def test_a_mistake_of_the_user_is_one_clear_message(
-    folder: Path, arguments: tuple[str, ...], code: int, words: str
+    fresh: Path, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
-    before = sorted(folder.rglob("*"))
-    done = tuner(folder, *arguments, check=False)
+    before = sorted(fresh.rglob("*"))
+    done = tuner(fresh, *arguments, check=False)
     assert done.returncode == code
     assert words in done.stderr.replace("\n", " ")
     if arguments[0] not in ("launch", "serve"):
-        assert sorted(folder.rglob("*")) == before
+        assert sorted(fresh.rglob("*")) == before
 
 
 @pytest.mark.parametrize("missing", ["tensorflow", "keras"])
@@ -598,28 +607,28 @@ def test_a_mistake_of_the_user_is_one_clear_message(
     "arguments", [("launch", "tiny.toml"), ("serve",), ("worker", "--cluster", "tcp://127.0.0.1:1")]
 )
 def test_who_is_to_train_without_tensorflow_ends_before_anything_is_made(
-    folder: Path, arguments: tuple[str, ...], missing: str, monkeypatch: pytest.MonkeyPatch
+    fresh: Path, arguments: tuple[str, ...], missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(fresh)
     monkeypatch.setitem(sys.modules, missing, None)  # to whoever looks for it, it is not installed
-    before = sorted(folder.rglob("*"))
+    before = sorted(fresh.rglob("*"))
     done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, SetupError)
     assert f"{missing} cannot be found here" in str(done.exception)
     assert "tuner[cpu] or tuner[gpu]" in str(done.exception)
-    assert sorted(folder.rglob("*")) == before
+    assert sorted(fresh.rglob("*")) == before
 
 
 @pytest.mark.parametrize("where", [("--detach",), ("--cluster", "tcp://127.0.0.1:1")])
 def test_who_lets_others_train_needs_no_tensorflow(
-    folder: Path, where: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    fresh: Path, where: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(fresh)
     monkeypatch.setattr("tuner.cluster._CONNECT_SECONDS", 0.1)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     done = CliRunner().invoke(app, ["launch", "tiny.toml", *where])
     assert done.exception is None or "No Dask scheduler answers" in str(done.exception)
-    with Storage(f"sqlite:///{folder}/runs/tuner.db", create=False) as storage:
+    with Storage(f"sqlite:///{fresh}/runs/tuner.db", create=False) as storage:
         assert list_names(storage) == ["tiny"]
 
 

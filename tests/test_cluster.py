@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,21 +189,34 @@ def test_how_a_trial_ended_on_its_worker_reaches_the_study(
         assert trial.user_attrs["ended_detail"] == "epoch 2, training loss nan"
 
 
+class QuickRun(FakeRun):
+    def __init__(self, task) -> None:
+        super().__init__(replace(task, seed=0))
+
+
 def test_a_paused_study_resumes_from_its_checkpoints(tmp_path: Path, local: Connection) -> None:
-    tuned = make_study(tmp_path, small_spec(trials=4, seed=100, hyperband=None))
-    with cluster_of(local, tuned) as cluster:
+    # Epochs of 100 ms: no trial can end by itself before the pause has reached its worker.
+    tuned = make_study(
+        tmp_path, small_spec(trials=4, seed=100, hyperband=None, training={"max_epochs": 300})
+    )
+    settings = {"development_file": Path("none.npz"), "threads": 1}
+    with contextlib.closing(tuned.storage):
+        begun: set[int] = set()
         coordinator: list[Coordinator] = []
 
         def stop(trial: int, result: object) -> None:
-            coordinator[0].stop("interrupted")
+            begun.add(trial)
+            if len(begun) == 2:
+                coordinator[0].stop("interrupted")
 
-        coordinator.append(Coordinator(tuned, cluster, Notes(stop)))
-        coordinator[0].run()
+        with Cluster(local, tuned, open_run=FakeRun, **settings) as cluster:
+            coordinator.append(Coordinator(tuned, cluster, Notes(stop)))
+            coordinator[0].run()
         running = tuned.trials(TrialState.RUNNING)
-        assert running
+        assert {trial.number for trial in running} == begun
         assert all(tuned.artifacts.checkpoint(trial.number).exists() for trial in running)
-        cluster._pausing = False
-        Coordinator(tuned, cluster, Notes()).run()
+        with Cluster(local, tuned, open_run=QuickRun, **settings) as cluster:
+            Coordinator(tuned, cluster, Notes()).run()
         assert_whole(tuned, 4)
         resumed = [trial for trial in tuned.trials() if trial.user_attrs.get(RESUMED_KEY)]
         assert {trial.number for trial in resumed} == {trial.number for trial in running}

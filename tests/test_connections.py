@@ -121,9 +121,12 @@ def test_connections_without_end_leave_room_for_the_next(
     monkeypatch.setattr(dashboard, "MOST_OF_AN_ADDRESS", 5)
     with make_server(storage, settings(tmp_path)) as server, Clients(server) as clients:
         for number in range(60):
-            clients.open(f"127.0.0.{2 + number % 4}").sendall(sent)
+            client = clients.open(f"127.0.0.{2 + number % 4}")
+            with contextlib.suppress(OSError):  # it made room for another already
+                client.sendall(sent)
         assert healthy(server)
-        assert len(server._server._open) <= 12
+        # Of those that were closed, the server hears a turn of its loop later.
+        assert sum(not stream.closed() for stream in list(server._server._open)) <= 12
 
 
 def test_behind_a_proxy_whose_address_stands_for_many_all_places_are_for_it(
@@ -141,7 +144,7 @@ def test_a_connection_that_is_being_answered_gives_way_to_none(
 ) -> None:
     entered, go = threading.Event(), threading.Event()
 
-    def slow(_: object, environ: Any, answer: Any, path: str) -> list[bytes]:
+    def slow(_: object, environ: Any, answer: Any, *more: object) -> list[bytes]:
         entered.set()
         assert go.wait(30)
         answer("200 OK", [])
