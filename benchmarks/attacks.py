@@ -2,13 +2,15 @@
 
     .venv/bin/python benchmarks/attacks.py               # about 3 minutes
 
-Opens idle connections from this machine's own addresses (1,100 at most), sends bodies and odd
-requests, and prints a table. The study is synthetic; it must reach its budget with no trial failed.
+Opens idle connections from this machine's own addresses (1,100 at most), sends bodies, passwords
+and odd requests, knocks at every port of the service and its workers, and prints a table. The study
+is synthetic; it must reach its budget with no trial failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import http.client
 import json
@@ -18,9 +20,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import psutil
+from distributed import rpc
 
 TRIALS = 6
 STUDY = f"""name = "attacked"
@@ -40,6 +46,7 @@ units = 8
 batch_size = 128
 learning_rate = {{ low = 1e-3, high = 1e-2, log = true }}
 """
+SERVE = ("serve", "--workers", "1")
 #: What is sent over one connection each; none may be answered with 500.
 REQUESTS = {
     "a note whose text is a list": ("PUT", "/api/studies/1/note", {"version": 1, "body": ["a"]}),
@@ -66,16 +73,19 @@ def main() -> None:
         folder = Path(name)
         (folder / "study.toml").write_text(STUDY)
         tuner(folder, "launch", "study.toml", "--detach")
-        with serving(folder, chosen.descriptors) as (port, log):
+        log = folder / "log"
+        with serving(folder, log, chosen.descriptors, *SERVE) as (process, port):
             wait_for(lambda: status(folder)["trials"]["RUNNING"] > 0)
+            rows.append(without_certificate(process))
             for what, addresses in (("one address", 1), ("eight addresses", 8)):
                 rows.append(idle_connections(port, min(chosen.connections, 1100), what, addresses))
             rows += [odd(port, what, *request) for what, request in REQUESTS.items()]
+            rows += strangers(folder, chosen.descriptors)
             wait_for(lambda: status(folder)["state"] == "finished")
             shown = ask(port, "GET", "/api/studies/1")[0]
             size = log.stat().st_size
         ended = status(folder)
-    failed = [what for what, answer in rows if re.match(r"0|5\d\d|.*, 5\d\d", answer)]
+    failed = [what for what, answer in rows if re.match(r"0$|5\d\d|.*, 5\d\d", answer)]
     rows.append(("the study's page afterwards", f"{shown}"))
     rows.append(("the study", f"{json.dumps(ended['trials'])}, {ended['state']}"))
     rows.append(("the service's log", f"{size:,} bytes"))
@@ -113,21 +123,81 @@ def wait_for(is_so: Callable[[], object], seconds: float = 300.0) -> None:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, descriptors: int) -> Iterator[tuple[int, Path]]:
-    """The service with so many descriptors and no more; its port, and its log."""
-    log = folder / "log"
-    serve = [str(Path(sys.executable).with_name("tuner")), "serve", "--workers", "1", "--port", "0"]
-    limited = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *serve]
+def serving(
+    folder: Path, log: Path, descriptors: int, *words: str
+) -> Iterator[tuple[psutil.Process, int]]:
+    """`tuner WORDS` with so many descriptors and no more: its process, and the dashboard's port."""
+    command = [str(Path(sys.executable).with_name("tuner")), *words, "--port", "0"]
+    limited = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
     with (
         log.open("wb") as file,
         subprocess.Popen(limited, cwd=folder, stderr=file, stdout=file) as process,
     ):
         try:
             wait_for(lambda: re.search(rb"http://127\.0\.0\.1:\d+/", log.read_bytes()))
-            yield int(re.findall(rb"http://127\.0\.0\.1:(\d+)/", log.read_bytes())[0]), log
+            port = int(re.findall(rb"http://127\.0\.0\.1:(\d+)/", log.read_bytes())[0])
+            yield psutil.Process(process.pid), port
         finally:
             process.terminate()
             process.wait(120)
+
+
+def without_certificate(service: psutil.Process) -> tuple[str, str]:
+    """Asks every port of the service and of its workers to run a program, as Dask's client does."""
+    ports = {
+        link.laddr.port
+        for process in (service, *service.children(recursive=True))
+        for link in process.net_connections(kind="inet")
+        if link.status == psutil.CONN_LISTEN
+    }
+
+    async def is_let_in(port: int) -> bool:
+        try:
+            async with rpc(f"tcp://127.0.0.1:{port}", timeout=3) as scheduler:
+                await asyncio.wait_for(scheduler.identity(), 3)
+        except (TimeoutError, OSError, ValueError):
+            return False
+        return True
+
+    let_in = [port for port in sorted(ports) if asyncio.run(is_let_in(port))]
+    answer = f"let in at {len(let_in)} of {len(ports)} ports"
+    return "Dask's protocol without a certificate", f"{'500, ' if let_in else ''}{answer}"
+
+
+def strangers(folder: Path, descriptors: int) -> Iterator[tuple[str, str]]:
+    """What those get who have no login: a dashboard with users over the same storage."""
+    (folder / "password").write_text("correct horse battery")
+    tuner(folder, "dashboard", "add-user", "ada", "--password-file", "password")
+    with serving(folder, folder / "log2", descriptors, "dashboard") as (process, port):
+        before = process.memory_info().rss
+        with contextlib.ExitStack() as held:
+            for _ in range(60):
+                client = socket.create_connection(("127.0.0.1", port), timeout=10)
+                held.enter_context(client)
+                with contextlib.suppress(OSError):
+                    client.sendall(
+                        b"POST /tuner/login HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                        b"Content-Length: 15000000\r\n\r\n" + bytes(14_000_000)
+                    )
+            grown = (process.memory_info().rss - before) / 1e6
+        yield "60 bodies of 15 MB without a login", f"{grown:.0f} MB more memory"
+
+        codes: list[int] = []
+        wrong = {"name": "ada", "password": "wrong password"}
+        tries = [
+            threading.Thread(
+                target=lambda: codes.append(ask(port, "POST", "/tuner/api/login", wrong)[0])
+            )
+            for _ in range(40)
+        ]
+        for one in tries:
+            one.start()
+        answers = [ask(port, "GET", path) for path in ("/healthz", "/readyz", "/tuner/login") * 5]
+        for one in tries:
+            one.join()
+        slowest = max(seconds for _, seconds in answers)
+        told = ", ".join(f"{codes.count(code)} times {code}" for code in sorted(set(codes)))
+        yield "40 passwords at once", f"{told}; slowest of 15 other answers {slowest:.2f} s"
 
 
 def ask(port: int, method: str, path: str, document: object = None) -> tuple[int, float]:
