@@ -297,7 +297,7 @@ class GiveBack(WorkerPlugin):
 
 
 def _leave_unfit(worker: Worker, task: TrainingTask, reason: str) -> None:
-    """Leaves for good, and gives the trial back: the next one would fail here, too."""
+    """Leaves permanently and gives the trial back: the next one would fail here, too."""
     worker.status = Status.closing_gracefully  # first of all: no other trial is to come here
     worker.log_event(task.events, {"attempt": task.attempt, "left": "unfit", "reason": reason})
     leaving = worker.close(executor_wait=False, reason=f"{UNFIT}{reason}")

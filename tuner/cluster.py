@@ -874,7 +874,7 @@ class _LocalScheduler(WithoutHttp, Scheduler):
 
 
 def _local_cluster(workers: int, *, folder: str, environment: Mapping[str, str]) -> SpecCluster:
-    """Worker processes and their scheduler, which talk to nobody but each other and this process.
+    """Worker processes and their scheduler, which talk to each other and this process alone.
 
     Every user of the machine reaches its loopback addresses, and Dask runs whatever code it is
     sent. So everything speaks TLS, with a certificate and key of this one run: they are in the

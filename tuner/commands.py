@@ -58,7 +58,7 @@ def password_hint(storage: str) -> str:
 
 
 def secret_options(url: sa.URL) -> list[str]:
-    """The options of a database's URL that nobody else should read."""
+    """The options of a database's URL that are secrets, or tell where one is."""
     return [
         name
         for name, value in url.query.items()

@@ -26,7 +26,7 @@ from tuner.access import counted_address
 MOST = 512  #: connections at once; 50 browsers open 6 each
 MOST_OF_AN_ADDRESS = 128  #: of one IPv4 address, or of one /64 network of IPv6
 _MOST_DESCRIPTORS = 65_536  #: what the process asks for; systems offer a billion
-_SHARE = 4  #: connections take at most one in so many descriptors, and as many are kept free
+_SHARE = 4  #: connections take at most one in `_SHARE` descriptors, and as many are kept free
 _AT_ONCE = 128  #: connections that are accepted before anything else is done
 _PAUSE_SECONDS = 1.0  #: without accepting, after the system refused a connection
 _TOLD_SECONDS = 600.0  #: the same trouble is told again after so long

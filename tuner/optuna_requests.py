@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 #: Notes are written in pieces of two kilobytes, and sent with every look at the study: one of
 #: 15 MB kept the storage from everybody for 13 s.
 MAX_NOTE_BYTES = 128 * 1024
-MAX_UPLOADS = 200  #: files that people hang on a study and its trials
+MAX_UPLOADS = 200  #: files that people attach to a study and its trials
 MAX_UPLOAD_BYTES = 256 * 1024 * 1024  #: of all of them together
 _MAX_CELLS = 1_000_000  #: of a plot of pairs: a contour needs about 20 bytes a cell
 _MAX_SELECTED = 10_000  #: trials that are named for a CSV file
@@ -319,7 +319,7 @@ class Checks:
             )
 
     def _uploads(self, study: int) -> list[Path]:
-        """The files that hang on a study and its trials, without those of the tuner itself."""
+        """The files attached to a study and its trials, without those of the tuner itself."""
         trials = self._storage.get_all_trials(study, deepcopy=False)
         record = self._storage.get_study_user_attrs(study).get(RECORD_KEY)
         name = str(record.get("folder")) if isinstance(record, dict) else ""
@@ -376,7 +376,7 @@ def is_too_large(storage: BaseStorage, study: int) -> bool:
 
 
 class Uploads(FileSystemArtifactStore):
-    """The files that hang on studies, which takes back what nothing came to hang on."""
+    """The files attached to studies; removes those that were never attached to one."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

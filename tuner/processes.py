@@ -22,7 +22,7 @@ keep_steady()  # coordinator, `tuner worker` and training processes alike import
 
 SAME_SIGNAL_SECONDS = 0.5  #: a signal that comes so soon after the first is the same wish
 SLOT = "slot"  #: the Dask resource: one training at a time for each
-UNFIT = "This worker cannot train: "  #: begins the reason for which a worker leaves for good
+UNFIT = "This worker cannot train: "  #: begins the reason for which a worker leaves permanently
 BFLOAT16 = "bfloat16"  #: the Dask resource of workers whose processor multiplies bfloat16
 #: Flags of processors for which TensorFlow's oneDNN multiplies in bfloat16.
 _FAST_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})

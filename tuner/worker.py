@@ -202,7 +202,7 @@ def _environments(count: int, threads: int, gpus: Sequence[str]) -> tuple[dict[s
 
 
 class _Nanny(Nanny):
-    """Dask's own, which remembers why its worker left for good."""
+    """Dask's own, which remembers why its worker left permanently."""
 
     unfit: str | None = None
 
