@@ -26,7 +26,7 @@ import optuna
 
 from tuner import cli
 from tuner.data import prepare, synthetic_sequences
-from tuner.spec import load_spec
+from tuner.spec.spec import load_spec
 from tuner.storage import Storage
 from tuner.study import create_or_resume
 

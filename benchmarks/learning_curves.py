@@ -24,7 +24,7 @@ from machine import processor
 from optuna.trial import TrialState
 
 from tuner.objective import curve_of
-from tuner.spec import load_spec
+from tuner.spec.spec import load_spec
 from tuner.storage import Storage
 from tuner.study import load
 

@@ -26,7 +26,7 @@ import optuna
 import psutil
 from machine import processor
 
-from tuner.spec import load_spec
+from tuner.spec.spec import load_spec
 from tuner.storage import Storage
 from tuner.study import FINISHED, WORKER_KEY, load, versions
 

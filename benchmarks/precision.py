@@ -4,7 +4,7 @@
 
 The networks are drawn from studies/solubility.toml. Both precisions run interleaved in one process;
 medians of CPU seconds a step, which other processes disturb less than the clock. From the rows the
-rule is chosen that `tuner.precision` has: the fewest multiply-adds a value from which a
+rule is chosen that `tuner.spec.precision` has: the fewest multiply-adds a value from which a
 network is computed in bfloat16, so that all networks together take the least time.
 """
 
@@ -24,9 +24,9 @@ from machine import processor
 
 from tuner.data import DevelopmentData
 from tuner.model import tf
-from tuner.precision import multiply_adds_a_value
-from tuner.space import ModelConfig, parameter_count
-from tuner.spec import load_spec
+from tuner.spec.precision import multiply_adds_a_value
+from tuner.spec.space import ModelConfig, parameter_count
+from tuner.spec.spec import load_spec
 from tuner.training import TensorData, TrainingRun, configure_tensorflow
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,7 +24,7 @@ import optuna
 from machine import processor
 
 from tuner.data import prepare
-from tuner.spec import load_spec
+from tuner.spec.spec import load_spec
 from tuner.storage import Storage
 from tuner.study import load, versions
 

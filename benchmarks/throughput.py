@@ -39,10 +39,10 @@ from machine import processor
 
 from tuner.data import DataIdentity, prepare
 from tuner.objective import curve_of
-from tuner.precision import BFLOAT16_FROM, multiply_adds, precision_by_size
 from tuner.processes import has_fast_bfloat16
-from tuner.space import ModelConfig
-from tuner.spec import StudySpec, load_spec, spec_from_document
+from tuner.spec.precision import BFLOAT16_FROM, multiply_adds, precision_by_size
+from tuner.spec.space import ModelConfig
+from tuner.spec.spec import StudySpec, load_spec, spec_from_document
 from tuner.storage import Storage
 from tuner.study import WORKER_KEY, load, versions
 

@@ -31,7 +31,7 @@ from peer_search import MAX_EPOCHS, PATIENCE
 
 from tuner.data import prepare
 from tuner.objective import curve_of
-from tuner.spec import StudySpec, spec_from_document
+from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage import Storage
 from tuner.study import load, versions
 

@@ -31,10 +31,10 @@ from tuner.attempt import TrainingTask
 from tuner.cli import _stop_on_signals
 from tuner.cluster import Cluster, Connection, local_connection, remote_connection
 from tuner.coordinator import Coordinator
-from tuner.curves import EpochResult
 from tuner.errors import TunerError
 from tuner.storage import Storage
 from tuner.study import create_or_resume
+from tuner.train import EpochResult
 
 Phase = Literal[
     "before the first report", "between reports", "at a rung", "while its checkpoint travels"

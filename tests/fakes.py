@@ -16,14 +16,14 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 
 from tuner.attempt import TrainingTask
-from tuner.curves import EpochResult, Train
 from tuner.data import DataIdentity
 from tuner.errors import TrainingPausedError
 from tuner.objective import curve_of
-from tuner.space import ModelConfig
-from tuner.spec import StudySpec, spec_from_document
+from tuner.spec.space import ModelConfig
+from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage import Storage
 from tuner.study import FINISHED, TunedStudy, create_or_resume
+from tuner.train import EpochResult, Train
 
 IDENTITY = DataIdentity(
     source="synthetic",

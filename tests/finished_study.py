@@ -17,8 +17,8 @@ from tuner import study
 from tuner.data import load_development, prepare, synthetic_sequences
 from tuner.metrics import cross_entropy
 from tuner.objective import CURVE_KEY, DETAIL_KEY, ENDED_KEY
-from tuner.space import ModelConfig
-from tuner.spec import spec_from_document
+from tuner.spec.space import ModelConfig
+from tuner.spec.spec import spec_from_document
 from tuner.storage import Storage
 from tuner.study import TunedStudy
 

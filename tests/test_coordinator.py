@@ -18,7 +18,6 @@ from tuner.coordinator import (
     POISON_LOSSES,
     Coordinator,
 )
-from tuner.curves import Train
 from tuner.errors import (
     LeaseLostError,
     StorageError,
@@ -29,9 +28,10 @@ from tuner.errors import (
     WorkerLostError,
 )
 from tuner.objective import ENDED_KEY, curve_of
-from tuner.spec import StopSettings
+from tuner.spec.spec import StopSettings
 from tuner.storage import Storage
 from tuner.study import BUDGET_KEY, FINISHED, RESUMED_KEY, TunedStudy, load, status
+from tuner.train import Train
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from fakes import epoch_result
 
-from tuner import curves
-from tuner.curves import EpochResult, curve_document, curve_from_document
+from tuner import train as curves
+from tuner.train import EpochResult, curve_document, curve_from_document
 
 CURVE = (epoch_result(0.7, 1), epoch_result(0.6, 2), epoch_result(0.65, 3))
 #: CURVE as versions stored it that knew six fields, and nothing of their names.

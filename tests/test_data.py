@@ -42,7 +42,7 @@ from tuner.data import (
     synthetic_sequences,
 )
 from tuner.errors import DataError, Problem, TunerError
-from tuner.spec import DataSettings, FastaPair, SplitSettings
+from tuner.spec.spec import DataSettings, FastaPair, SplitSettings
 
 REAL_FOLDER = os.environ.get("TUNER_DATA_DIR", "")
 REAL_FILE = Path(REAL_FOLDER) / "solubility.npz"

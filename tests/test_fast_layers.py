@@ -11,7 +11,7 @@ from test_model import block, dense, network, sequences
 
 from tuner import fast_layers
 from tuner.model import build_model, keras, logit_model, tf
-from tuner.space import ModelConfig
+from tuner.spec.space import ModelConfig
 
 LENGTH = 40
 #: Between them: every layer that is replaced, each way to pool and to pad, with what may disturb.

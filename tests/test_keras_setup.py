@@ -16,11 +16,11 @@ import pytest
 from test_training import CONFIG, DATA, curve, training_run
 
 from tuner.attempt import open_training_run
-from tuner.curves import EpochResult
 from tuner.errors import SetupError
 from tuner.keras_setup import keras, set_keras, tf
 from tuner.model import build_model
 from tuner.predict import logits
+from tuner.train import EpochResult
 from tuner.training import TensorData, TrainingRun
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tuner.model import build_model, keras, logit_model
-from tuner.space import (
+from tuner.spec.space import (
     BlockConfig,
     DenseConfig,
     ModelConfig,

@@ -9,11 +9,11 @@ import pytest
 from fakes import epoch_result, fake_train, small_spec
 from optuna.trial import TrialState
 
-from tuner.curves import EpochResult, figures_of
 from tuner.errors import TrialEndedError
 from tuner.objective import CURVE_KEY, ENDED_KEY, Objective, curve_of
-from tuner.space import ModelConfig
+from tuner.spec.space import ModelConfig
 from tuner.study import PerTrialSampler, make_pruner, make_sampler
+from tuner.train import EpochResult, figures_of
 
 
 def plain_study(**changes: object) -> tuple[optuna.Study, Objective]:

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from tuner import data, overlap, report_page, study
 from tuner.data import RESIDUES, Prepared, prepare, synthetic_sequences
 from tuner.report import write_report
-from tuner.spec import StudySpec, spec_from_document
+from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage import Storage
 from tuner.study import TunedStudy
 

@@ -12,7 +12,7 @@ from fakes import FakeWorkers, Notes, make_study, small_spec
 from tuner import cluster, processes
 from tuner.coordinator import Coordinator
 from tuner.export import config_of_trial
-from tuner.precision import BFLOAT16_FROM, multiply_adds_a_value
+from tuner.spec.precision import BFLOAT16_FROM, multiply_adds_a_value
 from tuner.study import BFLOAT16_FROM_KEY, TunedStudy
 
 #: One block that is far below the threshold, or far above it.

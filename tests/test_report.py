@@ -29,7 +29,7 @@ from tuner.errors import StudyError, TunerError
 from tuner.export import config_hash
 from tuner.metrics import METHODS, Metrics, measure
 from tuner.report import Evaluate, Report, write_report
-from tuner.space import ModelConfig
+from tuner.spec.space import ModelConfig
 from tuner.storage import Storage
 from tuner.study import TunedStudy
 

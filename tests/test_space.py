@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuner.errors import StudyError
-from tuner.space import (
+from tuner.spec.space import (
     BLOCK_KEYS,
     DENSE_KEYS,
     KEYS,

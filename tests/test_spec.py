@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tuner.errors import Problem, SpecError
-from tuner.space import SearchSpace, parameter_count, space_of
-from tuner.spec import (
+from tuner.spec.space import SearchSpace, parameter_count, space_of
+from tuner.spec.spec import (
     DataSettings,
     FastaPair,
     StudySpec,
@@ -34,7 +34,7 @@ from tuner.spec import (
     rungs,
     spec_from_document,
 )
-from tuner.toml_lines import key_lines
+from tuner.spec.toml_lines import key_lines
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
 SHIPPED = sorted(STUDIES.glob("*.toml"))

@@ -12,10 +12,9 @@ import sqlalchemy as sa
 from fakes import IDENTITY, fake_train, make_study, small_spec
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.curves import EpochResult
 from tuner.errors import StudyError, TrialEndedError
 from tuner.objective import Objective
-from tuner.spec import StopSettings, StudySpec
+from tuner.spec.spec import StopSettings, StudySpec
 from tuner.storage import Storage
 from tuner.study import (
     ENDED_EARLY_KEY,
@@ -31,6 +30,7 @@ from tuner.study import (
     status,
     study_name,
 )
+from tuner.train import EpochResult
 
 
 def again(tuned, spec, identity=IDENTITY):

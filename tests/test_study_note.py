@@ -16,10 +16,10 @@ from optuna_dashboard._note import save_note_with_version
 
 from tuner import coordinator
 from tuner.coordinator import Coordinator
-from tuner.curves import EpochResult
 from tuner.errors import LeaseLostError
 from tuner.study import ERROR_KEY, TunedStudy, status
 from tuner.study_note import overview
+from tuner.train import EpochResult
 
 Make = Callable[..., TunedStudy]
 

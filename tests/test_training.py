@@ -14,14 +14,14 @@ import psutil
 import pytest
 
 from tuner import training
-from tuner.curves import EpochResult
 from tuner.data import DevelopmentData
 from tuner.errors import TrialEndedError
 from tuner.metrics import cross_entropy
 from tuner.model import build_model, keras, load_weights, logit_model, tf
 from tuner.predict import logits
-from tuner.space import BlockConfig, DenseConfig, ModelConfig
-from tuner.spec import TrainingSettings
+from tuner.spec.space import BlockConfig, DenseConfig, ModelConfig
+from tuner.spec.spec import TrainingSettings
+from tuner.train import EpochResult
 from tuner.training import LocalTraining, TensorData, TrainingRun
 
 MAX_LENGTH = 24

@@ -20,13 +20,13 @@ from optuna.trial import TrialState
 from tuner import trial_page
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, dashboard_folder
 from tuner.coordinator import Coordinator
-from tuner.curves import EpochResult
 from tuner.errors import StudyError, TrialEndedError, WorkerLostError
 from tuner.export import best_configs, config_of_trial, write_configs, write_trials
-from tuner.space import parameter_count
-from tuner.spec import load_spec
+from tuner.spec.space import parameter_count
+from tuner.spec.spec import load_spec
 from tuner.storage import COORDINATOR_KEY
 from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete, status
+from tuner.train import EpochResult
 from tuner.trial_page import (
     AGAIN_KEY,
     NOTE_KEY,

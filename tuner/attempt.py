@@ -27,13 +27,13 @@ import dask
 import psutil
 from distributed import Status, Worker, WorkerPlugin, get_client, get_worker
 
-from tuner.curves import EpochResult
 from tuner.delivery import development_file
 from tuner.errors import EndReason, SetupError, TrialEndedError, is_outage
-from tuner.precision import Precision
 from tuner.processes import SAME_SIGNAL_SECONDS, THREADS_VARIABLE, UNFIT, silence_dask
-from tuner.space import ModelConfig
-from tuner.spec import TrainingSettings
+from tuner.spec.precision import Precision
+from tuner.spec.space import ModelConfig
+from tuner.spec.spec import TrainingSettings
+from tuner.train import EpochResult
 
 _SILENCE_SECONDS = 60.0  #: a worker that heard no orders for this long saves and ends
 _LOOK_SECONDS = 0.5  #: between two looks at whether the scheduler still wants an attempt

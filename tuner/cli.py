@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tuner.dashboard import Settings
     from tuner.data import Prepared
     from tuner.scheduler import TlsFiles
-    from tuner.spec import StudySpec
+    from tuner.spec.spec import StudySpec
     from tuner.storage import Storage
     from tuner.study import StudyStatus, TunedStudy
 
@@ -355,7 +355,7 @@ def check(
     storage: StorageUrl = DEFAULT_STORAGE_URL,
 ) -> None:
     """Validates a study file and its data, and says what the study would do; trains nothing."""
-    from tuner.spec import json_schema
+    from tuner.spec.spec import json_schema
 
     if schema:
         _print_json(json_schema())
@@ -369,7 +369,7 @@ def check(
             raise
         _print_json(_invalid(spec_path, error))
         raise typer.Exit(1) from None
-    from tuner.space import parameter_count_range
+    from tuner.spec.space import parameter_count_range
 
     low, high = parameter_count_range(spec.space, spec.data.max_length)
     shared = _shared_rows(storage, spec, prepared)
@@ -417,7 +417,7 @@ def _load(
     path: Path, overrides: list[str], artifacts: Path, *, quiet: bool = False
 ) -> tuple[StudySpec, Prepared]:
     from tuner.data import prepare
-    from tuner.spec import load_spec
+    from tuner.spec.spec import load_spec
 
     spec = load_spec(path, overrides)
     prepared = prepare(spec.data, folder=spec.folder, artifacts=artifacts, sha256=spec.data_sha256)

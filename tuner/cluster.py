@@ -32,7 +32,6 @@ from tuner.attempt import (
     open_training_run,
     train_on_worker,
 )
-from tuner.curves import EpochResult
 from tuner.errors import (
     ClusterError,
     TrainingPausedError,
@@ -64,8 +63,9 @@ from tuner.scheduler import (
     require_scheduler,
     worker_command,
 )
-from tuner.space import ModelConfig
+from tuner.spec.space import ModelConfig
 from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
+from tuner.train import EpochResult
 
 __all__ = [
     "Cluster",

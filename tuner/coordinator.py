@@ -13,7 +13,6 @@ from typing import Literal, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.curves import EpochResult, Train
 from tuner.errors import (
     StorageError,
     StudyError,
@@ -26,8 +25,8 @@ from tuner.errors import (
 )
 from tuner.logs import about
 from tuner.objective import DETAIL_KEY, ENDED_KEY, Objective, reported_epochs
-from tuner.space import ModelConfig
-from tuner.spec import StudySpec
+from tuner.spec.space import ModelConfig
+from tuner.spec.spec import StudySpec
 from tuner.stop_rule import StopRule
 from tuner.storage import COORDINATOR_KEY, Decision
 from tuner.study import (
@@ -41,6 +40,7 @@ from tuner.study import (
     take_settings,
 )
 from tuner.study_note import begin_overview
+from tuner.train import EpochResult, Train
 from tuner.trial_page import TrialPage
 
 KEPT_WEIGHTS = 10  #: the best trials whose weights are kept

@@ -36,7 +36,7 @@ from tuner.errors import DataError, Problem, TunerError, counted
 from tuner.metrics import small_split_warnings
 
 if TYPE_CHECKING:
-    from tuner.spec import DataSettings, FastaPair, SplitSettings
+    from tuner.spec.spec import DataSettings, FastaPair, SplitSettings
 
 Tokens = npt.NDArray[np.uint8]
 

@@ -40,7 +40,7 @@ from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError, SQLA
 from tuner.artifacts import DEFAULT_STORAGE_URL, make_folder, new_file_mode
 from tuner.commands import command, secret_options
 from tuner.errors import LeaseLostError, StorageError, StorageMissingError
-from tuner.toml_file import did_you_mean
+from tuner.spec.document import did_you_mean
 
 SCHEMA_VERSION = 4
 #: A file with the password of a PostgreSQL URL that has none: secrets stay out of argv.

@@ -21,16 +21,16 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import publish, require_writable
-from tuner.curves import ACCURACY_KEY, BEST_EPOCH_KEY, PARAMETERS_KEY, ROC_AUC_KEY, SECONDS_KEY
 from tuner.data import PAIR
 from tuner.errors import StudyError, TunerError, reason_of
 from tuner.objective import DETAIL_KEY, ENDED_KEY, curve_of
-from tuner.space import ModelConfig, space_of
-from tuner.spec import name_problem
+from tuner.spec.space import ModelConfig, space_of
+from tuner.spec.spec import name_problem
 from tuner.study import RESUMED_KEY, StudyRecord, TunedStudy, figures_in, source_files
+from tuner.train import ACCURACY_KEY, BEST_EPOCH_KEY, PARAMETERS_KEY, ROC_AUC_KEY, SECONDS_KEY
 
 Format = Literal["toml", "json", "yaml"]
-#: By the suffix of a study file, as `tuner.spec.load_spec` reads it.
+#: By the suffix of a study file, as `tuner.spec.spec.load_spec` reads it.
 _FORMATS: Mapping[str, Format] = {".toml": "toml", ".json": "json", ".yaml": "yaml", ".yml": "yaml"}
 
 

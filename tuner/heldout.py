@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from tuner import data
 from tuner.data import DataIdentity, HeldOutRows
 from tuner.errors import StudyError
-from tuner.spec import DataSettings
+from tuner.spec.spec import DataSettings
 from tuner.study import TunedStudy, source_files
 
 

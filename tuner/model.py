@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from tuner import fast_layers
 from tuner.keras_setup import keras, layers, ops, set_keras, tf
-from tuner.precision import Precision
-from tuner.space import (
+from tuner.spec.precision import Precision
+from tuner.spec.space import (
     TOKENS,
     Activation,
     BlockConfig,

@@ -6,7 +6,10 @@ import contextlib
 
 import optuna
 
-from tuner.curves import (
+from tuner.errors import TrialEndedError
+from tuner.spec.space import parameter_count
+from tuner.spec.spec import StudySpec
+from tuner.train import (
     PARAMETERS_KEY,
     EpochResult,
     Train,
@@ -14,13 +17,10 @@ from tuner.curves import (
     curve_from_document,
     figures_of,
 )
-from tuner.errors import TrialEndedError
-from tuner.space import parameter_count
-from tuner.spec import StudySpec
 
 #: What a trial leaves behind beside Optuna's own: attributes of the trial. The curve is one of the
 #: system's, as the dashboard would send it with every trial and show it as one endless line.
-CURVE_KEY = "curve"  # as `tuner.curves.curve_document` has it
+CURVE_KEY = "curve"  # as `tuner.train.curve_document` has it
 ENDED_KEY = "ended"  # why it ended early: an EndReason
 DETAIL_KEY = "ended_detail"
 

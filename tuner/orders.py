@@ -18,7 +18,7 @@ from tuner.artifacts import development_path
 from tuner.data import Prepared, prepare
 from tuner.errors import Problem, SpecError, StudyError, counted
 from tuner.overlap import enter
-from tuner.spec import StudySpec, load_spec
+from tuner.spec.spec import StudySpec, load_spec
 from tuner.storage import LeaseHolder, Storage
 from tuner.study import (
     FINISHED,

@@ -22,7 +22,7 @@ from tuner.data import (
     read_hashes,
 )
 from tuner.errors import DataError, counted
-from tuner.spec import StudySpec
+from tuner.spec.spec import StudySpec
 from tuner.storage import LedgerEntry, Storage
 from tuner.study import RECORD_KEY, TunedStudy, list_names, study_name
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tuner.keras_setup import memory_errors
 from tuner.model import build_model, load_weights, logit_model
-from tuner.space import ModelConfig
+from tuner.spec.space import ModelConfig
 
 BATCH = 512  # sequences
 

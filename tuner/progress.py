@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tuner import logs
-from tuner.curves import EpochResult
 from tuner.errors import counted
 from tuner.objective import DETAIL_KEY, ENDED_KEY
 from tuner.study import StudyStatus, TunedStudy, status
+from tuner.train import EpochResult
 from tuner.trial_page import duration
 
 __all__ = [

@@ -22,7 +22,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import development_path, publish
 from tuner.coordinator import Coordinator, Ending, Workers
-from tuner.curves import EpochResult, Train
 from tuner.errors import (
     ClusterError,
     LeaseLostError,
@@ -36,6 +35,7 @@ from tuner.objective import ENDED_KEY
 from tuner.progress import describe_end, duration
 from tuner.storage import Lease, Storage
 from tuner.study import ERROR_KEY, TunedStudy, load, status
+from tuner.train import EpochResult, Train
 
 _LOOK_SECONDS = 1.0  #: between two looks at the queue
 _NAP_SECONDS = 0.1  #: a signal is noticed after this long

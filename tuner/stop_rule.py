@@ -9,7 +9,7 @@ from typing import cast
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.spec import StopSettings
+from tuner.spec.spec import StopSettings
 from tuner.study import FINISHED
 
 

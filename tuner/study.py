@@ -28,14 +28,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import HUNG_PREFIXES, StudyArtifacts, study_folder_name
 from tuner.commands import command
-from tuner.curves import ACCURACY_KEY, PARAMETERS_KEY, ROC_AUC_KEY
 from tuner.data import SOLUBILITY_FILE, DataIdentity, find_source, source_sha256
 from tuner.data import source_files as named_files
 from tuner.errors import StudyError, StudyInUseError, counted
-from tuner.precision import BFLOAT16_FROM, Precision, precision_by_size
-from tuner.space import ModelConfig
-from tuner.spec import StopSettings, StudySpec, rungs_counted_up, spec_from_document
+from tuner.spec.precision import BFLOAT16_FROM, Precision, precision_by_size
+from tuner.spec.space import ModelConfig
+from tuner.spec.spec import StopSettings, StudySpec, rungs_counted_up, spec_from_document
 from tuner.storage import COORDINATOR_KEY, Storage
+from tuner.train import ACCURACY_KEY, PARAMETERS_KEY, ROC_AUC_KEY
 
 #: The study attribute that holds everything about how the study is run.
 RECORD_KEY = "tuner"
@@ -44,7 +44,7 @@ BUDGET_KEY = "trials"
 STOP_KEY = "stop"  # the study file's table; None without one
 ENDED_EARLY_KEY = "ended_early"  # why, where it ended before the budget that was asked for
 WORKERS_KEY = "workers"
-#: What precision "auto" means in this study: `tuner.precision.BFLOAT16_FROM`, or None for never.
+#: What precision "auto" means in this study: `precision.BFLOAT16_FROM`, or None for never.
 BFLOAT16_FROM_KEY = "bfloat16_from"
 ERROR_KEY = "error"  # why the service gave the study up; None once it is launched again
 #: What a trial's value is called on the dashboard's axes.
@@ -213,7 +213,7 @@ class _Hyperband(optuna.pruners.BasePruner):
     """Hyperband (arXiv:1603.06560) of Optuna's asynchronous successive halving.
 
     Optuna's `HyperbandPruner` draws a trial's bracket from a hash of the study's name and the
-    trial's number. Here brackets take turns as in the paper (`tuner.spec.bracket_turns`), so that
+    trial's number. Here brackets take turns as in the paper (`bracket_turns`), so that
     a study's name changes nothing, and a budget has the shares that `tuner check` tells.
     """
 

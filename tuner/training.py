@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from tuner.curves import EpochResult
 from tuner.data import DevelopmentData
 from tuner.errors import TrialEndedError
 from tuner.keras_setup import memory_errors
@@ -33,9 +32,10 @@ from tuner.model import (
     set_keras,
     tf,
 )
-from tuner.precision import Precision
-from tuner.space import ModelConfig
-from tuner.spec import TrainingSettings
+from tuner.spec.precision import Precision
+from tuner.spec.space import ModelConfig
+from tuner.spec.spec import TrainingSettings
+from tuner.train import EpochResult
 
 STEPS_A_CALL = 64  # between two looks at the clock; in between, no Python runs
 VALIDATION_BATCH = 512  # sequences; large enough for the kernels, small enough for the cache
@@ -354,7 +354,7 @@ class LocalTraining:
     def __call__(
         self, config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
     ) -> Generator[EpochResult, None, None]:
-        """See `tuner.curves.Train`. Nothing runs ahead of the caller, so `rungs` do not matter."""
+        """See `tuner.train.Train`. Nothing runs ahead of the caller, so `rungs` do not matter."""
         run = TrainingRun(
             self._data,
             config,

@@ -18,11 +18,11 @@ from optuna.trial import TrialState
 
 from tuner.artifacts import CURVES_FILE, NETWORK_FILE
 from tuner.commands import password_hint
-from tuner.curves import EpochResult
 from tuner.errors import counted
 from tuner.objective import DETAIL_KEY, ENDED_KEY
-from tuner.space import ModelConfig, layers_of
+from tuner.spec.space import ModelConfig, layers_of
 from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy
+from tuner.train import EpochResult
 
 #: Attributes of the trial, as its page and the table of trials show them.
 NOTE_KEY = "note"

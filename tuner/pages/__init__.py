@@ -38,8 +38,8 @@ from tuner.access import (
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
 from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
 from tuner.export import Format, best_configs, render
-from tuner.space import parameter_count_range
-from tuner.spec import StudySpec
+from tuner.spec.space import parameter_count_range
+from tuner.spec.spec import StudySpec
 from tuner.storage import LOG_IN, Storage
 from tuner.study import (
     RECORD_KEY,

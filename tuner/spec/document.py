@@ -12,8 +12,9 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
-from tuner import yaml_file
-from tuner.document import (
+from tuner.errors import Problem, SpecError
+from tuner.spec import yaml_file
+from tuner.spec.limits import (
     MAX_DEPTH,
     MAX_FILE_BYTES,
     TOO_DEEP,
@@ -21,9 +22,8 @@ from tuner.document import (
     excess,
     line_of_many_digits,
 )
-from tuner.errors import Problem, SpecError
-from tuner.space import toml_value
-from tuner.toml_lines import KeyPath, key_lines
+from tuner.spec.space import toml_value
+from tuner.spec.toml_lines import KeyPath, key_lines
 
 #: A key of thousands of parts, over which `tomllib` takes minutes. The expression is bounded
 #: everywhere, or it would take as long itself; of parts that are longer a file has few.

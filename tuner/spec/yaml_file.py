@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from tuner.document import (
+from tuner.spec.limits import (
     MAX_DEPTH,
     MAX_KEYS,
     MAX_VALUES,
@@ -19,7 +19,7 @@ from tuner.document import (
     TOO_MANY_VALUES,
     line_of_many_digits,
 )
-from tuner.toml_lines import KeyPath
+from tuner.spec.toml_lines import KeyPath
 
 SUFFIXES = (".json", ".yaml", ".yml")
 
@@ -51,7 +51,7 @@ def parse(text: str, suffix: str) -> tuple[dict[str, Any], Mapping[KeyPath, int]
 
     Raises:
         SyntaxMistakeError: With the line where one is known. A document that exceeds a limit of
-            `tuner.document` is refused before anything is built of it.
+            `tuner.spec.limits` is refused before anything is built of it.
     """
     document, lines = _parse_json(text) if suffix == ".json" else _parse_yaml(text)
     if not isinstance(document, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from tuner.toml_lines import KeyPath
+from tuner.spec.toml_lines import KeyPath
 
 MAX_FILE_BYTES = 1_000_000
 MAX_DEPTH = 32  #: values within values, and parts of a key such as `a.b.c`

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from tuner.document import MAX_MISTAKES
-from tuner.space import (
+from tuner.spec.document import Mistake, did_you_mean, one_of, shown, without_the_quotes
+from tuner.spec.limits import MAX_MISTAKES
+from tuner.spec.space import (
     BLOCK_KEYS,
     DENSE_KEYS,
     KEYS,
@@ -31,8 +32,7 @@ from tuner.space import (
     tightest,
     toml_value,
 )
-from tuner.toml_file import Mistake, did_you_mean, one_of, shown, without_the_quotes
-from tuner.toml_lines import KeyPath
+from tuner.spec.toml_lines import KeyPath
 
 
 def read_space(table: object, mistakes: list[Mistake]) -> SearchSpace:

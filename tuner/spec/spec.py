@@ -27,18 +27,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from tuner.document import excess, odd_text
 from tuner.errors import SpecError
-from tuner.precision import Precision
-from tuner.space import KEYS, ParameterValue, SearchSpace
-from tuner.space_file import (
-    check_lengths,
-    known_schema,
-    read_known,
-    read_space,
-    space_schema,
-)
-from tuner.toml_file import (
+from tuner.spec.document import (
     Mistake,
     Places,
     did_you_mean,
@@ -47,7 +37,17 @@ from tuner.toml_file import (
     shown,
     without_the_quotes,
 )
-from tuner.toml_lines import KeyPath
+from tuner.spec.limits import excess, odd_text
+from tuner.spec.precision import Precision
+from tuner.spec.space import KEYS, ParameterValue, SearchSpace
+from tuner.spec.tables import (
+    check_lengths,
+    known_schema,
+    read_known,
+    read_space,
+    space_schema,
+)
+from tuner.spec.toml_lines import KeyPath
 
 MAX_NAME_LENGTH = 80  # characters; with "-synthetic" and a suffix still a file name everywhere
 _MAX_NAME_BYTES = 160  #: the same in UTF-8, of which a file's name has at most 255 in all
