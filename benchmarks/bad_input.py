@@ -25,7 +25,7 @@ from unittest import mock
 import optuna
 
 from tuner import cli
-from tuner.data import prepare, synthetic_sequences
+from tuner.data.prepare import prepare, synthetic_sequences
 from tuner.spec.spec import load_spec
 from tuner.storage import Storage
 from tuner.study import create_or_resume

@@ -22,7 +22,7 @@ import numpy as np
 import optuna
 from machine import processor
 
-from tuner.data import DevelopmentData
+from tuner.data.prepare import DevelopmentData
 from tuner.model import tf
 from tuner.spec.precision import multiply_adds_a_value
 from tuner.spec.space import ModelConfig, parameter_count

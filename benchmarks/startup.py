@@ -23,7 +23,7 @@ from typing import Any
 import optuna
 from machine import processor
 
-from tuner.data import prepare
+from tuner.data.prepare import prepare
 from tuner.spec.spec import load_spec
 from tuner.storage import Storage
 from tuner.study import load, versions

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from postgres import postgres_server  # noqa: E402 - it is beside the tests
 
-from tuner.data import load_development, synthetic_sequences  # noqa: E402
+from tuner.data.prepare import load_development, synthetic_sequences  # noqa: E402
 from tuner.objective import ENDED_KEY, curve_of  # noqa: E402
 from tuner.storage import Storage  # noqa: E402
 from tuner.study import FINISHED, RESUMED_KEY, TunedStudy, load  # noqa: E402

@@ -37,7 +37,7 @@ from typing import Any
 import optuna
 from machine import processor
 
-from tuner.data import DataIdentity, prepare
+from tuner.data.prepare import DataIdentity, prepare
 from tuner.objective import curve_of
 from tuner.processes import has_fast_bfloat16
 from tuner.spec.precision import BFLOAT16_FROM, multiply_adds, precision_by_size

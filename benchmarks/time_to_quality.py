@@ -29,7 +29,7 @@ import optuna
 from machine import processor
 from peer_search import MAX_EPOCHS, PATIENCE
 
-from tuner.data import prepare
+from tuner.data.prepare import prepare
 from tuner.objective import curve_of
 from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage import Storage

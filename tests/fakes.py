@@ -16,7 +16,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 
 from tuner.attempt import TrainingTask
-from tuner.data import DataIdentity
+from tuner.data.prepare import DataIdentity
 from tuner.errors import TrainingPausedError
 from tuner.objective import curve_of
 from tuner.spec.space import ModelConfig

@@ -14,7 +14,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from tuner import study
-from tuner.data import load_development, prepare, synthetic_sequences
+from tuner.data.prepare import load_development, prepare, synthetic_sequences
 from tuner.metrics import cross_entropy
 from tuner.objective import CURVE_KEY, DETAIL_KEY, ENDED_KEY
 from tuner.spec.space import ModelConfig

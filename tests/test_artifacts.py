@@ -14,7 +14,7 @@ import pytest
 
 from tuner.access import write_user
 from tuner.artifacts import artifact_store, make_folder, publish, replaceable, require_writable
-from tuner.delivery import one_process_at_a_time
+from tuner.data.delivery import one_process_at_a_time
 from tuner.storage import Storage
 
 

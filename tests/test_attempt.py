@@ -17,7 +17,7 @@ import pytest
 from fakes import small_spec
 
 from tuner.attempt import TrainingTask, open_from_checkpoint
-from tuner.data import DevelopmentData
+from tuner.data.prepare import DevelopmentData
 from tuner.errors import SetupError, TrialEndedError
 
 

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
 
 from tuner.cli import app
-from tuner.data import synthetic_sequences
+from tuner.data.prepare import synthetic_sequences
 from tuner.errors import SetupError, TunerError
 from tuner.objective import curve_of
 from tuner.storage import Storage

@@ -27,8 +27,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tuner import data
-from tuner.data import (
+from tuner.data import prepare as data
+from tuner.data.prepare import (
     RESIDUES,
     DataIdentity,
     DevelopmentData,
@@ -319,7 +319,7 @@ def uses(source: str, name: str) -> bool:
 
 
 def test_only_heldout_reads_the_held_out_split():
-    package = Path(data.__file__).parent
+    package = Path(data.__file__).parent.parent
     users = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
@@ -331,7 +331,7 @@ def test_only_heldout_reads_the_held_out_split():
 @pytest.mark.parametrize(
     "code",
     [
-        "from tuner.data import read_held_out",
+        "from tuner.data.prepare import read_held_out",
         "from tuner import data\ndata.read_held_out(1)",
         "from tuner import data\ngetattr(data, 'read_held_out')",
     ],
@@ -1551,7 +1551,7 @@ def test_the_synthetic_sequences_look_like_the_published_ones():
 
 def imported_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parent.parent.parent)}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
@@ -1560,5 +1560,5 @@ def imported_by(statement: str) -> set[str]:
 
 def test_a_worker_that_loads_its_rows_imports_no_downloader_and_no_fasta_reader():
     slow = {"pooch", "requests", "dnaio", "optuna", "sqlalchemy", "tensorflow"}
-    assert not slow & imported_by("import tuner.data")
+    assert not slow & imported_by("import tuner.data.prepare")
     assert "pooch" in imported_by("import pooch")

@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 from finished_study import WINNER, finished_study, storage_in, write_rows
 
-from tuner import data
-from tuner.data import Prepared, prepare
+from tuner.data import prepare as data
+from tuner.data.prepare import Prepared, prepare
 from tuner.errors import StudyError, TunerError
 from tuner.export import (
     Format,

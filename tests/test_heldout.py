@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from finished_study import WINNER, finished_study, storage_in, write_rows
 
-from tuner import data, heldout, study
-from tuner.data import DataIdentity, HeldOutRows
+from tuner import heldout, study
+from tuner.data import prepare as data
+from tuner.data.prepare import DataIdentity, HeldOutRows
 from tuner.errors import DataError, StudyError
 from tuner.storage import Storage
 from tuner.study import TunedStudy

@@ -12,8 +12,9 @@ import pytest
 from finished_study import predict, tell
 from optuna.trial import TrialState
 
-from tuner import data, overlap, report_page, study
-from tuner.data import RESIDUES, Prepared, prepare, synthetic_sequences
+from tuner import overlap, report_page, study
+from tuner.data import prepare as data
+from tuner.data.prepare import RESIDUES, Prepared, prepare, synthetic_sequences
 from tuner.report import write_report
 from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage import Storage

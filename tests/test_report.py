@@ -23,8 +23,9 @@ import pytest
 from finished_study import WINNER, finished_study, predict, storage_in, tell, write_rows
 from optuna.trial import TrialState
 
-from tuner import data, report_page, study
+from tuner import report_page, study
 from tuner.artifacts import HUNG_PREFIX, artifact_store, dashboard_folder
+from tuner.data import prepare as data
 from tuner.errors import StudyError, TunerError
 from tuner.export import config_hash
 from tuner.metrics import METHODS, Metrics, measure

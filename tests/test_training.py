@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tuner import training
-from tuner.data import DevelopmentData
+from tuner.data.prepare import DevelopmentData
 from tuner.errors import TrialEndedError
 from tuner.metrics import cross_entropy
 from tuner.model import build_model, keras, load_weights, logit_model, tf

@@ -47,7 +47,7 @@ from ports import free_port
 from tuner.attempt import find_development_file
 from tuner.cluster import Cluster, Connection, remote_connection
 from tuner.coordinator import Coordinator
-from tuner.delivery import development_file
+from tuner.data.delivery import development_file
 from tuner.errors import ClusterError, SetupError
 from tuner.objective import curve_of
 from tuner.scheduler import TlsFiles, exposure, is_loopback, scheduler_address

@@ -27,7 +27,7 @@ import dask
 import psutil
 from distributed import Status, Worker, WorkerPlugin, get_client, get_worker
 
-from tuner.delivery import development_file
+from tuner.data.delivery import development_file
 from tuner.errors import EndReason, SetupError, TrialEndedError, is_outage
 from tuner.processes import SAME_SIGNAL_SECONDS, THREADS_VARIABLE, UNFIT, silence_dask
 from tuner.spec.precision import Precision
@@ -362,7 +362,7 @@ _DATA: dict[str, Any] = {}
 
 def _development_data(task: TrainingTask) -> Any:
     """The development rows as tensors, made once for each worker process."""
-    from tuner.data import load_development
+    from tuner.data.prepare import load_development
     from tuner.training import TensorData, configure_tensorflow
 
     sha256 = task.development_sha256

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tuner.cluster import Connection
     from tuner.coordinator import Ending
     from tuner.dashboard import Settings
-    from tuner.data import Prepared
+    from tuner.data.prepare import Prepared
     from tuner.scheduler import TlsFiles
     from tuner.spec.spec import StudySpec
     from tuner.storage import Storage
@@ -416,7 +416,7 @@ def _shared_rows(storage: str, spec: StudySpec, prepared: Prepared) -> tuple[str
 def _load(
     path: Path, overrides: list[str], artifacts: Path, *, quiet: bool = False
 ) -> tuple[StudySpec, Prepared]:
-    from tuner.data import prepare
+    from tuner.data.prepare import prepare
     from tuner.spec.spec import load_spec
 
     spec = load_spec(path, overrides)
@@ -1272,7 +1272,7 @@ def serve(
 @data_app.command("fetch", epilog="Example: tuner data fetch")
 def data_fetch() -> None:
     """Downloads the solubility data into the user's cache, checked by its hash."""
-    from tuner.data import fetch
+    from tuner.data.prepare import fetch
 
     typer.echo(str(fetch()))
 

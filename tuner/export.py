@@ -21,7 +21,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import publish, require_writable
-from tuner.data import PAIR
+from tuner.data.prepare import PAIR
 from tuner.errors import StudyError, TunerError, reason_of
 from tuner.objective import DETAIL_KEY, ENDED_KEY, curve_of
 from tuner.spec.space import ModelConfig, space_of

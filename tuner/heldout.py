@@ -10,8 +10,8 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
-from tuner import data
-from tuner.data import DataIdentity, HeldOutRows
+from tuner.data import prepare as data
+from tuner.data.prepare import DataIdentity, HeldOutRows
 from tuner.errors import StudyError
 from tuner.spec.spec import DataSettings
 from tuner.study import TunedStudy, source_files

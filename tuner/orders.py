@@ -15,7 +15,7 @@ from typing import Any, Literal
 import tomli_w
 
 from tuner.artifacts import development_path
-from tuner.data import Prepared, prepare
+from tuner.data.prepare import Prepared, prepare
 from tuner.errors import Problem, SpecError, StudyError, counted
 from tuner.overlap import enter
 from tuner.spec.spec import StudySpec, load_spec

@@ -2,7 +2,7 @@
 
 A split's identity changes with each row, seed and fraction, while most of its sequences stay. So
 splits are compared by the hashes of their sequences, which outlive their studies. Labels are not
-read, and no test row leaves `tuner.data`.
+read, and no test row leaves `tuner.data.prepare`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuner.artifacts import development_path
-from tuner.data import (
+from tuner.data.prepare import (
     DataIdentity,
     Prepared,
     SplitHashes,

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner import heldout, overlap, report_page, study
 from tuner.artifacts import development_path, publish, require_writable
-from tuner.data import DevelopmentData, load_development
+from tuner.data.prepare import DevelopmentData, load_development
 from tuner.errors import LeaseLostError, StudyError, TunerError, counted, is_outage, reason_of
 from tuner.export import config_hash
 from tuner.metrics import Metrics, measure, roc_curve

@@ -28,8 +28,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import HUNG_PREFIXES, StudyArtifacts, study_folder_name
 from tuner.commands import command
-from tuner.data import SOLUBILITY_FILE, DataIdentity, find_source, source_sha256
-from tuner.data import source_files as named_files
+from tuner.data.prepare import SOLUBILITY_FILE, DataIdentity, find_source, source_sha256
+from tuner.data.prepare import source_files as named_files
 from tuner.errors import StudyError, StudyInUseError, counted
 from tuner.spec.precision import BFLOAT16_FROM, Precision, precision_by_size
 from tuner.spec.space import ModelConfig
@@ -412,7 +412,7 @@ def _renew_folder(tuned: TunedStudy, spec: StudySpec) -> TunedStudy:
 
 
 def source_files(tuned: TunedStudy, given: Path | None = None) -> tuple[Path, ...]:
-    """The files of the study's data, as `tuner.data.source_files` orders them.
+    """The files of the study's data, as `tuner.data.prepare.source_files` orders them.
 
     Where they are not where the study file was, they are looked for by their content where that
     file lies if the whole project was moved: below the current folder, and above the artifacts.

@@ -1,0 +1,1 @@
+"""Rows: sequences read from files, checked, encoded and split."""
