@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from machine import processor
 
-from tuner import fast_layers
-from tuner.model import keras, tf
-from tuner.training import configure_tensorflow
+from tuner.network import fast_layers
+from tuner.network.model import keras, tf
+from tuner.network.training import configure_tensorflow
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 200  # residues

@@ -23,11 +23,11 @@ import optuna
 from machine import processor
 
 from tuner.data.prepare import DevelopmentData
-from tuner.model import tf
+from tuner.network.model import tf
+from tuner.network.training import TensorData, TrainingRun, configure_tensorflow
 from tuner.spec.precision import multiply_adds_a_value
 from tuner.spec.space import ModelConfig, parameter_count
 from tuner.spec.spec import load_spec
-from tuner.training import TensorData, TrainingRun, configure_tensorflow
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 200  # residues

@@ -44,7 +44,7 @@ def task_of(checkpoint: bytes | None = None) -> TrainingTask:
 @pytest.fixture(scope="module")
 def opened():
     """Opens real trainings, on a few rows of the synthetic kind."""
-    from tuner.training import TensorData, TrainingRun
+    from tuner.network.training import TensorData, TrainingRun
 
     tokens = np.random.default_rng(1).integers(1, 21, (40, 200)).astype(np.uint8)
     labels = (np.arange(40) % 2).astype(np.uint8)
@@ -155,12 +155,12 @@ def test_a_damaged_head_that_asks_for_all_memory_is_damage_and_no_want_of_memory
 def test_a_checkpoint_that_memory_has_no_room_for_is_not_blamed(
     opened, good: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tuner.model import tf
+    from tuner.network.model import tf
 
     def exhausted(*_: object) -> None:
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating a tensor")
 
-    monkeypatch.setattr("tuner.training.load_weights", exhausted)
+    monkeypatch.setattr("tuner.network.training.load_weights", exhausted)
     with pytest.raises(MemoryError, match="OOM when allocating"):
         open_from_checkpoint(task_of(good), opened)
 

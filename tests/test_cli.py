@@ -744,5 +744,5 @@ def test_verbs_that_train_nothing_do_not_load_tensorflow(
 
 
 def test_the_probe_for_tensorflow_can_find_it(folder: Path) -> None:
-    assert loaded(folder, PROBE.format(module="tuner.model")) == "['keras', 'tensorflow']"
+    assert loaded(folder, PROBE.format(module="tuner.network.model")) == "['keras', 'tensorflow']"
     assert loaded(folder, PROBE.format(module="tuner.cluster")) == "[]"

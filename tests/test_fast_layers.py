@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from test_model import block, dense, network, sequences
 
-from tuner import fast_layers
-from tuner.model import build_model, keras, logit_model, tf
+from tuner.network import fast_layers
+from tuner.network.model import build_model, keras, logit_model, tf
 from tuner.spec.space import ModelConfig
 
 LENGTH = 40
@@ -119,7 +119,7 @@ def test_the_fast_layers_take_the_place_of_keras_own() -> None:
         for layer in build_model(config, LENGTH, fast=True).layers
     }
     for name in ("block1_conv", "block2_conv", "block1_norm", "block1_pool"):
-        assert kinds[name] == "tuner.fast_layers"
+        assert kinds[name] == "tuner.network.fast_layers"
     plain = build_model(config, LENGTH)
     assert all(type(layer).__module__.startswith("keras") for layer in plain.layers)
     assert isinstance(plain, keras.Model)

@@ -17,11 +17,11 @@ from test_training import CONFIG, DATA, curve, training_run
 
 from tuner.attempt import open_training_run
 from tuner.errors import SetupError
-from tuner.keras_setup import keras, set_keras, tf
-from tuner.model import build_model
-from tuner.predict import logits
+from tuner.network.keras_setup import keras, set_keras, tf
+from tuner.network.model import build_model
+from tuner.network.predict import logits
+from tuner.network.training import TensorData, TrainingRun
 from tuner.train import EpochResult
-from tuner.training import TensorData, TrainingRun
 
 ROOT = Path(__file__).resolve().parent.parent
 # Flattened, pooled, normalised: what each layer takes for its channels matters.
@@ -164,7 +164,7 @@ def test_an_import_that_fails_is_one_clear_message(tmp_path: Path, how: str) -> 
     spoil, message = BROKEN[how]
     code = (
         f"import sys; {spoil}\nfrom tuner.errors import SetupError\n"
-        "try:\n    import tuner.predict\nexcept SetupError as error:\n    print(error)\n"
+        "try:\n    import tuner.network.predict\nexcept SetupError as error:\n    print(error)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -179,6 +179,6 @@ def test_an_import_that_fails_is_one_clear_message(tmp_path: Path, how: str) -> 
 
 
 def test_a_worker_with_half_an_installation_cannot_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("tuner.training.TrainingRun")
+    monkeypatch.delattr("tuner.network.training.TrainingRun")
     with pytest.raises(SetupError, match=r"TrainingRun.*Install the package again"):
         open_training_run(None)  # type: ignore[arg-type]

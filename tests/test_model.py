@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tuner.model import build_model, keras, logit_model
+from tuner.network.model import build_model, keras, logit_model
 from tuner.spec.space import (
     BlockConfig,
     DenseConfig,

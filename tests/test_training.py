@@ -13,16 +13,16 @@ import numpy as np
 import psutil
 import pytest
 
-from tuner import training
 from tuner.data.prepare import DevelopmentData
 from tuner.errors import TrialEndedError
 from tuner.metrics import cross_entropy
-from tuner.model import build_model, keras, load_weights, logit_model, tf
-from tuner.predict import logits
+from tuner.network import training
+from tuner.network.model import build_model, keras, load_weights, logit_model, tf
+from tuner.network.predict import logits
+from tuner.network.training import LocalTraining, TensorData, TrainingRun
 from tuner.spec.space import BlockConfig, DenseConfig, ModelConfig
 from tuner.spec.spec import TrainingSettings
 from tuner.train import EpochResult
-from tuner.training import LocalTraining, TensorData, TrainingRun
 
 MAX_LENGTH = 24
 ROWS, VALIDATION_ROWS = 70, 30  # 70 rows leave a last batch of 6 at batch size 16

@@ -75,7 +75,7 @@ class TrainingOutcome:
 
 
 class Run(Protocol):
-    """One trial's training on a worker: `tuner.training.TrainingRun`, or a cheap one in a test."""
+    """One trial's training on a worker: a `TrainingRun`, or a cheap one in a test."""
 
     history: list[EpochResult]  #: of the checkpoint
 
@@ -339,7 +339,7 @@ def _give_back_on_leaving(worker: Worker) -> None:
 def open_training_run(task: TrainingTask) -> Run:
     """The real thing: TensorFlow is imported here, on a worker, and never by a coordinator."""
     try:
-        from tuner.training import TrainingRun
+        from tuner.network.training import TrainingRun
     except ImportError as error:  # half an installation
         raise SetupError(f"{error}. Install the package again with its extra.") from error
 
@@ -363,7 +363,7 @@ _DATA: dict[str, Any] = {}
 def _development_data(task: TrainingTask) -> Any:
     """The development rows as tensors, made once for each worker process."""
     from tuner.data.prepare import load_development
-    from tuner.training import TensorData, configure_tensorflow
+    from tuner.network.training import TensorData, configure_tensorflow
 
     sha256 = task.development_sha256
     if sha256 not in _DATA:

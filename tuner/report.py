@@ -108,7 +108,7 @@ def write_report(
         output: The folder of `report.json` and `report.html`; the study's own by default.
         data: Where the study's data is now, if not where its study file names it: a file, or the
             folder that holds it.
-        evaluate: Predicts with trained weights; `tuner.predict.logits` by default.
+        evaluate: Predicts with trained weights; `tuner.network.predict.logits` by default.
 
     Raises:
         StudyError: There is no such study, it is running or not finished, its winner cannot be
@@ -444,6 +444,6 @@ def _logits(
     config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.float64]:
     # TensorFlow takes seconds to import, and a recorded report does not need it.
-    from tuner.predict import logits  # noqa: PLC0415
+    from tuner.network.predict import logits  # noqa: PLC0415
 
     return logits(config, weights, tokens)

@@ -63,7 +63,7 @@ class ModelConfig:
 
     embedding_dim: int  #: channels of the token embedding (21 tokens, 0 is padding)
     embedding_dropout: float  #: rate of the dropout after the embedding, 0..1
-    masking: bool  #: zero padding throughout the network (see `tuner.model`)
+    masking: bool  #: zero padding throughout the network (see `tuner.network.model`)
     arrangement: Arrangement  #: blocks one after another, or side by side with a head each
     blocks: tuple[BlockConfig, ...]  #: at least one
     head: Head  #: how positions become one vector

@@ -21,9 +21,9 @@ import numpy as np
 
 from tuner.data.prepare import DevelopmentData
 from tuner.errors import TrialEndedError
-from tuner.keras_setup import memory_errors
 from tuner.metrics import area_under_curve
-from tuner.model import (
+from tuner.network.keras_setup import memory_errors
+from tuner.network.model import (
     build_model,
     keras,
     load_weights,

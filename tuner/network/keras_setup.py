@@ -16,7 +16,7 @@ from tuner.errors import SetupError
 
 _PREFIXES = ("KERAS_", "TF_", "TF2_")
 #: Variables with these beginnings stay: they say how the machine is used, not what is computed.
-#: `TF_ENABLE_ONEDNN_OPTS` chooses among kernels (`tuner.fast_layers`).
+#: `TF_ENABLE_ONEDNN_OPTS` chooses among kernels (`tuner.network.fast_layers`).
 _OF_THE_MACHINE = (
     "TF_CPP_",
     "TF_CUDA",

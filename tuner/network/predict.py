@@ -7,8 +7,8 @@ import io
 import numpy as np
 import numpy.typing as npt
 
-from tuner.keras_setup import memory_errors
-from tuner.model import build_model, load_weights, logit_model
+from tuner.network.keras_setup import memory_errors
+from tuner.network.model import build_model, load_weights, logit_model
 from tuner.spec.space import ModelConfig
 
 BATCH = 512  # sequences

@@ -23,8 +23,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tuner import fast_layers
-from tuner.keras_setup import keras, layers, ops, set_keras, tf
+from tuner.network import fast_layers
+from tuner.network.keras_setup import keras, layers, ops, set_keras, tf
 from tuner.spec.precision import Precision
 from tuner.spec.space import (
     TOKENS,
@@ -81,7 +81,7 @@ def build_model(
         max_length: Length of a row of tokens, residues.
         seed: Each layer's initial weights derive from it and from the layer's name.
         precision: "bfloat16" computes in bfloat16 with float32 weights; the output is float32.
-        fast: Of `tuner.fast_layers`, to be trained; else of Keras' own, to be kept.
+        fast: Of `tuner.network.fast_layers`, to be trained; else of Keras' own, to be kept.
 
     Returns:
         uint8 tokens [n, max_length] -> float32 soluble probability [n, 1]; the layer "logit" is

@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from tuner.keras_setup import layers, ops, tf  # first of all who import TensorFlow
+from tuner.network.keras_setup import layers, ops, tf  # first of all who import TensorFlow
 from tuner.spec.space import TOKENS
 
 from tensorflow.python.eager import record  # isort: skip

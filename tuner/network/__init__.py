@@ -1,0 +1,1 @@
+"""Everything that needs TensorFlow: the network, its training, its predictions."""
