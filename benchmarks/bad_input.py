@@ -27,7 +27,7 @@ import optuna
 from tuner import cli
 from tuner.data.prepare import prepare, synthetic_sequences
 from tuner.spec.spec import load_spec
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import create_or_resume
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "bad-input.md"

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from tuner.objective import curve_of
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import load
 
 ROOT = Path(__file__).resolve().parent.parent

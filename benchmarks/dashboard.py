@@ -38,7 +38,7 @@ from optuna.trial import TrialState
 
 from tuner import orders
 from tuner.objective import CURVE_KEY, curve_of
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import load as load_study
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 
 from tuner.objective import curve_of
 from tuner.spec.spec import load_spec
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import load
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,7 +27,7 @@ import psutil
 from machine import processor
 
 from tuner.spec.spec import load_spec
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import FINISHED, WORKER_KEY, load, versions
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,7 +25,7 @@ from machine import processor
 
 from tuner.data.prepare import prepare
 from tuner.spec.spec import load_spec
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import load, versions
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -35,7 +35,7 @@ from postgres import postgres_server  # noqa: E402 - it is beside the tests
 
 from tuner.data.prepare import load_development, synthetic_sequences  # noqa: E402
 from tuner.objective import ENDED_KEY, curve_of  # noqa: E402
-from tuner.storage import Storage  # noqa: E402
+from tuner.storage.storage import Storage  # noqa: E402
 from tuner.study import FINISHED, RESUMED_KEY, TunedStudy, load  # noqa: E402
 
 STUDY = """name = "storm"

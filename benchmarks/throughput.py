@@ -43,7 +43,7 @@ from tuner.processes import has_fast_bfloat16
 from tuner.spec.precision import BFLOAT16_FROM, multiply_adds, precision_by_size
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StudySpec, load_spec, spec_from_document
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import WORKER_KEY, load, versions
 
 ROOT = Path(__file__).resolve().parent.parent

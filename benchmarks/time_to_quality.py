@@ -32,7 +32,7 @@ from peer_search import MAX_EPOCHS, PATIENCE
 from tuner.data.prepare import prepare
 from tuner.objective import curve_of
 from tuner.spec.spec import StudySpec, spec_from_document
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import load, versions
 
 ROOT = Path(__file__).resolve().parent.parent

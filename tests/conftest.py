@@ -13,7 +13,7 @@ import pytest
 from fakes import ready_sqlite
 from postgres import Postgres, postgres_server
 
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,14 +25,14 @@ from fakes import IDENTITY, FakeRun, small_spec
 from optuna.trial import FrozenTrial
 
 import tuner.attempt
-import tuner.database
-import tuner.storage
+import tuner.storage.engine
+import tuner.storage.storage
 from tuner.attempt import TrainingTask
 from tuner.cli import _stop_on_signals
 from tuner.cluster import Cluster, Connection, local_connection, remote_connection
 from tuner.coordinator import Coordinator
 from tuner.errors import TunerError
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import create_or_resume
 from tuner.train import EpochResult
 
@@ -160,9 +160,11 @@ def main() -> None:
     plan = Plan(**json.loads(sys.argv[1]))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     stamina.instrumentation.set_on_retry_hooks(())
-    tuner.storage.LEASE_SECONDS = plan.lease_seconds
-    tuner.database._SILENCE_SECONDS = plan.silence_seconds
-    tuner.database._POSTGRESQL_17_SETTINGS["transaction_timeout"] = f"{plan.lease_seconds:.0f}s"
+    tuner.storage.storage.LEASE_SECONDS = plan.lease_seconds
+    tuner.storage.engine._SILENCE_SECONDS = plan.silence_seconds
+    tuner.storage.engine._POSTGRESQL_17_SETTINGS["transaction_timeout"] = (
+        f"{plan.lease_seconds:.0f}s"
+    )
     try:
         drive(plan)
     except TunerError as error:

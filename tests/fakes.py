@@ -21,7 +21,7 @@ from tuner.errors import TrainingPausedError
 from tuner.objective import curve_of
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StudySpec, spec_from_document
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import FINISHED, TunedStudy, create_or_resume
 from tuner.train import EpochResult, Train
 

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_store
 from tuner.objective import curve_of
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import FINISHED, RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, load
 from tuner.train import EPOCHS_KEY
 from tuner.trial_page import NOTE_KEY

@@ -19,7 +19,7 @@ from tuner.metrics import cross_entropy
 from tuner.objective import CURVE_KEY, DETAIL_KEY, ENDED_KEY
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import spec_from_document
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import TunedStudy
 
 SPACE = {"blocks": 2, "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}

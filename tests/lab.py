@@ -18,7 +18,7 @@ from werkzeug.test import Client
 from tuner.access import Policy, Users, write_user
 from tuner.dashboard import make_app
 from tuner.pages import Places
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 
 HOST = "127.0.0.1:8080"
 PASSWORDS = {"ada": "correct horse battery", "vic": "only looking around"}

@@ -15,7 +15,7 @@ import pytest
 from tuner.access import write_user
 from tuner.artifacts import artifact_store, make_folder, publish, replaceable, require_writable
 from tuner.data.delivery import one_process_at_a_time
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 
 
 def test_what_gets_the_name_is_on_the_disk_before(

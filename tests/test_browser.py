@@ -26,7 +26,7 @@ from tuner.artifacts import artifact_store
 from tuner.dashboard import DashboardServer, Settings, make_server
 from tuner.objective import CURVE_KEY
 from tuner.pages import Places
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.trial_page import draw_curves
 
 #: What on Optuna's page changes something, by the names under which `dashboard.css` hides it.

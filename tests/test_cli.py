@@ -28,7 +28,7 @@ from tuner.cli import app
 from tuner.data.prepare import synthetic_sequences
 from tuner.errors import SetupError, TunerError
 from tuner.objective import curve_of
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import ERROR_KEY, FINISHED, RESUMED_KEY, list_names, load
 from tuner.trial_page import AGAIN_KEY
 

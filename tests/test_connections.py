@@ -25,7 +25,7 @@ from tuner.access import counted_address
 from tuner.connections import LimitedServer, raise_descriptor_limit
 from tuner.dashboard import DashboardServer, Settings, make_server
 from tuner.pages import Places
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from tuner.errors import (
 )
 from tuner.objective import ENDED_KEY, curve_of
 from tuner.spec.spec import StopSettings
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import BUDGET_KEY, FINISHED, RESUMED_KEY, TunedStudy, load, status
 from tuner.train import Train
 

@@ -35,7 +35,7 @@ from tuner.artifacts import artifact_store
 from tuner.dashboard import Settings, make_app, make_server, serve
 from tuner.errors import TunerError
 from tuner.pages import Places
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import TunedStudy
 
 COOKIE = "tuner_session_8080"  # of the port that HOST names
@@ -1095,7 +1095,7 @@ def test_a_signal_ends_it_without_a_traceback(
         # A shell starts what it runs in the background with SIGINT ignored, and so these tests.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, pathlib; from tuner import logs; from tuner.dashboard import Settings, serve\n"
-        "from tuner.pages import Places; from tuner.storage import Storage\n"
+        "from tuner.pages import Places; from tuner.storage.storage import Storage\n"
         "logs.set_up()\n"
         "with Storage(sys.argv[1]) as storage:\n"
         "    serve(storage, Settings(port=0, places=Places(artifacts=pathlib.Path(sys.argv[2]))))"

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.coordinator import Coordinator
 from tuner.errors import LeaseLostError, StorageError
 from tuner.objective import curve_of
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import FINISHED, load
 
 

@@ -27,7 +27,7 @@ from tuner.export import (
     write_trials,
 )
 from tuner.spec.spec import load_spec, name_problem, spec_from_document
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import TunedStudy, load
 
 

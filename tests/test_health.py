@@ -26,7 +26,7 @@ from tuner.dashboard import Guard, Settings, make_app, make_server
 from tuner.errors import StorageError
 from tuner.health import NO_DATABASE, NO_SCHEDULER, Health
 from tuner.pages import Places
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 

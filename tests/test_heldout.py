@@ -18,7 +18,7 @@ from tuner import heldout, study
 from tuner.data import prepare as data
 from tuner.data.prepare import DataIdentity, HeldOutRows
 from tuner.errors import DataError, StudyError
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import TunedStudy
 
 

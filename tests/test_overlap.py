@@ -17,7 +17,7 @@ from tuner.data import prepare as data
 from tuner.data.prepare import RESIDUES, Prepared, prepare, synthetic_sequences
 from tuner.report import write_report
 from tuner.spec.spec import StudySpec, spec_from_document
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import TunedStudy
 
 Rows = list[tuple[str, int]]

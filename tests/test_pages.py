@@ -23,7 +23,7 @@ from tuner import orders
 from tuner.cli import terminal
 from tuner.errors import SpecError
 from tuner.progress import ProgressWatcher, status_details, status_table
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import TunedStudy, load, status
 
 

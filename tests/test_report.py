@@ -31,7 +31,7 @@ from tuner.export import config_hash
 from tuner.metrics import METHODS, Metrics, measure
 from tuner.report import Evaluate, Report, write_report
 from tuner.spec.space import ModelConfig
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import TunedStudy
 
 
@@ -311,7 +311,7 @@ def test_a_report_that_loses_its_lease_once_the_split_is_open_records_nothing(
 def test_a_report_renews_its_lease_in_rehearsal_and_evaluation(
     tuned: TunedStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.storage._RENEWAL_SECONDS", 0.01)
+    monkeypatch.setattr("tuner.storage.storage._RENEWAL_SECONDS", 0.01)
     renewed = []
 
     def takes_an_hour(

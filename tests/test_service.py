@@ -28,7 +28,7 @@ from tuner.artifacts import development_path
 from tuner.coordinator import Coordinator
 from tuner.errors import ClusterError
 from tuner.service import Service, Turns, max_min_shares
-from tuner.storage import LeaseHolder, Storage
+from tuner.storage.storage import LeaseHolder, Storage
 from tuner.study import (
     ERROR_KEY,
     FINISHED,
@@ -633,8 +633,8 @@ def test_a_study_whose_service_was_killed_is_adopted_with_its_trials(
         if host == "elsewhere":  # nobody here can know that it is dead: the lease must lapse
             wait_until(lambda: shop.said("Study a: is driven by process", "on elsewhere"))
             assert shop.finished("a") == 0
-            monkeypatch.setattr("tuner.storage.LEASE_SECONDS", 0.0)
-            monkeypatch.setattr("tuner.storage._LAST_LOOK_SECONDS", 0.6)
+            monkeypatch.setattr("tuner.storage.storage.LEASE_SECONDS", 0.0)
+            monkeypatch.setattr("tuner.storage.storage._LAST_LOOK_SECONDS", 0.6)
         wait_until(lambda: shop.finished("a") == 3, seconds=25)
     assert bool(shop.said("is driven by process")) == (host == "elsewhere")
     with shop.study("a") as tuned:

@@ -18,10 +18,10 @@ import pytest
 import sqlalchemy as sa
 from postgres import Postgres
 
-from tuner import database
-from tuner.database import PASSWORD_FILE_VARIABLE, closed_engine, parse_url
 from tuner.errors import LeaseLostError, StorageError, StorageMissingError, StudyInUseError
-from tuner.storage import Decision, LeaseHolder, Storage, check_storage
+from tuner.storage import engine as database
+from tuner.storage.engine import PASSWORD_FILE_VARIABLE, closed_engine, parse_url
+from tuner.storage.storage import Decision, LeaseHolder, Storage, check_storage
 
 
 def new_study(storage: Storage) -> optuna.Study:
@@ -488,7 +488,7 @@ OF_ELSEWHERE = """UPDATE tuner_lease SET holder = '{"host": "elsewhere", "pid": 
 def test_a_lapsed_lease_is_taken_over_and_its_holder_writes_nothing_more(
     database_url: str, clock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.storage._LAST_LOOK_SECONDS", 0.6)
+    monkeypatch.setattr("tuner.storage.storage._LAST_LOOK_SECONDS", 0.6)
     with Storage(database_url) as one, Storage(database_url) as two:
         study = new_study(one)
         one.take_lease(study._study_id)
@@ -496,7 +496,7 @@ def test_a_lapsed_lease_is_taken_over_and_its_holder_writes_nothing_more(
             database_url, OF_ELSEWHERE, f"UPDATE tuner_lease SET renewed_at = renewed_at {clock}"
         )
         if clock == "+3600":  # the clock was set back: nothing to go by but our own waiting
-            monkeypatch.setattr("tuner.storage.LEASE_SECONDS", 0.6)
+            monkeypatch.setattr("tuner.storage.storage.LEASE_SECONDS", 0.6)
         two.take_lease(study._study_id)
         with pytest.raises(LeaseLostError):
             one.heartbeat()
@@ -599,7 +599,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 def test_a_lease_is_renewed_for_as_long_as_a_block_lasts(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.storage._RENEWAL_SECONDS", 0.01)
+    monkeypatch.setattr("tuner.storage.storage._RENEWAL_SECONDS", 0.01)
     with Storage(database_url) as one, Storage(database_url) as two:
         study_id = new_study(one)._study_id
 
@@ -623,7 +623,7 @@ def test_a_lease_is_renewed_for_as_long_as_a_block_lasts(
 def test_a_block_whose_lease_is_lost_writes_nothing_more(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.storage._RENEWAL_SECONDS", 0.01)
+    monkeypatch.setattr("tuner.storage.storage._RENEWAL_SECONDS", 0.01)
     with Storage(database_url) as one, Storage(database_url) as two:
         study_id = new_study(one)._study_id
         with one.leased(study_id):
@@ -734,8 +734,8 @@ def test_a_stop_request_reaches_the_coordinator_and_nobody_else(database_url: st
 def test_a_write_lock_held_by_another_process_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.database._SQLITE_BUSY_SECONDS", 0.05)
-    monkeypatch.setattr("tuner.database._SAY_SO_AFTER_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.storage.engine._SQLITE_BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("tuner.storage.engine._SAY_SO_AFTER_SECONDS", 0.2)
     said: list[str] = []
     url = f"sqlite:///{tmp_path}/tuner.db"
     with Storage(url, patience_seconds=None, say=said.append) as storage:
@@ -758,7 +758,7 @@ def test_a_write_lock_held_by_another_process_is_waited_for(
 def test_a_server_that_was_restarted_is_found_again(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.database._SAY_SO_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("tuner.storage.engine._SAY_SO_AFTER_SECONDS", 0.0)
     said: list[str] = []
     with Storage(postgres.database(), patience_seconds=None, say=said.append) as storage:
         study = new_study(storage)

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.errors import StudyError, TrialEndedError
 from tuner.objective import Objective
 from tuner.spec.spec import StopSettings, StudySpec
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import (
     ENDED_EARLY_KEY,
     RECORD_KEY,

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from tuner.data.prepare import Prepared
     from tuner.scheduler import TlsFiles
     from tuner.spec.spec import StudySpec
-    from tuner.storage import Storage
+    from tuner.storage.storage import Storage
     from tuner.study import StudyStatus, TunedStudy
 
 logger = logging.getLogger(logs.OURS)
@@ -312,7 +312,7 @@ def _open(
     import optuna
     from stamina.instrumentation import set_on_retry_hooks
 
-    from tuner.storage import Storage
+    from tuner.storage.storage import Storage
 
     set_on_retry_hooks(())  # an outage is told in our words
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -1280,7 +1280,7 @@ def data_fetch() -> None:
 @storage_app.command("init", epilog="Example: tuner storage init --storage postgresql://lab@db/lab")
 def storage_init(storage: StorageUrl = DEFAULT_STORAGE_URL) -> None:
     """Creates the schema, or brings an older one up to date; where it is right, does nothing."""
-    from tuner.storage import Storage
+    from tuner.storage.storage import Storage
 
     with Storage(storage, patience_seconds=60.0, say=_note, upgrade=True) as opened:
         typer.echo(f"{opened.masked_url} is ready.")
@@ -1291,7 +1291,7 @@ def storage_check(storage: StorageUrl = DEFAULT_STORAGE_URL, as_json: AsJson = F
     """Says whether the storage is reachable, right in version, and how fast; changes nothing."""
     import dataclasses
 
-    from tuner.storage import check_storage
+    from tuner.storage.storage import check_storage
 
     check = check_storage(storage)
     if as_json:

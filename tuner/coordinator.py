@@ -28,7 +28,7 @@ from tuner.objective import DETAIL_KEY, ENDED_KEY, Objective, reported_epochs
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StudySpec
 from tuner.stop_rule import StopRule
-from tuner.storage import COORDINATOR_KEY, Decision
+from tuner.storage.storage import COORDINATOR_KEY, Decision
 from tuner.study import (
     FINISHED,
     RESUMED_KEY,

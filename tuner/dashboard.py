@@ -73,7 +73,7 @@ from tuner.optuna_requests import (
     Uploads,
     find_route,
 )
-from tuner.storage import Storage
+from tuner.storage.storage import Storage
 from tuner.study import RECORD_KEY, load
 from tuner.study import delete as delete_study
 

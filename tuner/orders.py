@@ -19,7 +19,7 @@ from tuner.data.prepare import Prepared, prepare
 from tuner.errors import Problem, SpecError, StudyError, counted
 from tuner.overlap import enter
 from tuner.spec.spec import StudySpec, load_spec
-from tuner.storage import LeaseHolder, Storage
+from tuner.storage.storage import LeaseHolder, Storage
 from tuner.study import (
     FINISHED,
     TunedStudy,

@@ -23,7 +23,7 @@ from tuner.data.prepare import (
 )
 from tuner.errors import DataError, counted
 from tuner.spec.spec import StudySpec
-from tuner.storage import LedgerEntry, Storage
+from tuner.storage.storage import LedgerEntry, Storage
 from tuner.study import RECORD_KEY, TunedStudy, list_names, study_name
 
 _LISTED_SPLITS = 5  #: of which a launch warns; the rest are counted

@@ -29,7 +29,7 @@ from tuner.export import config_hash
 from tuner.metrics import Metrics, measure, roc_curve
 from tuner.objective import ENDED_KEY, curve_of
 from tuner.spec.space import ModelConfig
-from tuner.storage import LEASE_SECONDS, Storage
+from tuner.storage.storage import LEASE_SECONDS, Storage
 from tuner.study import TunedStudy
 from tuner.study_note import hang_page
 

@@ -33,7 +33,7 @@ from tuner.errors import (
 from tuner.logs import about
 from tuner.objective import ENDED_KEY
 from tuner.progress import describe_end, duration
-from tuner.storage import Lease, Storage
+from tuner.storage.storage import Lease, Storage
 from tuner.study import ERROR_KEY, TunedStudy, load, status
 from tuner.train import EpochResult, Train
 

@@ -34,7 +34,7 @@ from tuner.errors import StudyError, StudyInUseError, counted
 from tuner.spec.precision import BFLOAT16_FROM, Precision, precision_by_size
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StopSettings, StudySpec, rungs_counted_up, spec_from_document
-from tuner.storage import COORDINATOR_KEY, Storage
+from tuner.storage.storage import COORDINATOR_KEY, Storage
 from tuner.train import ACCURACY_KEY, PARAMETERS_KEY, ROC_AUC_KEY
 
 #: The study attribute that holds everything about how the study is run.

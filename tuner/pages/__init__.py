@@ -40,7 +40,7 @@ from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
 from tuner.export import Format, best_configs, render
 from tuner.spec.space import parameter_count_range
 from tuner.spec.spec import StudySpec
-from tuner.storage import LOG_IN, Storage
+from tuner.storage.storage import LOG_IN, Storage
 from tuner.study import (
     RECORD_KEY,
     StudyStatus,

@@ -28,7 +28,8 @@ import psutil
 import sqlalchemy as sa
 from optuna.storages._rdb import models
 
-from tuner.database import (
+from tuner.errors import LeaseLostError, StorageError, StudyInUseError
+from tuner.storage.engine import (
     COORDINATOR_KEY,
     OPENING_SECONDS,
     Calls,
@@ -55,8 +56,7 @@ from tuner.database import (
     shown,
     splits,
 )
-from tuner.driven import DrivenStorage, upsert_attributes
-from tuner.errors import LeaseLostError, StorageError, StudyInUseError
+from tuner.storage.write_behind import DrivenStorage, upsert_attributes
 
 __all__ = [
     "COORDINATOR_KEY",

@@ -28,7 +28,8 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tuner.database import (
+from tuner.errors import LeaseLostError
+from tuner.storage.engine import (
     COORDINATOR_KEY,
     LEASE_LOST,
     Calls,
@@ -40,7 +41,6 @@ from tuner.database import (
     read_trials,
     renew_lease,
 )
-from tuner.errors import LeaseLostError
 
 
 class DrivenStorage(BaseStorage):
