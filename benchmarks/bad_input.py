@@ -26,9 +26,9 @@ import optuna
 
 from tuner import cli
 from tuner.data.prepare import prepare, synthetic_sequences
+from tuner.search.study import create_or_resume
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import Storage
-from tuner.study import create_or_resume
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "bad-input.md"
 GOOD = """name = "good"

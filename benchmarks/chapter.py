@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tuner.objective import curve_of
+from tuner.search.objective import curve_of
+from tuner.search.study import load
 from tuner.storage.storage import Storage
-from tuner.study import load
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = {

@@ -37,9 +37,9 @@ from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
 from tuner import orders
-from tuner.objective import CURVE_KEY, curve_of
+from tuner.search.objective import CURVE_KEY, curve_of
+from tuner.search.study import load as load_study
 from tuner.storage.storage import Storage
-from tuner.study import load as load_study
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "dashboard.json"

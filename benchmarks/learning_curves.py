@@ -23,10 +23,10 @@ import optuna
 from machine import processor
 from optuna.trial import TrialState
 
-from tuner.objective import curve_of
+from tuner.search.objective import curve_of
+from tuner.search.study import load
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import Storage
-from tuner.study import load
 
 ROOT = Path(__file__).resolve().parent.parent
 SOLUBILITY = ROOT / "studies/solubility.toml"

@@ -26,9 +26,9 @@ import optuna
 import psutil
 from machine import processor
 
+from tuner.search.study import FINISHED, WORKER_KEY, load, versions
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import Storage
-from tuner.study import FINISHED, WORKER_KEY, load, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 600

@@ -39,9 +39,9 @@ from learning_curves import MAX_EPOCHS, SOLUBILITY, TABLE, study_document
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
+from tuner.search.stop_rule import StopRule, in_order_of_end
+from tuner.search.study import FINISHED, TPE_SETTINGS, PerTrialSampler, make_pruner, make_sampler
 from tuner.spec.spec import StopSettings, StudySpec, load_spec, spec_from_document
-from tuner.stop_rule import StopRule, in_order_of_end
-from tuner.study import FINISHED, TPE_SETTINGS, PerTrialSampler, make_pruner, make_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2

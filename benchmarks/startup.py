@@ -24,9 +24,9 @@ import optuna
 from machine import processor
 
 from tuner.data.prepare import prepare
+from tuner.search.study import load, versions
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import Storage
-from tuner.study import load, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = ROOT / "studies/quickstart.toml"

@@ -38,13 +38,13 @@ import optuna
 from machine import processor
 
 from tuner.data.prepare import DataIdentity, prepare
-from tuner.objective import curve_of
 from tuner.processes import has_fast_bfloat16
+from tuner.search.objective import curve_of
+from tuner.search.study import WORKER_KEY, load, versions
 from tuner.spec.precision import BFLOAT16_FROM, multiply_adds, precision_by_size
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StudySpec, load_spec, spec_from_document
 from tuner.storage.storage import Storage
-from tuner.study import WORKER_KEY, load, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPICAL = {

@@ -30,10 +30,10 @@ from machine import processor
 from peer_search import MAX_EPOCHS, PATIENCE
 
 from tuner.data.prepare import prepare
-from tuner.objective import curve_of
+from tuner.search.objective import curve_of
+from tuner.search.study import load, versions
 from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage.storage import Storage
-from tuner.study import load, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/time_to_quality.json"

@@ -32,8 +32,8 @@ from tuner.cli import _stop_on_signals
 from tuner.cluster import Cluster, Connection, local_connection, remote_connection
 from tuner.coordinator import Coordinator
 from tuner.errors import TunerError
+from tuner.search.study import create_or_resume
 from tuner.storage.storage import Storage
-from tuner.study import create_or_resume
 from tuner.train import EpochResult
 
 Phase = Literal[

@@ -18,11 +18,11 @@ from optuna.trial import FrozenTrial
 from tuner.attempt import TrainingTask
 from tuner.data.prepare import DataIdentity
 from tuner.errors import TrainingPausedError
-from tuner.objective import curve_of
+from tuner.search.objective import curve_of
+from tuner.search.study import FINISHED, TunedStudy, create_or_resume
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage.storage import Storage
-from tuner.study import FINISHED, TunedStudy, create_or_resume
 from tuner.train import EpochResult, Train
 
 IDENTITY = DataIdentity(

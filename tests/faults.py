@@ -22,9 +22,9 @@ from fakes import loss_of
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_store
-from tuner.objective import curve_of
+from tuner.search.objective import curve_of
+from tuner.search.study import FINISHED, RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, load
 from tuner.storage.storage import Storage
-from tuner.study import FINISHED, RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, load
 from tuner.train import EPOCHS_KEY
 from tuner.trial_page import NOTE_KEY
 

@@ -13,14 +13,14 @@ from fakes import ready_sqlite
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from tuner import study
 from tuner.data.prepare import load_development, prepare, synthetic_sequences
 from tuner.metrics import cross_entropy
-from tuner.objective import CURVE_KEY, DETAIL_KEY, ENDED_KEY
+from tuner.search import study
+from tuner.search.objective import CURVE_KEY, DETAIL_KEY, ENDED_KEY
+from tuner.search.study import TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import spec_from_document
 from tuner.storage.storage import Storage
-from tuner.study import TunedStudy
 
 SPACE = {"blocks": 2, "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
 LEARNING_RATE = FloatDistribution(1e-4, 1e-1, log=True)

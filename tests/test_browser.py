@@ -24,8 +24,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tuner.artifacts import artifact_store
 from tuner.dashboard import DashboardServer, Settings, make_server
-from tuner.objective import CURVE_KEY
 from tuner.pages import Places
+from tuner.search.objective import CURVE_KEY
 from tuner.storage.storage import Storage
 from tuner.trial_page import draw_curves
 

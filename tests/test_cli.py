@@ -27,9 +27,9 @@ from typer.testing import CliRunner
 from tuner.cli import app
 from tuner.data.prepare import synthetic_sequences
 from tuner.errors import SetupError, TunerError
-from tuner.objective import curve_of
+from tuner.search.objective import curve_of
+from tuner.search.study import ERROR_KEY, FINISHED, RESUMED_KEY, list_names, load
 from tuner.storage.storage import Storage
-from tuner.study import ERROR_KEY, FINISHED, RESUMED_KEY, list_names, load
 from tuner.trial_page import AGAIN_KEY
 
 T = TypeVar("T")

@@ -47,8 +47,8 @@ from tuner.errors import (
     WorkerLeftError,
     WorkerLostError,
 )
-from tuner.objective import curve_of
-from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
+from tuner.search.objective import curve_of
+from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
 from tuner.trial_page import NOTE_KEY
 
 

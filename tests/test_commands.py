@@ -12,7 +12,7 @@ from fakes import make_study
 
 from tuner.commands import command, password_hint
 from tuner.scheduler import TlsFiles, worker_command
-from tuner.study import status
+from tuner.search.study import status
 from tuner.study_note import overview
 
 ROOT = Path(__file__).resolve().parent.parent

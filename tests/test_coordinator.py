@@ -27,10 +27,10 @@ from tuner.errors import (
     WorkerLeftError,
     WorkerLostError,
 )
-from tuner.objective import ENDED_KEY, curve_of
+from tuner.search.objective import ENDED_KEY, curve_of
+from tuner.search.study import BUDGET_KEY, FINISHED, RESUMED_KEY, TunedStudy, load, status
 from tuner.spec.spec import StopSettings
 from tuner.storage.storage import Storage
-from tuner.study import BUDGET_KEY, FINISHED, RESUMED_KEY, TunedStudy, load, status
 from tuner.train import Train
 
 

@@ -35,8 +35,8 @@ from tuner.artifacts import artifact_store
 from tuner.dashboard import Settings, make_app, make_server, serve
 from tuner.errors import TunerError
 from tuner.pages import Places
+from tuner.search.study import TunedStudy
 from tuner.storage.storage import Storage
-from tuner.study import TunedStudy
 
 COOKIE = "tuner_session_8080"  # of the port that HOST names
 

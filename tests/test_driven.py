@@ -16,9 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.coordinator import Coordinator
 from tuner.errors import LeaseLostError, StorageError
-from tuner.objective import curve_of
+from tuner.search.objective import curve_of
+from tuner.search.study import FINISHED, load
 from tuner.storage.storage import Storage
-from tuner.study import FINISHED, load
 
 
 @pytest.fixture

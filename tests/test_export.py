@@ -26,9 +26,9 @@ from tuner.export import (
     write_model,
     write_trials,
 )
+from tuner.search.study import TunedStudy, load
 from tuner.spec.spec import load_spec, name_problem, spec_from_document
 from tuner.storage.storage import Storage
-from tuner.study import TunedStudy, load
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from fakes import epoch_result, fake_train, small_spec
 from optuna.trial import TrialState
 
 from tuner.errors import TrialEndedError
-from tuner.objective import CURVE_KEY, ENDED_KEY, Objective, curve_of
+from tuner.search.objective import CURVE_KEY, ENDED_KEY, Objective, curve_of
+from tuner.search.study import PerTrialSampler, make_pruner, make_sampler
 from tuner.spec.space import ModelConfig
-from tuner.study import PerTrialSampler, make_pruner, make_sampler
 from tuner.train import EpochResult, figures_of
 
 

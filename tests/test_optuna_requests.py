@@ -24,8 +24,8 @@ from tuner import dashboard, optuna_requests, orders, pages
 from tuner.artifacts import dashboard_folder
 from tuner.errors import TunerError
 from tuner.optuna_requests import ROUTES, find_route, with_readable_notes
+from tuner.search.study import TunedStudy
 from tuner.storage.storage import Storage
-from tuner.study import TunedStudy
 from tuner.study_note import hang_page
 
 NOTE = "/api/studies/1/note"

@@ -12,13 +12,14 @@ import pytest
 from finished_study import predict, tell
 from optuna.trial import TrialState
 
-from tuner import overlap, report_page, study
+from tuner import report_page
 from tuner.data import prepare as data
 from tuner.data.prepare import RESIDUES, Prepared, prepare, synthetic_sequences
 from tuner.report import write_report
+from tuner.search import overlap, study
+from tuner.search.study import TunedStudy
 from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage.storage import Storage
-from tuner.study import TunedStudy
 
 Rows = list[tuple[str, int]]
 SPLIT = {"seed": 1, "validation": 0.2, "test": 0.2}

@@ -23,8 +23,8 @@ from tuner import orders
 from tuner.cli import terminal
 from tuner.errors import SpecError
 from tuner.progress import ProgressWatcher, status_details, status_table
+from tuner.search.study import TunedStudy, load, status
 from tuner.storage.storage import Storage
-from tuner.study import TunedStudy, load, status
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from fakes import FakeWorkers, Notes, make_study, small_spec
 from tuner import cluster, processes
 from tuner.coordinator import Coordinator
 from tuner.export import config_of_trial
+from tuner.search.study import BFLOAT16_FROM_KEY, TunedStudy
 from tuner.spec.precision import BFLOAT16_FROM, multiply_adds_a_value
-from tuner.study import BFLOAT16_FROM_KEY, TunedStudy
 
 #: One block that is far below the threshold, or far above it.
 SPACE = {
@@ -100,7 +100,7 @@ def test_what_was_decided_stays_on_other_workers_and_with_another_rule(
     assert BFLOAT16_FROM_KEY not in tuned.study.user_attrs  # nothing was trained, nothing decided
     tuned.decide_precision(fast_bfloat16=fast)
     decided = precisions(tuned)
-    monkeypatch.setattr("tuner.study.BFLOAT16_FROM", 1e9)
+    monkeypatch.setattr("tuner.search.study.BFLOAT16_FROM", 1e9)
     Coordinator(tuned, workers(fast=not fast), Notes()).run()
     assert precisions(tuned) == decided
     assert tuned.study.user_attrs[BFLOAT16_FROM_KEY] == (BFLOAT16_FROM if fast else None)

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from tuner.cli import app
 from tuner.errors import counted
 from tuner.progress import describe_end, status_details, status_table, watch_studies
+from tuner.search.study import ERROR_KEY, RESUMED_KEY, StudyStatus, TunedStudy, status
 from tuner.spec.spec import MAX_NAME_LENGTH
-from tuner.study import ERROR_KEY, RESUMED_KEY, StudyStatus, TunedStudy, status
 
 ROOT = Path(__file__).resolve().parent.parent
 

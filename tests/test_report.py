@@ -23,16 +23,17 @@ import pytest
 from finished_study import WINNER, finished_study, predict, storage_in, tell, write_rows
 from optuna.trial import TrialState
 
-from tuner import report_page, study
+from tuner import report_page
 from tuner.artifacts import HUNG_PREFIX, artifact_store, dashboard_folder
 from tuner.data import prepare as data
 from tuner.errors import StudyError, TunerError
 from tuner.export import config_hash
 from tuner.metrics import METHODS, Metrics, measure
 from tuner.report import Evaluate, Report, write_report
+from tuner.search import study
+from tuner.search.study import TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.storage.storage import Storage
-from tuner.study import TunedStudy
 
 
 @pytest.fixture

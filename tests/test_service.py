@@ -27,9 +27,7 @@ from optuna.trial import TrialState
 from tuner.artifacts import development_path
 from tuner.coordinator import Coordinator
 from tuner.errors import ClusterError
-from tuner.service import Service, Turns, max_min_shares
-from tuner.storage.storage import LeaseHolder, Storage
-from tuner.study import (
+from tuner.search.study import (
     ERROR_KEY,
     FINISHED,
     RECORD_KEY,
@@ -41,6 +39,8 @@ from tuner.study import (
     load,
     status,
 )
+from tuner.service import Service, Turns, max_min_shares
+from tuner.storage.storage import LeaseHolder, Storage
 
 ROWS = b"the development rows"
 _EPOCHS = 3

@@ -13,10 +13,8 @@ from fakes import IDENTITY, fake_train, make_study, small_spec
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import StudyError, TrialEndedError
-from tuner.objective import Objective
-from tuner.spec.spec import StopSettings, StudySpec
-from tuner.storage.storage import Storage
-from tuner.study import (
+from tuner.search.objective import Objective
+from tuner.search.study import (
     ENDED_EARLY_KEY,
     RECORD_KEY,
     TunedStudy,
@@ -30,6 +28,8 @@ from tuner.study import (
     status,
     study_name,
 )
+from tuner.spec.spec import StopSettings, StudySpec
+from tuner.storage.storage import Storage
 from tuner.train import EpochResult
 
 
@@ -196,7 +196,7 @@ def test_a_study_whose_making_was_cut_off_is_made_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("tuner.study._record_document", cut_off)
+        patched.setattr("tuner.search.study._record_document", cut_off)
         with pytest.raises(KeyboardInterrupt):
             make_study(tmp_path, small_spec(known=[{"learning_rate": 0.02}]))
     made = make_study(tmp_path, small_spec(known=[{"learning_rate": 0.02}]))

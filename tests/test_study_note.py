@@ -17,7 +17,7 @@ from optuna_dashboard._note import save_note_with_version
 from tuner import coordinator
 from tuner.coordinator import Coordinator
 from tuner.errors import LeaseLostError
-from tuner.study import ERROR_KEY, TunedStudy, status
+from tuner.search.study import ERROR_KEY, TunedStudy, status
 from tuner.study_note import overview
 from tuner.train import EpochResult
 

@@ -22,10 +22,10 @@ from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, dashboard_fo
 from tuner.coordinator import Coordinator
 from tuner.errors import StudyError, TrialEndedError, WorkerLostError
 from tuner.export import best_configs, config_of_trial, write_configs, write_trials
+from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete, status
 from tuner.spec.space import parameter_count
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import COORDINATOR_KEY
-from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete, status
 from tuner.train import EpochResult
 from tuner.trial_page import (
     AGAIN_KEY,

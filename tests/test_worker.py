@@ -49,9 +49,9 @@ from tuner.cluster import Cluster, Connection, remote_connection
 from tuner.coordinator import Coordinator
 from tuner.data.delivery import development_file
 from tuner.errors import ClusterError, SetupError
-from tuner.objective import curve_of
 from tuner.scheduler import TlsFiles, exposure, is_loopback, scheduler_address
-from tuner.study import RESUMED_KEY
+from tuner.search.objective import curve_of
+from tuner.search.study import RESUMED_KEY
 from tuner.worker import Gpu, WorkerSettings, _environments, gpus_for, visible_gpus
 
 

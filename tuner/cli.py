@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from tuner.dashboard import Settings
     from tuner.data.prepare import Prepared
     from tuner.scheduler import TlsFiles
+    from tuner.search.study import StudyStatus, TunedStudy
     from tuner.spec.spec import StudySpec
     from tuner.storage.storage import Storage
-    from tuner.study import StudyStatus, TunedStudy
 
 logger = logging.getLogger(logs.OURS)
 
@@ -398,7 +398,7 @@ def check(
 def _shared_rows(storage: str, spec: StudySpec, prepared: Prepared) -> tuple[str, ...]:
     """Says which rows other studies keep sealed, if there is a storage to look at."""
     from tuner.errors import StorageError, StorageMissingError
-    from tuner.overlap import warnings
+    from tuner.search.overlap import warnings
 
     try:
         with _open(storage, patience_seconds=1.0, say=lambda _: None) as opened:
@@ -551,8 +551,8 @@ def launch(
 
     given = [*(overrides or []), *overrides_for(name, trials)]
     spec, prepared = _load(spec_path, given, artifacts)
-    from tuner.overlap import enter
-    from tuner.study import create_or_resume, find_or_create, status
+    from tuner.search.overlap import enter
+    from tuner.search.study import create_or_resume, find_or_create, status
 
     with _open(storage, patience_seconds=None, create=True) as opened:
         # A study that stands there is changed by who holds its lease, and only then.
@@ -850,8 +850,8 @@ def status(
 ) -> None:
     """Shows where studies stand: trials by state, best value, epochs spent and saved, disk."""
     from tuner.progress import status_details, status_table, watch_studies
-    from tuner.study import list_names, load
-    from tuner.study import status as read_status
+    from tuner.search.study import list_names, load
+    from tuner.search.study import status as read_status
 
     def look() -> list[StudyStatus]:
         names = [name] if name else list_names(opened)
@@ -890,7 +890,7 @@ def stop(
 ) -> None:
     """Stops a running or queued study: its trials save a checkpoint; `launch` goes on."""
     from tuner import orders
-    from tuner.study import load
+    from tuner.search.study import load
 
     with _open(storage) as opened:
         tuned = load(opened, name, artifacts_root=artifacts)
@@ -910,8 +910,8 @@ def delete(
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
 ) -> None:
     """Removes a study and its artifacts; the ledger keeps what it opened."""
-    from tuner.study import delete as delete_study
-    from tuner.study import load
+    from tuner.search.study import delete as delete_study
+    from tuner.search.study import load
 
     with _open(storage) as opened:
         tuned = load(opened, name, artifacts_root=artifacts)
@@ -965,7 +965,7 @@ def export(
         write_model,
         write_trials,
     )
-    from tuner.study import load
+    from tuner.search.study import load
 
     if trial is not None and top is not None:
         raise typer.BadParameter("--top asks for the best trials, --trial for one by its number.")

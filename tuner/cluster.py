@@ -63,8 +63,8 @@ from tuner.scheduler import (
     require_scheduler,
     worker_command,
 )
+from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
 from tuner.spec.space import ModelConfig
-from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
 from tuner.train import EpochResult
 
 __all__ = [

@@ -24,12 +24,9 @@ from tuner.errors import (
     counted,
 )
 from tuner.logs import about
-from tuner.objective import DETAIL_KEY, ENDED_KEY, Objective, reported_epochs
-from tuner.spec.space import ModelConfig
-from tuner.spec.spec import StudySpec
-from tuner.stop_rule import StopRule
-from tuner.storage.storage import COORDINATOR_KEY, Decision
-from tuner.study import (
+from tuner.search.objective import DETAIL_KEY, ENDED_KEY, Objective, reported_epochs
+from tuner.search.stop_rule import StopRule
+from tuner.search.study import (
     FINISHED,
     RESUMED_KEY,
     WORKERS_KEY,
@@ -39,6 +36,9 @@ from tuner.study import (
     refuse_a_reported_study,
     take_settings,
 )
+from tuner.spec.space import ModelConfig
+from tuner.spec.spec import StudySpec
+from tuner.storage.storage import COORDINATOR_KEY, Decision
 from tuner.study_note import begin_overview
 from tuner.train import EpochResult, Train
 from tuner.trial_page import TrialPage

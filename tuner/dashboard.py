@@ -73,9 +73,9 @@ from tuner.optuna_requests import (
     Uploads,
     find_route,
 )
+from tuner.search.study import RECORD_KEY, load
+from tuner.search.study import delete as delete_study
 from tuner.storage.storage import Storage
-from tuner.study import RECORD_KEY, load
-from tuner.study import delete as delete_study
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment

@@ -13,8 +13,8 @@ from optuna.trial import FrozenTrial
 from tuner.data import prepare as data
 from tuner.data.prepare import DataIdentity, HeldOutRows
 from tuner.errors import StudyError
+from tuner.search.study import TunedStudy, source_files
 from tuner.spec.spec import DataSettings
-from tuner.study import TunedStudy, source_files
 
 
 def check_source(tuned: TunedStudy, given: Path | None = None) -> DataSettings:
@@ -25,7 +25,7 @@ def check_source(tuned: TunedStudy, given: Path | None = None) -> DataSettings:
 
     Args:
         tuned: The study.
-        given: Where its source is said to be, see `tuner.study.source_files`.
+        given: Where its source is said to be, see `tuner.search.study.source_files`.
 
     Returns:
         The study's data settings with the source as it was found, for `open_test_split`.

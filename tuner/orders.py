@@ -17,10 +17,8 @@ import tomli_w
 from tuner.artifacts import development_path
 from tuner.data.prepare import Prepared, prepare
 from tuner.errors import Problem, SpecError, StudyError, counted
-from tuner.overlap import enter
-from tuner.spec.spec import StudySpec, load_spec
-from tuner.storage.storage import LeaseHolder, Storage
-from tuner.study import (
+from tuner.search.overlap import enter
+from tuner.search.study import (
     FINISHED,
     TunedStudy,
     clear_error,
@@ -30,6 +28,8 @@ from tuner.study import (
     load,
     refuse_a_reported_study,
 )
+from tuner.spec.spec import StudySpec, load_spec
+from tuner.storage.storage import LeaseHolder, Storage
 
 MAX_UPLOAD_BYTES = 256 * 1024  #: a study file has two or three thousand
 

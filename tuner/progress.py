@@ -17,8 +17,8 @@ from rich.text import Text
 
 from tuner import logs
 from tuner.errors import counted
-from tuner.objective import DETAIL_KEY, ENDED_KEY
-from tuner.study import StudyStatus, TunedStudy, status
+from tuner.search.objective import DETAIL_KEY, ENDED_KEY
+from tuner.search.study import StudyStatus, TunedStudy, status
 from tuner.train import EpochResult
 from tuner.trial_page import duration
 

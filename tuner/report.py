@@ -21,16 +21,17 @@ import numpy as np
 import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner import heldout, overlap, report_page, study
+from tuner import heldout, report_page
 from tuner.artifacts import development_path, publish, require_writable
 from tuner.data.prepare import DevelopmentData, load_development
 from tuner.errors import LeaseLostError, StudyError, TunerError, counted, is_outage, reason_of
 from tuner.export import config_hash
 from tuner.metrics import Metrics, measure, roc_curve
-from tuner.objective import ENDED_KEY, curve_of
+from tuner.search import overlap, study
+from tuner.search.objective import ENDED_KEY, curve_of
+from tuner.search.study import TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.storage.storage import LEASE_SECONDS, Storage
-from tuner.study import TunedStudy
 from tuner.study_note import hang_page
 
 #: (configuration, its trained weights, uint8 tokens [n, max_length]) -> logits [n]

@@ -31,10 +31,10 @@ from tuner.errors import (
     counted,
 )
 from tuner.logs import about
-from tuner.objective import ENDED_KEY
 from tuner.progress import describe_end, duration
+from tuner.search.objective import ENDED_KEY
+from tuner.search.study import ERROR_KEY, TunedStudy, load, status
 from tuner.storage.storage import Lease, Storage
-from tuner.study import ERROR_KEY, TunedStudy, load, status
 from tuner.train import EpochResult, Train
 
 _LOOK_SECONDS = 1.0  #: between two looks at the queue

@@ -15,8 +15,8 @@ from optuna.trial import TrialState
 
 from tuner.commands import password_hint
 from tuner.errors import counted
-from tuner.objective import curve_of
-from tuner.study import (
+from tuner.search.objective import curve_of
+from tuner.search.study import (
     BFLOAT16_FROM_KEY,
     State,
     StudyStatus,

@@ -19,9 +19,9 @@ from optuna.trial import TrialState
 from tuner.artifacts import CURVES_FILE, NETWORK_FILE
 from tuner.commands import password_hint
 from tuner.errors import counted
-from tuner.objective import DETAIL_KEY, ENDED_KEY
+from tuner.search.objective import DETAIL_KEY, ENDED_KEY
+from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy
 from tuner.spec.space import ModelConfig, layers_of
-from tuner.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy
 from tuner.train import EpochResult
 
 #: Attributes of the trial, as its page and the table of trials show them.
@@ -133,7 +133,7 @@ def notes(
 ) -> dict[str, str]:
     """Why a trial ended, and from where it was resumed.
 
-    What it reached and what it cost are numbers: see `tuner.objective.figures_of`.
+    What it reached and what it cost are numbers: see `tuner.search.objective.figures_of`.
     """
     said = _why(state, curve, max_epochs, eta, bracket, attributes)
     times = attributes.get(RESUMED_KEY)

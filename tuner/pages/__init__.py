@@ -26,7 +26,7 @@ from werkzeug.routing import Map, Rule
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
 
-from tuner import orders, overlap
+from tuner import orders
 from tuner.access import (
     MAX_PASSWORD,
     LoginsBusyError,
@@ -38,10 +38,8 @@ from tuner.access import (
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
 from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
 from tuner.export import Format, best_configs, render
-from tuner.spec.space import parameter_count_range
-from tuner.spec.spec import StudySpec
-from tuner.storage.storage import LOG_IN, Storage
-from tuner.study import (
+from tuner.search import overlap
+from tuner.search.study import (
     RECORD_KEY,
     StudyStatus,
     TunedStudy,
@@ -51,6 +49,9 @@ from tuner.study import (
     load,
     status,
 )
+from tuner.spec.space import parameter_count_range
+from tuner.spec.spec import StudySpec
+from tuner.storage.storage import LOG_IN, Storage
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment

@@ -238,7 +238,7 @@ class HyperbandSettings(_Table):
 
 
 class StopSettings(_Table):
-    """Ends the study before its budget is used up, as `tuner.stop_rule` says."""
+    """Ends the study before its budget is used up, as `tuner.search.stop_rule` says."""
 
     patience: int = Field(default=60, ge=1, le=1_000_000)
     """finished trials in a row without a better validation loss"""

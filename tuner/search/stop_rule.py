@@ -9,8 +9,8 @@ from typing import cast
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.search.study import FINISHED
 from tuner.spec.spec import StopSettings
-from tuner.study import FINISHED
 
 
 class StopRule:

@@ -22,9 +22,9 @@ from tuner.data.prepare import (
     read_hashes,
 )
 from tuner.errors import DataError, counted
+from tuner.search.study import RECORD_KEY, TunedStudy, list_names, study_name
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import LedgerEntry, Storage
-from tuner.study import RECORD_KEY, TunedStudy, list_names, study_name
 
 _LISTED_SPLITS = 5  #: of which a launch warns; the rest are counted
 _LISTED_NAMES = 3  #: of the studies that share a split
