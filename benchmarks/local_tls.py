@@ -28,8 +28,8 @@ import optuna  # noqa: E402
 from distributed import SpecCluster  # noqa: E402
 from fakes import FakeRun, make_study, small_spec  # noqa: E402
 
-from tuner.attempt import TrainingTask  # noqa: E402
-from tuner.cluster import Cluster, local_connection  # noqa: E402
+from tuner.cluster.attempt import TrainingTask  # noqa: E402
+from tuner.cluster.trainings import Cluster, local_connection  # noqa: E402
 
 _CHECKPOINT_BYTES = 1 << 20
 
@@ -54,7 +54,7 @@ def without_certificates() -> Iterator[None]:
             one["options"] |= {"protocol": "tcp://", "security": None}
         return SpecCluster(scheduler=scheduler, workers=workers)
 
-    with mock.patch("tuner.cluster.SpecCluster", plain):
+    with mock.patch("tuner.cluster.trainings.SpecCluster", plain):
         yield
 
 

@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import optuna  # noqa: E402
 from fakes import FakeRun, Notes, make_study, small_spec  # noqa: E402
 
-from tuner.cluster import Cluster, local_connection  # noqa: E402
+from tuner.cluster.trainings import Cluster, local_connection  # noqa: E402
 from tuner.coordinator import Coordinator  # noqa: E402
 from tuner.search.objective import curve_of  # noqa: E402
 

@@ -37,8 +37,8 @@ from typing import Any
 import optuna
 from machine import processor
 
+from tuner.cluster.processes import has_fast_bfloat16
 from tuner.data.prepare import DataIdentity, prepare
-from tuner.processes import has_fast_bfloat16
 from tuner.search.objective import curve_of
 from tuner.search.study import WORKER_KEY, load, versions
 from tuner.spec.precision import BFLOAT16_FROM, multiply_adds, precision_by_size

@@ -24,12 +24,12 @@ import stamina.instrumentation
 from fakes import IDENTITY, FakeRun, small_spec
 from optuna.trial import FrozenTrial
 
-import tuner.attempt
+import tuner.cluster.attempt
 import tuner.storage.engine
 import tuner.storage.storage
-from tuner.attempt import TrainingTask
 from tuner.cli import _stop_on_signals
-from tuner.cluster import Cluster, Connection, local_connection, remote_connection
+from tuner.cluster.attempt import TrainingTask
+from tuner.cluster.trainings import Cluster, Connection, local_connection, remote_connection
 from tuner.coordinator import Coordinator
 from tuner.errors import TunerError
 from tuner.search.study import create_or_resume
@@ -91,7 +91,7 @@ class HeldRun(FakeRun):
         self._plan = plan
         self._sending = False
         # Of this worker process: the coordinator's own copy says nothing here.
-        tuner.attempt._CHECKPOINT_SECONDS = plan.checkpoint_seconds
+        tuner.cluster.attempt._CHECKPOINT_SECONDS = plan.checkpoint_seconds
 
     def _hold(self, phase: Phase) -> bool:
         return self._plan.hold(self._task.trial, phase, os.getpid())

@@ -35,8 +35,8 @@ from fakes import (
 from optuna.trial import TrialState
 
 from tuner.artifacts import publish
-from tuner.attempt import TrainingOutcome, _Orders
-from tuner.cluster import Cluster, Connection, local_connection
+from tuner.cluster.attempt import TrainingOutcome, _Orders
+from tuner.cluster.trainings import Cluster, Connection, local_connection
 from tuner.coordinator import Coordinator
 from tuner.errors import (
     ClusterError,
@@ -320,7 +320,7 @@ def test_a_checkpoint_that_cannot_be_opened_is_waited_for_and_stays(
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr(local, "say", told.append)
-    monkeypatch.setattr("tuner.cluster._DISK_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.cluster.trainings._DISK_PAUSE_SECONDS", 0.2)
     tuned = make_study(tmp_path, small_spec(trials=1, hyperband=None))
     config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
     rows = [asdict(epoch_result(loss_of(config, 0, epoch), epoch)) for epoch in (1, 2, 3)]
@@ -372,7 +372,7 @@ def test_a_stop_does_not_wait_for_a_checkpoint_that_cannot_be_opened(
 def test_a_worker_whose_system_refuses_files_fails_no_trial(
     tmp_path: Path, local: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.cluster._DISK_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.cluster.trainings._DISK_PAUSE_SECONDS", 0.2)
     mark = tmp_path / "refused"
 
     class RefusedRun(FakeRun):
@@ -402,8 +402,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, kind: str, times: int) -> list[Pa
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         publish(path, content, **options)
 
-    monkeypatch.setattr("tuner.cluster.publish", write)
-    monkeypatch.setattr("tuner.cluster._DISK_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.cluster.trainings.publish", write)
+    monkeypatch.setattr("tuner.cluster.trainings._DISK_PAUSE_SECONDS", 0.2)
     return attempts
 
 
@@ -622,7 +622,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> _Orders:
         def subscribe_topic(self, topic: str, handler: object) -> None:
             pass
 
-    monkeypatch.setattr("tuner.attempt.get_client", Deaf)
+    monkeypatch.setattr("tuner.cluster.attempt.get_client", Deaf)
     heard = _Orders("topic")
     heard.begin("attempt", 3)
     return heard
@@ -662,7 +662,7 @@ def test_an_attempt_that_the_scheduler_forgot_stops_where_it_waits(orders: _Orde
 def test_a_worker_without_a_coordinator_saves_and_ends(
     orders: _Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.attempt._SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.cluster.attempt._SILENCE_SECONDS", 0.2)
     assert orders.wait("attempt", 3, wanted) == "pause"
 
 

@@ -62,7 +62,7 @@ def test_every_command_of_the_guide_is_one_that_its_program_takes() -> None:
     for words in commands:
         options = parse(words)
         if words[0] == "dask":
-            assert options["preload"] == ("tuner.processes",)
+            assert options["preload"] == ("tuner.cluster.processes",)
     assert {words[1] for words in commands} >= {"worker", "launch", "scheduler", "serve"}
 
 
@@ -223,7 +223,7 @@ def test_every_pod_runs_what_its_program_takes_with_tls(path: Path) -> None:
             options = parse(words)
             if words[0] == "dask":
                 assert options["protocol"] == "tls", name
-                assert options["preload"] == ("tuner.processes",), name
+                assert options["preload"] == ("tuner.cluster.processes",), name
                 assert options["tls_key"] == "/tls/key.pem", name
             elif "cluster" in options:
                 assert options["cluster"].startswith("tls://"), name
@@ -249,7 +249,7 @@ def test_services_and_policies_select_pods_that_there_are() -> None:
 
 
 def test_a_pod_has_more_time_to_end_than_its_program_takes() -> None:
-    from tuner.worker import _LEAVE_SECONDS
+    from tuner.cluster.worker import _LEAVE_SECONDS
 
     for path in MANIFESTS:
         for name, pod in pods(path):
@@ -283,7 +283,7 @@ def test_who_holds_the_certificates_reaches_the_cluster_and_nobody_else_does(
 ) -> None:
     from distributed import Client, Scheduler
 
-    from tuner.scheduler import TlsFiles
+    from tuner.cluster.scheduler import TlsFiles
 
     def files(folder: Path) -> TlsFiles:
         return TlsFiles(ca=folder / "ca.pem", cert=folder / "cert.pem", key=folder / "key.pem")
@@ -371,7 +371,7 @@ def test_the_slurm_job_ends_as_its_launch_does_and_lets_workers_go_when_it_is_fi
     by_name = {words[0]: words for words in node.ran()}
     scheduler, launch = parse(by_name["dask"]), parse(by_name["tuner"])
     assert scheduler["protocol"] == "tls"
-    assert scheduler["preload"] == ("tuner.processes",)
+    assert scheduler["preload"] == ("tuner.cluster.processes",)
     assert scheduler["scheduler_file"] == launch["cluster"] == "runs/cluster/scheduler.json"
     assert launch["spec_path"] == Path("studies/quickstart.toml")
     assert launch["tls_key"] == Path(scheduler["tls_key"])

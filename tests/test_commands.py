@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from fakes import make_study
 
+from tuner.cluster.scheduler import TlsFiles, worker_command
 from tuner.commands import command, password_hint
-from tuner.scheduler import TlsFiles, worker_command
 from tuner.search.study import status
 from tuner.study_note import overview
 

@@ -220,7 +220,9 @@ def test_the_service_listens_where_its_published_port_leads() -> None:
 
 
 def test_the_scheduler_leaves_dead_workers_to_the_coordinator() -> None:
-    assert parse(command_line(COMPOSE["services"]["scheduler"]))["preload"] == ("tuner.processes",)
+    assert parse(command_line(COMPOSE["services"]["scheduler"]))["preload"] == (
+        "tuner.cluster.processes",
+    )
     environment = COMPOSE["services"]["scheduler"]["environment"]
     assert environment["DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES"] == "0"
     assert environment["DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL"] == "60s"

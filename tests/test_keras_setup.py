@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from test_training import CONFIG, DATA, curve, training_run
 
-from tuner.attempt import open_training_run
+from tuner.cluster.attempt import open_training_run
 from tuner.errors import SetupError
 from tuner.network.keras_setup import keras, set_keras, tf
 from tuner.network.model import build_model

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from fakes import FakeWorkers, Notes, make_study, small_spec
 
-from tuner import cluster, processes
+from tuner.cluster import processes
+from tuner.cluster import trainings as cluster
 from tuner.coordinator import Coordinator
 from tuner.export import config_of_trial
 from tuner.search.study import BFLOAT16_FROM_KEY, TunedStudy

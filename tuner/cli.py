@@ -37,11 +37,11 @@ from tuner.errors import ProblemsError, StorageMissingError, TunerError, counted
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from tuner.cluster import Connection
+    from tuner.cluster.scheduler import TlsFiles
+    from tuner.cluster.trainings import Connection
     from tuner.coordinator import Ending
     from tuner.dashboard import Settings
     from tuner.data.prepare import Prepared
-    from tuner.scheduler import TlsFiles
     from tuner.search.study import StudyStatus, TunedStudy
     from tuner.spec.spec import StudySpec
     from tuner.storage.storage import Storage
@@ -607,7 +607,7 @@ def _refuse_two_places(cluster: str | None, workers: int | None) -> None:
 
 def _require_training() -> None:
     """Ends a verb that trains on this machine before it makes anything, where it cannot."""
-    from tuner.processes import require_training
+    from tuner.cluster.processes import require_training
 
     require_training()
 
@@ -650,7 +650,7 @@ def _tls(
     ca: Path | None, cert: Path | None, key: Path | None, cluster: str | None
 ) -> TlsFiles | None:
     """The certificates of a cluster; warns on stderr of one that everybody can reach."""
-    from tuner.scheduler import exposure, scheduler_address, tls_files
+    from tuner.cluster.scheduler import exposure, scheduler_address, tls_files
 
     tls = tls_files(ca, cert, key)
     if cluster is not None:
@@ -673,7 +673,7 @@ def _connect(
     say: Callable[[str], None],
 ) -> AbstractContextManager[Connection]:
     """To the workers of a scheduler, or to workers of this machine that are started for it."""
-    from tuner.cluster import default_workers, local_connection, remote_connection
+    from tuner.cluster.trainings import default_workers, local_connection, remote_connection
     from tuner.connections import raise_descriptor_limit
 
     raise_descriptor_limit()  # each worker and each connection costs some
@@ -693,7 +693,7 @@ def _run(
     *,
     as_json: bool,
 ) -> Ending:
-    from tuner.cluster import Cluster
+    from tuner.cluster.trainings import Cluster
     from tuner.coordinator import Coordinator
     from tuner.progress import ProgressWatcher
 
@@ -724,7 +724,7 @@ def _run(
 
 def _stop_on_signals(stop_gracefully: Callable[[], None], *, has_log: bool = False) -> None:
     """Ctrl-C or SIGTERM once: running trials save and stay open. Twice: now."""
-    from tuner.processes import SAME_SIGNAL_SECONDS
+    from tuner.cluster.processes import SAME_SIGNAL_SECONDS
 
     asked_at: list[float] = []
 
@@ -812,8 +812,8 @@ def worker(
     _log_format: LogFormat = None,
 ) -> None:
     """Trains for the studies of a Dask scheduler; any number of these may come and go."""
-    from tuner.scheduler import SchedulerFileMissingError, tls_files
-    from tuner.worker import WorkerSettings, serve
+    from tuner.cluster.scheduler import SchedulerFileMissingError, tls_files
+    from tuner.cluster.worker import WorkerSettings, serve
 
     _require_training()
     # Not isdigit(): a superscript two is a digit that int() does not read.
@@ -1245,7 +1245,7 @@ def serve(
             shown, settings, scheduler_is_up=lambda: any(one.is_up for one in connections)
         ) as server,
     ):
-        from tuner.cluster import Cluster
+        from tuner.cluster.trainings import Cluster
         from tuner.service import Service
 
         _log(f"Serving {shown.masked_url}; the dashboard is on {server.url} ({server.login})")

@@ -20,7 +20,7 @@ import dask
 from dask_jobqueue import SLURMCluster
 from distributed import Client, Security
 
-import tuner.processes  # noqa: F401 - connections that outlive a clock that is set back
+import tuner.cluster.processes  # noqa: F401 - connections that outlive a clock that is set back
 
 #: docs/clusters.md says what these are for.
 SCHEDULER_SETTINGS = {

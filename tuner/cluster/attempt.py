@@ -27,9 +27,9 @@ import dask
 import psutil
 from distributed import Status, Worker, WorkerPlugin, get_client, get_worker
 
+from tuner.cluster.processes import SAME_SIGNAL_SECONDS, THREADS_VARIABLE, UNFIT, silence_dask
 from tuner.data.delivery import development_file
 from tuner.errors import EndReason, SetupError, TrialEndedError, is_outage
-from tuner.processes import SAME_SIGNAL_SECONDS, THREADS_VARIABLE, UNFIT, silence_dask
 from tuner.spec.precision import Precision
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import TrainingSettings
@@ -90,7 +90,7 @@ OpenRun = Callable[[TrainingTask], Run]
 
 
 def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
-    """Trains one attempt on a Dask worker; see `tuner.cluster.Cluster.train`."""
+    """Trains one attempt on a Dask worker; see `tuner.cluster.trainings.Cluster.train`."""
     worker = get_worker()
     _give_back_on_leaving(worker)
     orders = _Orders.of(task.orders)

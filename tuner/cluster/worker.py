@@ -33,9 +33,7 @@ from dask.utils import parse_bytes
 from distributed import Nanny
 from distributed.system import MEMORY_LIMIT
 
-from tuner.errors import ClusterError, counted
-from tuner.logs import line
-from tuner.processes import (
+from tuner.cluster.processes import (
     SAME_SIGNAL_SECONDS,
     THREADS_VARIABLE,
     TRAINING_SETTINGS,
@@ -47,7 +45,7 @@ from tuner.processes import (
     training_environment,
     training_resources,
 )
-from tuner.scheduler import (
+from tuner.cluster.scheduler import (
     SchedulerFileMissingError,
     TlsFiles,
     exposure,
@@ -55,6 +53,8 @@ from tuner.scheduler import (
     require_scheduler,
     scheduler_address,
 )
+from tuner.errors import ClusterError, counted
+from tuner.logs import line
 
 Say = Callable[[str], None]
 

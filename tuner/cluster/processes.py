@@ -15,8 +15,8 @@ from typing import Any
 from distributed import Worker
 
 from tuner import logs
+from tuner.cluster.steady import keep_steady
 from tuner.errors import SetupError
-from tuner.steady import keep_steady
 
 keep_steady()  # coordinator, `tuner worker` and training processes alike import this module
 

@@ -1,4 +1,4 @@
-"""Dask: the same `train`, with the epochs computed on a worker; see `tuner.attempt` for its side.
+"""Dask: the same `train`, with the epochs computed on a worker; see `tuner.cluster.attempt` for its side.
 
 A `Connection` is a scheduler and its workers, wherever they are; a `Cluster` the trainings of one
 study on it.
@@ -24,13 +24,32 @@ from dask.system import CPU_COUNT
 from distributed import Client, Future, KilledWorker, Nanny, Scheduler, Security, SpecCluster
 
 from tuner.artifacts import publish
-from tuner.attempt import (
+from tuner.cluster.attempt import (
     OpenRun,
     TrainingOutcome,
     TrainingTask,
     metadata_keys,
     open_training_run,
     train_on_worker,
+)
+from tuner.cluster.processes import (
+    BFLOAT16,
+    SLOT,
+    TRAINING_SETTINGS,
+    TrainingWorker,
+    WithoutHttp,
+    children_deaf_to_interrupts,
+    is_dask_heard,
+    silence_dask,
+    training_environment,
+    training_resources,
+)
+from tuner.cluster.scheduler import (
+    SchedulerAwayError,
+    TlsFiles,
+    exposure,
+    require_scheduler,
+    worker_command,
 )
 from tuner.errors import (
     ClusterError,
@@ -44,25 +63,6 @@ from tuner.errors import (
     reason_of,
 )
 from tuner.logs import about
-from tuner.processes import (
-    BFLOAT16,
-    SLOT,
-    TRAINING_SETTINGS,
-    TrainingWorker,
-    WithoutHttp,
-    children_deaf_to_interrupts,
-    is_dask_heard,
-    silence_dask,
-    training_environment,
-    training_resources,
-)
-from tuner.scheduler import (
-    SchedulerAwayError,
-    TlsFiles,
-    exposure,
-    require_scheduler,
-    worker_command,
-)
 from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.train import EpochResult
