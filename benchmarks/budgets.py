@@ -24,7 +24,7 @@ import optuna  # noqa: E402
 from fakes import FakeWorkers, Notes, make_study, small_spec  # noqa: E402
 from postgres import postgres_server  # noqa: E402
 
-from tuner.coordinator import Coordinator  # noqa: E402
+from tuner.coordination.coordinator import Coordinator  # noqa: E402
 from tuner.search.study import FINISHED  # noqa: E402
 from tuner.storage.storage import Storage  # noqa: E402
 

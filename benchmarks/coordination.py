@@ -5,7 +5,7 @@
 
 A trial: ask, every suggestion of studies/solubility.toml, 27 reports, a prune decision at each
 rung, tell; its training costs nothing. The study already holds so many finished trials. "ours" is
-`tuner.coordinator.Coordinator` with so many trials in flight, "optuna" as many processes as there
+our `Coordinator` with so many trials in flight, "optuna" as many processes as there
 are cores, each running `study.optimize` with the same sampler settings, pruner and objective
 against the same database, "memory" plain Optuna in one process without a database. Cells of one
 row run one after the other, in a random order; each is repeated, and the median is shown.
@@ -43,7 +43,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from fakes import IDENTITY, FakeWorkers, Notes, epoch_result  # noqa: E402
 from postgres import postgres_server  # noqa: E402
 
-from tuner.coordinator import Coordinator  # noqa: E402
+from tuner.coordination.coordinator import Coordinator  # noqa: E402
 from tuner.search.objective import Objective  # noqa: E402
 from tuner.search.study import create_or_resume  # noqa: E402
 from tuner.spec.spec import StudySpec, load_spec, spec_from_document  # noqa: E402

@@ -36,7 +36,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
-from tuner import orders
+from tuner.coordination import queue as orders
 from tuner.search.objective import CURVE_KEY, curve_of
 from tuner.search.study import load as load_study
 from tuner.storage.storage import Storage

@@ -30,7 +30,7 @@ import tuner.storage.storage
 from tuner.cli import _stop_on_signals
 from tuner.cluster.attempt import TrainingTask
 from tuner.cluster.trainings import Cluster, Connection, local_connection, remote_connection
-from tuner.coordinator import Coordinator
+from tuner.coordination.coordinator import Coordinator
 from tuner.errors import TunerError
 from tuner.search.study import create_or_resume
 from tuner.storage.storage import Storage

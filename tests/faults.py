@@ -22,11 +22,11 @@ from fakes import loss_of
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_store
+from tuner.coordination.trial_page import NOTE_KEY
 from tuner.search.objective import curve_of
 from tuner.search.study import FINISHED, RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, load
 from tuner.storage.storage import Storage
 from tuner.train import EPOCHS_KEY
-from tuner.trial_page import NOTE_KEY
 
 #: The file that collects what users were told, for docs/faults.md; see benchmarks/faults.py.
 STORY = "PYTEST_TUNER_STORY"

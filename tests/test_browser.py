@@ -23,11 +23,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tuner.artifacts import artifact_store
+from tuner.coordination.trial_page import draw_curves
 from tuner.dashboard import DashboardServer, Settings, make_server
 from tuner.pages import Places
 from tuner.search.objective import CURVE_KEY
 from tuner.storage.storage import Storage
-from tuner.trial_page import draw_curves
 
 #: What on Optuna's page changes something, by the names under which `dashboard.css` hides it.
 CHANGING = {

@@ -25,12 +25,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
 
 from tuner.cli import app
+from tuner.coordination.trial_page import AGAIN_KEY
 from tuner.data.prepare import synthetic_sequences
 from tuner.errors import SetupError, TunerError
 from tuner.search.objective import curve_of
 from tuner.search.study import ERROR_KEY, FINISHED, RESUMED_KEY, list_names, load
 from tuner.storage.storage import Storage
-from tuner.trial_page import AGAIN_KEY
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent

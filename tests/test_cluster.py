@@ -37,7 +37,8 @@ from optuna.trial import TrialState
 from tuner.artifacts import publish
 from tuner.cluster.attempt import TrainingOutcome, _Orders
 from tuner.cluster.trainings import Cluster, Connection, local_connection
-from tuner.coordinator import Coordinator
+from tuner.coordination.coordinator import Coordinator
+from tuner.coordination.trial_page import NOTE_KEY
 from tuner.errors import (
     ClusterError,
     LeaseLostError,
@@ -49,7 +50,6 @@ from tuner.errors import (
 )
 from tuner.search.objective import curve_of
 from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
-from tuner.trial_page import NOTE_KEY
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from fakes import FakeWorkers, Notes, epoch_result, fake_train, make_study, small_spec
 from optuna.trial import TrialState
 
-from tuner.coordinator import (
+from tuner.coordination.coordinator import (
     FAILURES_IN_A_ROW,
     KEPT_WEIGHTS,
     POISON_EARLY_LOSSES,

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from fakes import FakeWorkers, Notes, epoch_result, loss_of, make_study, small_spec
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.coordinator import Coordinator
+from tuner.coordination.coordinator import Coordinator
 from tuner.errors import LeaseLostError, StorageError
 from tuner.search.objective import curve_of
 from tuner.search.study import FINISHED, load
@@ -248,7 +248,7 @@ def test_a_closed_storage_is_forgotten(tmp_path: Path) -> None:
 def test_a_stop_is_heard_while_the_database_is_away(
     tmp_path: Path, postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.coordinator._PATIENCE_AFTER_STOP_SECONDS", 0.5)
+    monkeypatch.setattr("tuner.coordination.coordinator._PATIENCE_AFTER_STOP_SECONDS", 0.5)
     tuned = make_study(tmp_path, small_spec(trials=50), url=postgres.database())
     tuned.storage._calls.patience_seconds = None
     coordinator: list[Coordinator] = []

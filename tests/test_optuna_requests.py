@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from lab import HOST, Browser, Lab, write_study_file
 from optuna.trial import TrialState
 
-from tuner import dashboard, optuna_requests, orders, pages
+from tuner import dashboard, optuna_requests, pages
 from tuner.artifacts import dashboard_folder
+from tuner.coordination import queue as orders
+from tuner.coordination.study_note import hang_page
 from tuner.errors import TunerError
 from tuner.optuna_requests import ROUTES, find_route, with_readable_notes
 from tuner.search.study import TunedStudy
 from tuner.storage.storage import Storage
-from tuner.study_note import hang_page
 
 NOTE = "/api/studies/1/note"
 FILE = f"data:text/plain;base64,{base64.b64encode(b'12345').decode()}"

@@ -19,8 +19,8 @@ from fakes import ready_sqlite
 from finished_study import finished_study, write_rows
 from lab import Browser, Lab, study_file, write_study_file
 
-from tuner import orders
 from tuner.cli import terminal
+from tuner.coordination import queue as orders
 from tuner.errors import SpecError
 from tuner.progress import ProgressWatcher, status_details, status_table
 from tuner.search.study import TunedStudy, load, status

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from tuner.artifacts import development_path
-from tuner.coordinator import Coordinator
+from tuner.coordination.coordinator import Coordinator
+from tuner.coordination.service import Service, Turns, max_min_shares
 from tuner.errors import ClusterError
 from tuner.search.study import (
     ERROR_KEY,
@@ -39,7 +40,6 @@ from tuner.search.study import (
     load,
     status,
 )
-from tuner.service import Service, Turns, max_min_shares
 from tuner.storage.storage import LeaseHolder, Storage
 
 ROWS = b"the development rows"
@@ -382,10 +382,10 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
-    monkeypatch.setattr("tuner.service._LOOK_SECONDS", 0.1)
-    monkeypatch.setattr("tuner.service._NAP_SECONDS", 0.02)
-    monkeypatch.setattr("tuner.service._RETRY_SECONDS", (0.1, 0.4))
-    monkeypatch.setattr("tuner.coordinator._HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.coordination.service._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("tuner.coordination.service._NAP_SECONDS", 0.02)
+    monkeypatch.setattr("tuner.coordination.service._RETRY_SECONDS", (0.1, 0.4))
+    monkeypatch.setattr("tuner.coordination.coordinator._HEARTBEAT_SECONDS", 0.2)
     shop = Shop(tmp_path)
     yield shop
     shop.window.close()
@@ -691,7 +691,7 @@ def test_the_queue_survives_a_database_that_is_away(
 def test_a_service_ends_though_the_database_is_away(
     shop: Shop, at_work_on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.service._PATIENCE_AFTER_STOP_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.coordination.service._PATIENCE_AFTER_STOP_SECONDS", 0.2)
     away = threading.Event()
 
     def refuse(*_: object) -> None:
@@ -771,7 +771,7 @@ def test_a_budget_that_is_raised_as_the_study_finishes_is_not_forgotten(
 def test_the_number_of_workers_is_that_of_the_moment(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.coordinator._WORKERS_SECONDS", 0.05)
+    monkeypatch.setattr("tuner.coordination.coordinator._WORKERS_SECONDS", 0.05)
     shop.pace = 0.05
     shop.queue("a", 60)
 

@@ -14,11 +14,11 @@ from fakes import IDENTITY, FakeWorkers, Notes, make_study, small_spec
 from optuna.trial import TrialState
 from optuna_dashboard._note import save_note_with_version
 
-from tuner import coordinator
-from tuner.coordinator import Coordinator
+from tuner.coordination import coordinator
+from tuner.coordination.coordinator import Coordinator
+from tuner.coordination.study_note import overview
 from tuner.errors import LeaseLostError
 from tuner.search.study import ERROR_KEY, TunedStudy, status
-from tuner.study_note import overview
 from tuner.train import EpochResult
 
 Make = Callable[..., TunedStudy]

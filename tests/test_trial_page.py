@@ -17,17 +17,10 @@ from fakes import FakeWorkers, Notes, epoch_result, fake_train, make_study, smal
 from faults import assert_page_is_whole, drawn_epochs, hung
 from optuna.trial import TrialState
 
-from tuner import trial_page
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, dashboard_folder
-from tuner.coordinator import Coordinator
-from tuner.errors import StudyError, TrialEndedError, WorkerLostError
-from tuner.export import best_configs, config_of_trial, write_configs, write_trials
-from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete, status
-from tuner.spec.space import parameter_count
-from tuner.spec.spec import load_spec
-from tuner.storage.storage import COORDINATOR_KEY
-from tuner.train import EpochResult
-from tuner.trial_page import (
+from tuner.coordination import trial_page
+from tuner.coordination.coordinator import Coordinator
+from tuner.coordination.trial_page import (
     AGAIN_KEY,
     NOTE_KEY,
     PASSWORD_KEY,
@@ -37,6 +30,13 @@ from tuner.trial_page import (
     notes,
     train_again,
 )
+from tuner.errors import StudyError, TrialEndedError, WorkerLostError
+from tuner.export import best_configs, config_of_trial, write_configs, write_trials
+from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete, status
+from tuner.spec.space import parameter_count
+from tuner.spec.spec import load_spec
+from tuner.storage.storage import COORDINATOR_KEY
+from tuner.train import EpochResult
 
 Make = Callable[..., TunedStudy]
 

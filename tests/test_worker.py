@@ -48,7 +48,7 @@ from tuner.cluster.attempt import find_development_file
 from tuner.cluster.scheduler import TlsFiles, exposure, is_loopback, scheduler_address
 from tuner.cluster.trainings import Cluster, Connection, remote_connection
 from tuner.cluster.worker import Gpu, WorkerSettings, _environments, gpus_for, visible_gpus
-from tuner.coordinator import Coordinator
+from tuner.coordination.coordinator import Coordinator
 from tuner.data.delivery import development_file
 from tuner.errors import ClusterError, SetupError
 from tuner.search.objective import curve_of

@@ -8,8 +8,8 @@ import pytest
 import tomli_w
 import yaml
 
+from tuner.coordination.queue import overrides_for
 from tuner.errors import Problem, SpecError
-from tuner.orders import overrides_for
 from tuner.spec.spec import load_spec, spec_from_document
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"

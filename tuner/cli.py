@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from tuner.cluster.scheduler import TlsFiles
     from tuner.cluster.trainings import Connection
-    from tuner.coordinator import Ending
+    from tuner.coordination.coordinator import Ending
     from tuner.dashboard import Settings
     from tuner.data.prepare import Prepared
     from tuner.search.study import StudyStatus, TunedStudy
@@ -547,7 +547,7 @@ def launch(
         from tuner.export import require_writable_output
 
         require_writable_output(export_to)
-    from tuner.orders import overrides_for
+    from tuner.coordination.queue import overrides_for
 
     given = [*(overrides or []), *overrides_for(name, trials)]
     spec, prepared = _load(spec_path, given, artifacts)
@@ -623,7 +623,7 @@ def _refuse_with_detach(options: dict[str, object]) -> None:
 
 def _queue(tuned: TunedStudy) -> str:
     """Puts a study into the service's queue, where it is not at work already; says what is so."""
-    from tuner import orders
+    from tuner.coordination import queue as orders
 
     queued = orders.queue(tuned)
     if queued.outcome in ("finished", "running"):
@@ -694,7 +694,7 @@ def _run(
     as_json: bool,
 ) -> Ending:
     from tuner.cluster.trainings import Cluster
-    from tuner.coordinator import Coordinator
+    from tuner.coordination.coordinator import Coordinator
     from tuner.progress import ProgressWatcher
 
     data = prepared.identity
@@ -889,7 +889,7 @@ def stop(
     as_json: AsJson = False,
 ) -> None:
     """Stops a running or queued study: its trials save a checkpoint; `launch` goes on."""
-    from tuner import orders
+    from tuner.coordination import queue as orders
     from tuner.search.study import load
 
     with _open(storage) as opened:
@@ -1246,7 +1246,7 @@ def serve(
         ) as server,
     ):
         from tuner.cluster.trainings import Cluster
-        from tuner.service import Service
+        from tuner.coordination.service import Service
 
         _log(f"Serving {shown.masked_url}; the dashboard is on {server.url} ({server.login})")
         with (

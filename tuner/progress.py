@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tuner import logs
+from tuner.coordination.trial_page import duration
 from tuner.errors import counted
 from tuner.search.objective import DETAIL_KEY, ENDED_KEY
 from tuner.search.study import StudyStatus, TunedStudy, status
 from tuner.train import EpochResult
-from tuner.trial_page import duration
 
 __all__ = [
     "ProgressWatcher",

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner import heldout, report_page
 from tuner.artifacts import development_path, publish, require_writable
+from tuner.coordination.study_note import hang_page
 from tuner.data.prepare import DevelopmentData, load_development
 from tuner.errors import LeaseLostError, StudyError, TunerError, counted, is_outage, reason_of
 from tuner.export import config_hash
@@ -32,7 +33,6 @@ from tuner.search.objective import ENDED_KEY, curve_of
 from tuner.search.study import TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.storage.storage import LEASE_SECONDS, Storage
-from tuner.study_note import hang_page
 
 #: (configuration, its trained weights, uint8 tokens [n, max_length]) -> logits [n]
 Evaluate: TypeAlias = Callable[[ModelConfig, bytes, npt.NDArray[np.uint8]], npt.NDArray[np.float64]]

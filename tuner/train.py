@@ -103,7 +103,7 @@ def figures_of(curve: Sequence[EpochResult]) -> dict[str, float]:
 
 
 class Train(Protocol):
-    """Trains one configuration: here (`tuner.network`) or on a worker (`tuner.cluster.trainings`)."""
+    """Trains one configuration: here (`tuner.network`) or on a worker (`tuner.cluster`)."""
 
     def __call__(
         self, config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]

@@ -1,4 +1,4 @@
-"""Dask: the same `train`, with the epochs computed on a worker; see `tuner.cluster.attempt` for its side.
+"""Dask: the same `train`, with the epochs computed on a worker; its side is `attempt`.
 
 A `Connection` is a scheduler and its workers, wherever they are; a `Cluster` the trainings of one
 study on it.

@@ -26,7 +26,6 @@ from werkzeug.routing import Map, Rule
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
 
-from tuner import orders
 from tuner.access import (
     MAX_PASSWORD,
     LoginsBusyError,
@@ -36,6 +35,7 @@ from tuner.access import (
     Visitor,
 )
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
+from tuner.coordination import queue as orders
 from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
 from tuner.export import Format, best_configs, render
 from tuner.search import overlap

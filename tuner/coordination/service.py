@@ -21,7 +21,7 @@ from typing import Protocol
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import development_path, publish
-from tuner.coordinator import Coordinator, Ending, Workers
+from tuner.coordination.coordinator import Coordinator, Ending, Workers
 from tuner.errors import (
     ClusterError,
     LeaseLostError,

@@ -14,6 +14,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from tuner.commands import password_hint
+from tuner.coordination.trial_page import AGAIN_KEY
 from tuner.errors import counted
 from tuner.search.objective import curve_of
 from tuner.search.study import (
@@ -23,7 +24,6 @@ from tuner.search.study import (
     TunedStudy,
     status,
 )
-from tuner.trial_page import AGAIN_KEY
 
 _STATE_WORDS: dict[State, str] = {
     "queued": "Queued",

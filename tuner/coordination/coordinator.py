@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.coordination.study_note import begin_overview
+from tuner.coordination.trial_page import TrialPage
 from tuner.errors import (
     StorageError,
     StudyError,
@@ -39,9 +41,7 @@ from tuner.search.study import (
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import COORDINATOR_KEY, Decision
-from tuner.study_note import begin_overview
 from tuner.train import EpochResult, Train
-from tuner.trial_page import TrialPage
 
 KEPT_WEIGHTS = 10  #: the best trials whose weights are kept
 POISON_LOSSES = 5  #: workers a trial may lose without a new epoch
