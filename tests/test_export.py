@@ -15,7 +15,7 @@ from finished_study import WINNER, finished_study, storage_in, write_rows
 from tuner.data import prepare as data
 from tuner.data.prepare import Prepared, prepare
 from tuner.errors import StudyError, TunerError
-from tuner.export import (
+from tuner.results.export import (
     Format,
     best_configs,
     config_of_trial,

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from finished_study import WINNER, finished_study, storage_in, write_rows
 
-from tuner import heldout
 from tuner.data import prepare as data
 from tuner.data.prepare import DataIdentity, HeldOutRows
 from tuner.errors import DataError, StudyError
+from tuner.results import heldout
 from tuner.search import study
 from tuner.search.study import TunedStudy
 from tuner.storage.storage import Storage

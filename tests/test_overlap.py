@@ -12,10 +12,10 @@ import pytest
 from finished_study import predict, tell
 from optuna.trial import TrialState
 
-from tuner import report_page
 from tuner.data import prepare as data
 from tuner.data.prepare import RESIDUES, Prepared, prepare, synthetic_sequences
-from tuner.report import write_report
+from tuner.results import report_page
+from tuner.results.report import write_report
 from tuner.search import overlap, study
 from tuner.search.study import TunedStudy
 from tuner.spec.spec import StudySpec, spec_from_document

@@ -12,7 +12,7 @@ from fakes import FakeWorkers, Notes, make_study, small_spec
 from tuner.cluster import processes
 from tuner.cluster import trainings as cluster
 from tuner.coordination.coordinator import Coordinator
-from tuner.export import config_of_trial
+from tuner.results.export import config_of_trial
 from tuner.search.study import BFLOAT16_FROM_KEY, TunedStudy
 from tuner.spec.precision import BFLOAT16_FROM, multiply_adds_a_value
 

@@ -23,13 +23,13 @@ import pytest
 from finished_study import WINNER, finished_study, predict, storage_in, tell, write_rows
 from optuna.trial import TrialState
 
-from tuner import report_page
 from tuner.artifacts import HUNG_PREFIX, artifact_store, dashboard_folder
 from tuner.data import prepare as data
 from tuner.errors import StudyError, TunerError
-from tuner.export import config_hash
 from tuner.metrics import METHODS, Metrics, measure
-from tuner.report import Evaluate, Report, write_report
+from tuner.results import report_page
+from tuner.results.export import config_hash
+from tuner.results.report import Evaluate, Report, write_report
 from tuner.search import study
 from tuner.search.study import TunedStudy
 from tuner.spec.space import ModelConfig
@@ -688,7 +688,7 @@ def test_a_disk_that_fills_up_loses_no_report(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as filling:
-        filling.setattr("tuner.report.publish", full)
+        filling.setattr("tuner.results.report.publish", full)
         with pytest.raises(TunerError, match=r"No space left.*recorded in the storage.*-o DIR"):
             reported(tuned)
     assert not reported(tuned, evaluate=fail).opened_now
@@ -895,6 +895,6 @@ def test_searched_values_are_marked_layer_by_layer() -> None:
 
 @pytest.mark.parametrize(("module", "found"), [("keras", False), ("optuna", True)])
 def test_the_report_is_imported_without_tensorflow(module: str, found: bool) -> None:
-    code = f"import sys, tuner.report; sys.exit({module!r} in sys.modules)"
+    code = f"import sys, tuner.results.report; sys.exit({module!r} in sys.modules)"
     # The probe can fail: it finds Optuna.
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == int(found)

@@ -31,7 +31,7 @@ from tuner.coordination.trial_page import (
     train_again,
 )
 from tuner.errors import StudyError, TrialEndedError, WorkerLostError
-from tuner.export import best_configs, config_of_trial, write_configs, write_trials
+from tuner.results.export import best_configs, config_of_trial, write_configs, write_trials
 from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete, status
 from tuner.spec.space import parameter_count
 from tuner.spec.spec import load_spec

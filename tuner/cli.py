@@ -544,7 +544,7 @@ def launch(
     if cluster is None and not detach:
         _require_training()
     if export_to is not None:
-        from tuner.export import require_writable_output
+        from tuner.results.export import require_writable_output
 
         require_writable_output(export_to)
     from tuner.coordination.queue import overrides_for
@@ -747,7 +747,7 @@ def _stop_on_signals(stop_gracefully: Callable[[], None], *, has_log: bool = Fal
 
 
 def _export_best(tuned: TunedStudy, folder: Path) -> Path:
-    from tuner.export import best_configs, write_configs
+    from tuner.results.export import best_configs, write_configs
 
     return write_configs(best_configs(tuned), folder)[0]
 
@@ -958,7 +958,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Writes the best configurations (or one trial's), each a study file that trains it again."""
-    from tuner.export import (
+    from tuner.results.export import (
         best_configs,
         config_of_trial,
         write_configs,
@@ -1018,7 +1018,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Opens the test split, once, and writes the final report of a finished study."""
-    from tuner.report import write_report
+    from tuner.results.report import write_report
 
     with _open(storage) as opened:
         written = write_report(opened, name, artifacts_root=artifacts, output=output, data=data)

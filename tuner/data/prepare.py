@@ -3,7 +3,7 @@
 A study's source is read once, by `prepare`: every row is checked, the rows are split, and a
 *development file* with the training and validation rows alone is written under the artifacts
 folder. Whatever trains gets that file and never the source. `read_held_out` returns the test
-rows; `tuner.heldout` alone calls it, after it has written the ledger.
+rows; `tuner.results.heldout` alone calls it, after it has written the ledger.
 
 All formats become the same rows (a sequence and a label), and split and development file depend
 on those rows alone: not on the file, its format or the order of its rows.
@@ -261,7 +261,7 @@ def load_development(path: Path, sha256: str | None = None) -> DevelopmentData:
 
 
 def read_held_out(settings: DataSettings, *, folder: Path) -> tuple[DataIdentity, HeldOutRows]:
-    """The test rows, read from the source again. Only `tuner.heldout` may call this.
+    """The test rows, read from the source again. Only `tuner.results.heldout` may call this.
 
     The caller compares the identity with the study's: the source may have changed since.
 

@@ -37,7 +37,7 @@ from tuner.access import (
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
 from tuner.coordination import queue as orders
 from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
-from tuner.export import Format, best_configs, render
+from tuner.results.export import Format, best_configs, render
 from tuner.search import overlap
 from tuner.search.study import (
     RECORD_KEY,

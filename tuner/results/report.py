@@ -1,7 +1,7 @@
 """The final report: the winner on the test split, once.
 
 Everything that can be checked without a test row is checked first; then the ledger is written,
-the test rows are read (`tuner.heldout`), the winner is evaluated from its kept weights, the
+the test rows are read (`tuner.results.heldout`), the winner is evaluated from its kept weights, the
 result is recorded, and the report is published.
 """
 
@@ -21,13 +21,13 @@ import numpy as np
 import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner import heldout, report_page
 from tuner.artifacts import development_path, publish, require_writable
 from tuner.coordination.study_note import hang_page
 from tuner.data.prepare import DevelopmentData, load_development
 from tuner.errors import LeaseLostError, StudyError, TunerError, counted, is_outage, reason_of
-from tuner.export import config_hash
 from tuner.metrics import Metrics, measure, roc_curve
+from tuner.results import heldout, report_page
+from tuner.results.export import config_hash
 from tuner.search import overlap, study
 from tuner.search.objective import ENDED_KEY, curve_of
 from tuner.search.study import TunedStudy

@@ -1,4 +1,4 @@
-"""Opens the test split: the ledger first, then the rows. Only `tuner.report` may import this."""
+"""Opens the test split: the ledger first, then the rows. Only the report may import this."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def render(document: Document) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = files("tuner").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = files("tuner.results").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         report=document,
         headline=headline(document),

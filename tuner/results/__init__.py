@@ -1,0 +1,1 @@
+"""What comes out of a study: exported configurations and the report."""
