@@ -15,9 +15,9 @@ from cryptography.x509.oid import NameOID
 from werkzeug.security import generate_password_hash
 from werkzeug.test import Client
 
-from tuner.access import Policy, Users, write_user
-from tuner.dashboard import make_app
-from tuner.pages import Places
+from tuner.dashboard.guard import make_app
+from tuner.dashboard.pages import Places
+from tuner.dashboard.policy import Policy, Users, write_user
 from tuner.storage.storage import Storage
 
 HOST = "127.0.0.1:8080"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from lab import PASSWORDS, write_users
 
-from tuner.access import (
+from tuner.dashboard.policy import (
     LoginLimit,
     LoginsBusyError,
     Policy,
@@ -97,7 +97,7 @@ def test_a_file_that_could_not_be_opened_for_a_moment_is_looked_at_again(
 
     users.path.touch()
     with monkeypatch.context() as patch:
-        patch.setattr("tuner.access.read_users", busy)
+        patch.setattr("tuner.dashboard.policy.read_users", busy)
         assert users.role("ada") is None
     assert users.role("ada") == "editor"  # although the file did not change in between
 
@@ -270,8 +270,8 @@ def test_passwords_of_one_address_do_not_fill_the_queue(
         asked.join()
         return False
 
-    monkeypatch.setattr("tuner.access.check_password_hash", check)
-    monkeypatch.setattr("tuner.access._HASHES_AT_ONCE", 100)
+    monkeypatch.setattr("tuner.dashboard.policy.check_password_hash", check)
+    monkeypatch.setattr("tuner.dashboard.policy._HASHES_AT_ONCE", 100)
     users = Users(users.path)
     limit = 3
     ask_again(0, "192.0.2.1")

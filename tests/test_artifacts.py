@@ -12,8 +12,8 @@ from typing import NoReturn
 
 import pytest
 
-from tuner.access import write_user
 from tuner.artifacts import artifact_store, make_folder, publish, replaceable, require_writable
+from tuner.dashboard.policy import write_user
 from tuner.data.delivery import one_process_at_a_time
 from tuner.storage.storage import Storage
 

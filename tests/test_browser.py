@@ -24,8 +24,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tuner.artifacts import artifact_store
 from tuner.coordination.trial_page import draw_curves
-from tuner.dashboard import DashboardServer, Settings, make_server
-from tuner.pages import Places
+from tuner.dashboard.guard import DashboardServer, Settings, make_server
+from tuner.dashboard.pages import Places
 from tuner.search.objective import CURVE_KEY
 from tuner.storage.storage import Storage
 

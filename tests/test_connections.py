@@ -20,11 +20,12 @@ import pytest
 from fakes import ready_sqlite
 from lab import certificate, write_users
 
-from tuner import connections, dashboard
-from tuner.access import counted_address
-from tuner.connections import LimitedServer, raise_descriptor_limit
-from tuner.dashboard import DashboardServer, Settings, make_server
-from tuner.pages import Places
+from tuner.dashboard import connections
+from tuner.dashboard import guard as dashboard
+from tuner.dashboard.connections import LimitedServer, raise_descriptor_limit
+from tuner.dashboard.guard import DashboardServer, Settings, make_server
+from tuner.dashboard.pages import Places
+from tuner.dashboard.policy import counted_address
 from tuner.storage.storage import Storage
 
 
@@ -303,7 +304,7 @@ def test_the_share_of_connections_follows_from_the_descriptors() -> None:
 
 def test_the_descriptor_limit_is_raised_to_the_hard_one_and_never_lowered() -> None:
     code = (
-        "import resource, sys; from tuner.connections import raise_descriptor_limit\n"
+        "import resource, sys; from tuner.dashboard.connections import raise_descriptor_limit\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "soft = min(hard, 300)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (100, soft))\n"

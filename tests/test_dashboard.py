@@ -29,12 +29,13 @@ from lab import HOST, PASSWORDS, Browser, Lab, certificate, write_users
 from optuna.artifacts import upload_artifact
 from optuna.distributions import FloatDistribution
 
-from tuner import dashboard, optuna_requests
-from tuner.access import Policy, remove_user
 from tuner.artifacts import artifact_store
-from tuner.dashboard import Settings, make_app, make_server, serve
+from tuner.dashboard import guard as dashboard
+from tuner.dashboard import optuna_requests
+from tuner.dashboard.guard import Settings, make_app, make_server, serve
+from tuner.dashboard.pages import Places
+from tuner.dashboard.policy import Policy, remove_user
 from tuner.errors import TunerError
-from tuner.pages import Places
 from tuner.search.study import TunedStudy
 from tuner.storage.storage import Storage
 
@@ -873,7 +874,7 @@ def test_passwords_that_wait_to_be_checked_hold_up_nobody_else(
         assert goes_on.wait(60)
         return False
 
-    monkeypatch.setattr("tuner.access.check_password_hash", check)
+    monkeypatch.setattr("tuner.dashboard.policy.check_password_hash", check)
     chosen = settings(
         tmp_path, users_file=write_users(tmp_path), behind_proxy=True, proxies=["127.0.0.1"]
     )
@@ -1094,8 +1095,9 @@ def test_a_signal_ends_it_without_a_traceback(
     code = (
         # A shell starts what it runs in the background with SIGINT ignored, and so these tests.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import sys, pathlib; from tuner import logs; from tuner.dashboard import Settings, serve\n"
-        "from tuner.pages import Places; from tuner.storage.storage import Storage\n"
+        "import sys, pathlib; from tuner import logs\n"
+        "from tuner.dashboard.guard import Settings, serve\n"
+        "from tuner.dashboard.pages import Places; from tuner.storage.storage import Storage\n"
         "logs.set_up()\n"
         "with Storage(sys.argv[1]) as storage:\n"
         "    serve(storage, Settings(port=0, places=Places(artifacts=pathlib.Path(sys.argv[2]))))"

@@ -20,12 +20,13 @@ from finished_study import finished_study
 from lab import Browser
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from tuner import dashboard, health
-from tuner.access import Policy
-from tuner.dashboard import Guard, Settings, make_app, make_server
+from tuner.dashboard import guard as dashboard
+from tuner.dashboard import health
+from tuner.dashboard.guard import Guard, Settings, make_app, make_server
+from tuner.dashboard.health import NO_DATABASE, NO_SCHEDULER, Health
+from tuner.dashboard.pages import Places
+from tuner.dashboard.policy import Policy
 from tuner.errors import StorageError
-from tuner.health import NO_DATABASE, NO_SCHEDULER, Health
-from tuner.pages import Places
 from tuner.storage.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from lab import HOST, Browser, Lab, write_study_file
 from optuna.trial import TrialState
 
-from tuner import dashboard, optuna_requests, pages
 from tuner.artifacts import dashboard_folder
 from tuner.coordination import queue as orders
 from tuner.coordination.study_note import hang_page
+from tuner.dashboard import guard as dashboard
+from tuner.dashboard import optuna_requests, pages
+from tuner.dashboard.optuna_requests import ROUTES, find_route, with_readable_notes
 from tuner.errors import TunerError
-from tuner.optuna_requests import ROUTES, find_route, with_readable_notes
 from tuner.search.study import TunedStudy
 from tuner.storage.storage import Storage
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tuner.cluster.scheduler import TlsFiles
     from tuner.cluster.trainings import Connection
     from tuner.coordination.coordinator import Ending
-    from tuner.dashboard import Settings
+    from tuner.dashboard.guard import Settings
     from tuner.data.prepare import Prepared
     from tuner.search.study import StudyStatus, TunedStudy
     from tuner.spec.spec import StudySpec
@@ -674,7 +674,7 @@ def _connect(
 ) -> AbstractContextManager[Connection]:
     """To the workers of a scheduler, or to workers of this machine that are started for it."""
     from tuner.cluster.trainings import default_workers, local_connection, remote_connection
-    from tuner.connections import raise_descriptor_limit
+    from tuner.dashboard.connections import raise_descriptor_limit
 
     raise_descriptor_limit()  # each worker and each connection costs some
 
@@ -1058,7 +1058,7 @@ def dashboard(
     """Shows studies in the Optuna dashboard, with the pages to launch and export under /tuner."""
     if context.invoked_subcommand is not None:
         return
-    from tuner.dashboard import make_policy, serve
+    from tuner.dashboard.guard import make_policy, serve
 
     settings = _dashboard_settings(
         host=host,
@@ -1089,8 +1089,8 @@ def _dashboard_settings(
     artifacts: Path,
     **others: Any,
 ) -> Settings:
-    from tuner.dashboard import Settings
-    from tuner.pages import Places
+    from tuner.dashboard.guard import Settings
+    from tuner.dashboard.pages import Places
 
     if users is None and DEFAULT_USERS_FILE.exists():
         users = DEFAULT_USERS_FILE
@@ -1118,7 +1118,7 @@ def add_user(
     users: UsersFile = None,
 ) -> None:
     """Adds a user of the dashboard, or gives one a new password and role."""
-    from tuner.access import write_user
+    from tuner.dashboard.policy import write_user
 
     path = users or DEFAULT_USERS_FILE
     fresh = write_user(path, name, role, _password(password_file))
@@ -1140,7 +1140,7 @@ def remove_user(
     name: Annotated[str, typer.Argument(metavar="NAME")], users: UsersFile = None
 ) -> None:
     """Removes a user of the dashboard; a running server ends that one's sessions at once."""
-    from tuner.access import remove_user as remove
+    from tuner.dashboard.policy import remove_user as remove
 
     remove(users or DEFAULT_USERS_FILE, name)
     typer.echo(f"Removed {name}.")
@@ -1149,7 +1149,7 @@ def remove_user(
 @dashboard_app.command("users", epilog="Example: tuner dashboard users")
 def list_users(users: UsersFile = None, as_json: AsJson = False) -> None:
     """Lists who may log in, and as what."""
-    from tuner.access import read_users
+    from tuner.dashboard.policy import read_users
 
     found = {name: user.role for name, user in read_users(users or DEFAULT_USERS_FILE).items()}
     if as_json:
@@ -1229,7 +1229,7 @@ def serve(
         data=data,
         artifacts=artifacts,
     )
-    from tuner.dashboard import make_policy, make_server
+    from tuner.dashboard.guard import make_policy, make_server
 
     make_policy(settings)  # what is wrong is said before a database is waited for
     connections: list[Connection] = []  # none until the workers are there

@@ -1,8 +1,7 @@
 """The tuner's own pages, /tuner: launch, stop, resume and export studies; the same as JSON.
 
-They stand behind the guard of `tuner.dashboard`, which has looked at the host, the origin, the
-session and the role of every request before, and records every change. Opening the test split
-is no verb of theirs.
+They stand behind the guard (`guard`), which has looked at the host, the origin, the session and
+the role of every request before, and records every change. None of them opens the test split.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ from werkzeug.routing import Map, Rule
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
 
-from tuner.access import (
+from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
+from tuner.coordination import queue as orders
+from tuner.dashboard.policy import (
     MAX_PASSWORD,
     LoginsBusyError,
     Policy,
@@ -34,8 +35,6 @@ from tuner.access import (
     Sessions,
     Visitor,
 )
-from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
-from tuner.coordination import queue as orders
 from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
 from tuner.results.export import Format, best_configs, render
 from tuner.search import overlap
@@ -78,6 +77,7 @@ REPORT_POLICY = (
 
 MAX_TOP = 100  #: configurations in one export
 _FRESH_SECONDS = 2.0  #: so long a status is shown again; many browsers ask for it at once
+_TEMPLATES = files("tuner.dashboard") / "templates"
 _STATIC = {"pages.css": "text/css", "dashboard.css": "text/css", "pages.js": "text/javascript"}
 
 
@@ -396,7 +396,8 @@ class Pages:
         if file not in _STATIC:
             raise _not_found()
         response = Response(
-            files("tuner.pages").joinpath(file).read_bytes(), content_type=_STATIC[file]
+            (_TEMPLATES / file).read_bytes(),
+            content_type=_STATIC[file],
         )
         response.headers["Cache-Control"] = "no-cache"
         response.add_etag()
@@ -668,7 +669,7 @@ def _rule(path: str, view: Callable[..., Response], method: str = "GET") -> Rule
 
 
 def _source(name: str) -> str:
-    return files("tuner.pages").joinpath(name).read_text(encoding="utf-8")
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _visitor(request: Request) -> Visitor:

@@ -1,6 +1,6 @@
 """Who may do what on the dashboard: users, sessions, login limits, and where a request is from.
 
-Nothing here knows a study. `tuner.dashboard` asks these questions of every request, before
+Nothing here knows a study. `tuner.dashboard.guard` asks these questions of every request, before
 any page or any part of Optuna's dashboard sees it.
 """
 

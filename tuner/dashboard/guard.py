@@ -45,8 +45,22 @@ from tornado.netutil import is_valid_ip
 from tornado.wsgi import WSGIContainer
 from werkzeug.http import parse_cookie
 
-from tuner import logs, pages
-from tuner.access import (
+from tuner import logs
+from tuner.artifacts import artifact_store, dashboard_folder
+from tuner.dashboard import pages
+from tuner.dashboard.connections import MOST_OF_AN_ADDRESS, LimitedServer, raise_descriptor_limit
+from tuner.dashboard.health import ALIVE, NO_DATABASE, READY, Health
+from tuner.dashboard.optuna_requests import (
+    DELETE_STUDY,
+    Asked,
+    Checks,
+    ReadableStudies,
+    Refused,
+    Route,
+    Uploads,
+    find_route,
+)
+from tuner.dashboard.policy import (
     LOOPBACK_NAMES,
     READING,
     WRITING,
@@ -59,20 +73,7 @@ from tuner.access import (
     is_loopback,
     networks,
 )
-from tuner.artifacts import artifact_store, dashboard_folder
-from tuner.connections import MOST_OF_AN_ADDRESS, LimitedServer, raise_descriptor_limit
 from tuner.errors import StorageError, TunerError, counted
-from tuner.health import ALIVE, NO_DATABASE, READY, Health
-from tuner.optuna_requests import (
-    DELETE_STUDY,
-    Asked,
-    Checks,
-    ReadableStudies,
-    Refused,
-    Route,
-    Uploads,
-    find_route,
-)
 from tuner.search.study import RECORD_KEY, load
 from tuner.search.study import delete as delete_study
 from tuner.storage.storage import Storage
@@ -176,7 +177,7 @@ def make_server(
     Args:
         storage: What to show.
         settings: Where and to whom.
-        scheduler_is_up: As `tuner.health.Health` has it.
+        scheduler_is_up: As `tuner.dashboard.health.Health` has it.
 
     Raises:
         TunerError: See `serve`.
