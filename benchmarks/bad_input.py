@@ -24,7 +24,7 @@ from unittest import mock
 
 import optuna
 
-from tuner import cli
+from tuner.cli import main as cli
 from tuner.data.prepare import prepare, synthetic_sequences
 from tuner.search.study import create_or_resume
 from tuner.spec.spec import load_spec

@@ -55,7 +55,7 @@ def main() -> None:
         folder = Path(name)
         for study in CLAIMS:
             subprocess.run(
-                [sys.executable, "-m", "tuner.cli", "launch", f"studies/{study}.toml",
+                [sys.executable, "-m", "tuner", "launch", f"studies/{study}.toml",
                  "--storage", f"sqlite:///{folder}/tuner.db", "--artifacts", str(folder)],
                 cwd=ROOT, stdout=subprocess.DEVNULL, check=True,
             )  # fmt: skip

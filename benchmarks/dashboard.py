@@ -109,7 +109,7 @@ def tuner(folder: Path, *arguments: str) -> Iterator[tuple[int, psutil.Process]]
     log = folder / "tuner.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tuner.cli", *arguments, "--port", "0"],
+            [sys.executable, "-m", "tuner", *arguments, "--port", "0"],
             cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=file, stdout=file,
         )  # fmt: skip
     try:
@@ -233,7 +233,7 @@ def load(browsers: int, every: float, seconds: float, rounds: int) -> dict[str, 
         folder = Path(name)
         (folder / "load.toml").write_text(STUDY)
         with tuner(folder, "serve", "--workers", "2") as (port, service):
-            run = [sys.executable, "-m", "tuner.cli", "launch", "load.toml", "--detach"]
+            run = [sys.executable, "-m", "tuner", "launch", "load.toml", "--detach"]
             subprocess.run(run, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
                            capture_output=True)  # fmt: skip
             with Storage(f"sqlite:///{folder}/runs/tuner.db") as storage:

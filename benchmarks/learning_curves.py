@@ -84,7 +84,7 @@ def main() -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(document))
     launch = [
-        sys.executable, "-m", "tuner.cli", "launch", str(file),
+        sys.executable, "-m", "tuner", "launch", str(file),
         "--storage", STORAGE, "--artifacts", str(ARTIFACTS),
     ]  # fmt: skip
     if options.timeout is not None:

@@ -60,7 +60,7 @@ def readings(folder: Path, trials: int) -> list[dict[str, float]]:
     study.write_text(json.dumps(study_document(folder / "rows.csv", trials)))
     url = f"sqlite:///{folder}/tuner.db"
     command = [
-        sys.executable, "-m", "tuner.cli", "launch", str(study), "--workers", "1",
+        sys.executable, "-m", "tuner", "launch", str(study), "--workers", "1",
         "--storage", url, "--artifacts", str(folder / "artifacts"),
     ]  # fmt: skip
     launch = subprocess.Popen(

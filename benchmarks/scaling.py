@@ -78,7 +78,7 @@ def real(workers: int, trials: int) -> dict[str, object]:
     """The quickstart's networks through the command line, on synthetic data."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "-m", "tuner.cli", "launch", str(ROOT / "studies/quickstart.toml"),
+            sys.executable, "-m", "tuner", "launch", str(ROOT / "studies/quickstart.toml"),
             "--workers", str(workers), "--trials", str(trials), "--json",
             "--set", "data.source=synthetic", "--set", "sampler.kind=random",
             "--storage", f"sqlite:///{folder}/tuner.db", "--artifacts", f"{folder}/artifacts",

@@ -34,7 +34,7 @@ ARTIFACTS = ROOT / "runs/artifacts"
 
 
 def tuner(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "tuner.cli", *arguments]
+    return [sys.executable, "-m", "tuner", *arguments]
 
 
 def seconds_of(command: list[str]) -> float:

@@ -119,7 +119,7 @@ def start(folder: Path, url: str, workers: int, output: Any) -> subprocess.Popen
     # The URL has a password: it travels in the environment, as users are told to do it.
     environment = {"PYTHONPATH": str(ROOT), "TUNER_STORAGE": url}
     return subprocess.Popen(
-        [sys.executable, "-m", "tuner.cli", "launch", "storm.toml", "--workers", str(workers),
+        [sys.executable, "-m", "tuner", "launch", "storm.toml", "--workers", str(workers),
          "--artifacts", "artifacts"],
         cwd=folder, env=os.environ | environment, stdout=output, stderr=output,
         start_new_session=True,

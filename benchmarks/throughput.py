@@ -116,7 +116,7 @@ def tuner(spec: StudySpec, processes: int, folder: Path) -> list[dict[str, Any]]
     study.write_text(json.dumps(spec.to_document()))
     url = f"sqlite:///{folder}/tuner.db"
     command = [
-        sys.executable, "-m", "tuner.cli", "launch", str(study), "--workers", str(processes),
+        sys.executable, "-m", "tuner", "launch", str(study), "--workers", str(processes),
         "--storage", url, "--artifacts", str(folder / "artifacts"),
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

@@ -89,7 +89,7 @@ def of_tuner(seed: int, seconds: float, folder: Path) -> tuple[list[Epoch], int]
     (folder / "study.json").write_text(json.dumps(spec.to_document()))
     url = f"sqlite:///{folder}/tuner.db"
     command = [
-        sys.executable, "-m", "tuner.cli", "launch", str(folder / "study.json"),
+        sys.executable, "-m", "tuner", "launch", str(folder / "study.json"),
         "--timeout", str(seconds), "--storage", url, "--artifacts", str(folder / "artifacts"),
     ]  # fmt: skip
     began = time.time()

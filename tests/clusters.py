@@ -27,7 +27,7 @@ SCHEDULER = (
     *("--no-dashboard", "--dashboard-address", "127.0.0.1:0"),
 )
 DASK_WORKER = ("-m", "distributed.cli.dask_worker", "--no-dashboard", "--resources", "slot=1")
-TUNER_WORKER = ("-m", "tuner.cli", "worker", "--cluster")
+TUNER_WORKER = ("-m", "tuner", "worker", "--cluster")
 
 
 class Program:

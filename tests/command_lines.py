@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from distributed.cli.dask_scheduler import main as dask_scheduler
 
-from tuner.cli import app
+from tuner.cli.main import app
 
 _TLS_OPTIONS = {"--tls-ca-file": "tls_ca_file", "--tls-cert": "tls_cert", "--tls-key": "tls_key"}
 

@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial
 import tuner.cluster.attempt
 import tuner.storage.engine
 import tuner.storage.storage
-from tuner.cli import _stop_on_signals
+from tuner.cli.main import _stop_on_signals
 from tuner.cluster.attempt import TrainingTask
 from tuner.cluster.trainings import Cluster, Connection, local_connection, remote_connection
 from tuner.coordination.coordinator import Coordinator

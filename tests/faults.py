@@ -160,7 +160,7 @@ class Tuner(Program):
     """The real command line."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
-        super().__init__("-m", "tuner.cli", *arguments, **environment)
+        super().__init__("-m", "tuner", *arguments, **environment)
         self.name = arguments[0]
 
 

@@ -29,7 +29,7 @@ def test_a_traceback_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def fails() -> None:
         raise RuntimeError("what nobody thought of")
 
-    monkeypatch.setattr("tuner.cli.app", fails)
+    monkeypatch.setattr("tuner.cli.main.app", fails)
     case = bad_input.Case(what="", arguments=("status",))
     bad_input.prepare_folder(tmp_path)
     assert bad_input.run(case, tmp_path) == (

@@ -24,7 +24,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
 
-from tuner.cli import app
+from tuner.cli.main import app
 from tuner.coordination.trial_page import AGAIN_KEY
 from tuner.data.prepare import synthetic_sequences
 from tuner.errors import SetupError, TunerError
@@ -56,7 +56,7 @@ batch_size = 16
 
 def tuner(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "tuner.cli", *arguments],
+        [sys.executable, "-m", "tuner", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -73,7 +73,7 @@ def tuner(folder: Path, *arguments: str, check: bool = True) -> subprocess.Compl
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """A `tuner` in a process group of its own, as a terminal would start it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tuner.cli", *arguments],
+        [sys.executable, "-m", "tuner", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -177,7 +177,7 @@ def test_the_line_on_a_trial_s_page_trains_the_same_network_again(
         return load(storage, "tiny", artifacts_root=folder).trials()[number].user_attrs[AGAIN_KEY]
 
     # Pasted into a shell, where `tuner` is on the path.
-    script = f'tuner() {{ "{sys.executable}" -m tuner.cli "$@"; }}\n{in_storage(folder, the_line)}'
+    script = f'tuner() {{ "{sys.executable}" -m tuner "$@"; }}\n{in_storage(folder, the_line)}'
     subprocess.run(
         ["sh", "-c", script], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
         timeout=170,
@@ -207,7 +207,7 @@ def test_an_output_that_takes_nothing_is_told_of_in_a_line(
 ) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "tuner.cli", *arguments],
+            [sys.executable, "-m", "tuner", *arguments],
             cwd=folder,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=full,
@@ -504,7 +504,7 @@ def test_a_service_whose_port_is_taken_says_so_and_leaves_nothing_running(folder
 
 def test_users_are_made_listed_and_removed_and_no_password_is_an_argument(folder: Path) -> None:
     def users(*arguments: str, typed: str = "") -> str:
-        command = [sys.executable, "-m", "tuner.cli", "dashboard", *arguments]
+        command = [sys.executable, "-m", "tuner", "dashboard", *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TUNER_USERS": "lab/users.json"}
         done = subprocess.run(
             command, cwd=folder, env=environment, input=typed, text=True, capture_output=True,
@@ -690,7 +690,7 @@ def test_the_terminal_is_made_in_one_place() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.search(r"\bConsole\(|\brich\.print\b|from rich import print", line)
     ]
-    assert [path for path, _ in calls] == ["tuner/cli.py"], calls
+    assert [path for path, _ in calls] == ["tuner/cli/main.py"], calls
 
 
 def test_check_warns_loudly_of_dna(folder: Path) -> None:
@@ -734,9 +734,9 @@ def test_verbs_that_train_nothing_do_not_load_tensorflow(
     launched: dict, folder: Path, verb: tuple[str, ...]
 ) -> None:
     code = (
-        "import sys, tuner.cli\n"
+        "import sys, tuner.cli.main\n"
         f"sys.argv = ['tuner', *{verb!r}]\n"
-        "try: tuner.cli.main()\n"
+        "try: tuner.cli.main.main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "print(sorted({'tensorflow', 'keras'} & set(sys.modules)))"
     )

@@ -396,7 +396,7 @@ class Stack:
     def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         service = COMPOSE["services"][name]
         program, *words = [*command_line(service), *arguments]
-        module = {"tuner": "tuner.cli", "dask": "dask"}[program]
+        module = {"tuner": "tuner", "dask": "dask"}[program]
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", module, *map(self.here, words)],

@@ -21,9 +21,9 @@ from ports import free_port
 from rich.console import Console
 
 from tuner import logs
+from tuner.cli.progress import ProgressWatcher
 from tuner.errors import TunerError
 from tuner.logs import about
-from tuner.progress import ProgressWatcher
 
 KEYS = {"ts", "level", "logger", "message", "study", "trial"}
 
@@ -185,7 +185,7 @@ def test_every_line_of_a_command_on_stderr_is_json(tmp_path: Path, verb: str) ->
     words = ["small.toml"] if verb == "launch" else ["--port", "0"]
     where = ["--cluster", nothing_there, "--storage", ready_sqlite(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-m", "tuner.cli", verb, *words, *where, "--log-format", "json"],
+        [sys.executable, "-m", "tuner", verb, *words, *where, "--log-format", "json"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -202,7 +202,7 @@ def test_every_line_of_a_command_on_stderr_is_json(tmp_path: Path, verb: str) ->
 def test_every_line_of_what_runs_for_long_is_json(tmp_path: Path, verb: str) -> None:
     words = (*TUNER_WORKER, f"tcp://127.0.0.1:{free_port()}")
     if verb == "dashboard":
-        words = ("-m", "tuner.cli", verb, "--port", "0", "--storage", ready_sqlite(tmp_path))
+        words = ("-m", "tuner", verb, "--port", "0", "--storage", ready_sqlite(tmp_path))
     variables = {logs.FORMAT_VARIABLE: "json", "TUNER_ARTIFACTS": str(tmp_path / "artifacts")}
     with program(*words, environment=os.environ | variables) as running:
         running.says("this worker waits" if verb == "worker" else "The dashboard is on", timeout=90)

@@ -18,9 +18,9 @@ from optuna.trial import TrialState
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tuner.cli import app
+from tuner.cli.main import app
+from tuner.cli.progress import describe_end, status_details, status_table, watch_studies
 from tuner.errors import counted
-from tuner.progress import describe_end, status_details, status_table, watch_studies
 from tuner.search.study import ERROR_KEY, RESUMED_KEY, StudyStatus, TunedStudy, status
 from tuner.spec.spec import MAX_NAME_LENGTH
 
@@ -122,7 +122,7 @@ class Course:
 
 @pytest.fixture
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tuner.progress._WATCH_SECONDS", 0.0)
+    monkeypatch.setattr("tuner.cli.progress._WATCH_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("last", ["finished", "reported", "stopped"])
@@ -158,7 +158,7 @@ def test_a_watch_in_a_pipe_is_read_while_the_study_runs_and_ends_with_it(tmp_pat
     tuned.storage.take_lease(tuned.id)
     arguments = ("status", tuned.name, "--watch", "--storage", f"sqlite:///{tmp_path}/tuner.db")
     with subprocess.Popen(
-        [sys.executable, "-m", "tuner.cli", *arguments],
+        [sys.executable, "-m", "tuner", *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,

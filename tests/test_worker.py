@@ -270,7 +270,7 @@ def test_every_verb_says_that_what_answers_is_not_a_scheduler(verb: str, tmp_pat
     what = (str(study),) if verb == "launch" else ("--port", "0")
     with (
         stranger("silent") as address,
-        program("-m", "tuner.cli", verb, *what, *places, "--cluster", address) as running,
+        program("-m", "tuner", verb, *what, *places, "--cluster", address) as running,
     ):
         running.says(f"Something answers at {address}, but no Dask scheduler", timeout=90)
         assert running.wait() == 1
@@ -563,7 +563,7 @@ def test_a_mistake_on_the_command_line_is_one_clear_message(
 ) -> None:
     (tmp_path / "x.toml").write_text('name = "x"\ntrials = 1\n[data]\nsource = "synthetic"\n')
     done = subprocess.run(
-        [sys.executable, "-m", "tuner.cli", *arguments],
+        [sys.executable, "-m", "tuner", *arguments],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -1,6 +1,6 @@
 """What the user is told when something cannot be done.
 
-Every message names the place, the value and the remedy. `tuner.cli` is the one
+Every message names the place, the value and the remedy. `tuner.cli.main` is the one
 place that catches `TunerError`; nothing else turns an error into an exit code.
 """
 

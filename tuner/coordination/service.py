@@ -21,6 +21,7 @@ from typing import Protocol
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import development_path, publish
+from tuner.cli.progress import describe_end, duration
 from tuner.coordination.coordinator import Coordinator, Ending, Workers
 from tuner.errors import (
     ClusterError,
@@ -31,7 +32,6 @@ from tuner.errors import (
     counted,
 )
 from tuner.logs import about
-from tuner.progress import describe_end, duration
 from tuner.search.objective import ENDED_KEY
 from tuner.search.study import ERROR_KEY, TunedStudy, load, status
 from tuner.storage.storage import Lease, Storage

@@ -693,9 +693,9 @@ def _run(
     *,
     as_json: bool,
 ) -> Ending:
+    from tuner.cli.progress import ProgressWatcher
     from tuner.cluster.trainings import Cluster
     from tuner.coordination.coordinator import Coordinator
-    from tuner.progress import ProgressWatcher
 
     data = prepared.identity
     console = terminal(stderr=as_json)
@@ -755,7 +755,7 @@ def _export_best(tuned: TunedStudy, folder: Path) -> Path:
 def _print_summary(
     tuned: TunedStudy, now: StudyStatus, ending: Ending, exported: Path | None
 ) -> None:
-    from tuner.progress import status_details
+    from tuner.cli.progress import status_details
 
     terminal().print(status_details(now))
     if tuned.record.data.synthetic:
@@ -849,7 +849,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Shows where studies stand: trials by state, best value, epochs spent and saved, disk."""
-    from tuner.progress import status_details, status_table, watch_studies
+    from tuner.cli.progress import status_details, status_table, watch_studies
     from tuner.search.study import list_names, load
     from tuner.search.study import status as read_status
 
@@ -1309,7 +1309,3 @@ def storage_check(storage: StorageUrl = DEFAULT_STORAGE_URL, as_json: AsJson = F
             typer.echo(check.detail)
     if not check.is_right:
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    main()
