@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tuner.search.objective import curve_of
+from tuner.search.attributes import curve_of
 from tuner.search.study import load
 from tuner.storage.storage import Storage
 

@@ -37,7 +37,7 @@ from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
 from tuner.coordination import queue as orders
-from tuner.search.objective import CURVE_KEY, curve_of
+from tuner.search.attributes import CURVE_KEY, curve_of
 from tuner.search.study import load as load_study
 from tuner.storage.storage import Storage
 

@@ -23,7 +23,7 @@ import optuna
 from machine import processor
 from optuna.trial import TrialState
 
-from tuner.search.objective import curve_of
+from tuner.search.attributes import curve_of
 from tuner.search.study import load
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import Storage

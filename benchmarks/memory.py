@@ -26,7 +26,8 @@ import optuna
 import psutil
 from machine import processor
 
-from tuner.search.study import FINISHED, WORKER_KEY, load, versions
+from tuner.search.attributes import WORKER_KEY
+from tuner.search.study import FINISHED, load, versions
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import Storage
 

@@ -30,7 +30,7 @@ from fakes import FakeRun, Notes, make_study, small_spec  # noqa: E402
 
 from tuner.cluster.trainings import Cluster, local_connection  # noqa: E402
 from tuner.coordination.coordinator import Coordinator  # noqa: E402
-from tuner.search.objective import curve_of  # noqa: E402
+from tuner.search.attributes import curve_of  # noqa: E402
 
 
 def sleeping(workers: int, epoch_ms: int) -> dict[str, object]:

@@ -34,8 +34,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from postgres import postgres_server  # noqa: E402 - it is beside the tests
 
 from tuner.data.prepare import load_development, synthetic_sequences  # noqa: E402
-from tuner.search.objective import ENDED_KEY, curve_of  # noqa: E402
-from tuner.search.study import FINISHED, RESUMED_KEY, TunedStudy, load  # noqa: E402
+from tuner.search.attributes import ENDED_KEY, RESUMED_KEY, curve_of  # noqa: E402
+from tuner.search.study import FINISHED, TunedStudy, load  # noqa: E402
 from tuner.storage.storage import Storage  # noqa: E402
 
 STUDY = """name = "storm"

@@ -30,7 +30,7 @@ from machine import processor
 from peer_search import MAX_EPOCHS, PATIENCE
 
 from tuner.data.prepare import prepare
-from tuner.search.objective import curve_of
+from tuner.search.attributes import curve_of
 from tuner.search.study import load, versions
 from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage.storage import Storage

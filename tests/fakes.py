@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial
 from tuner.cluster.attempt import TrainingTask
 from tuner.data.prepare import DataIdentity
 from tuner.errors import TrainingPausedError
-from tuner.search.objective import curve_of
+from tuner.search.attributes import curve_of
 from tuner.search.study import FINISHED, TunedStudy, create_or_resume
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StudySpec, spec_from_document

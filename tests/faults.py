@@ -22,9 +22,8 @@ from fakes import loss_of
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_store
-from tuner.coordination.trial_page import NOTE_KEY
-from tuner.search.objective import curve_of
-from tuner.search.study import FINISHED, RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, load
+from tuner.search.attributes import NOTE_KEY, RESUMED_FROM_KEY, RESUMED_KEY, curve_of
+from tuner.search.study import FINISHED, TunedStudy, load
 from tuner.storage.storage import Storage
 from tuner.train import EPOCHS_KEY
 

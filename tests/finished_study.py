@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from tuner.data.prepare import load_development, prepare, synthetic_sequences
 from tuner.metrics import cross_entropy
 from tuner.search import study
-from tuner.search.objective import CURVE_KEY, DETAIL_KEY, ENDED_KEY
+from tuner.search.attributes import CURVE_KEY, DETAIL_KEY, ENDED_KEY
 from tuner.search.study import TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import spec_from_document

@@ -23,10 +23,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tuner.artifacts import artifact_store
-from tuner.coordination.trial_page import draw_curves
+from tuner.coordination.curve_drawing import draw_curves
 from tuner.dashboard.guard import DashboardServer, Settings, make_server
 from tuner.dashboard.pages import Places
-from tuner.search.objective import CURVE_KEY
+from tuner.search.attributes import CURVE_KEY
 from tuner.storage.storage import Storage
 
 #: What on Optuna's page changes something, by the names under which `dashboard.css` hides it.

@@ -25,11 +25,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
 
 from tuner.cli.main import app
-from tuner.coordination.trial_page import AGAIN_KEY
 from tuner.data.prepare import synthetic_sequences
 from tuner.errors import SetupError, TunerError
-from tuner.search.objective import curve_of
-from tuner.search.study import ERROR_KEY, FINISHED, RESUMED_KEY, list_names, load
+from tuner.search.attributes import AGAIN_KEY, ERROR_KEY, RESUMED_KEY, curve_of
+from tuner.search.study import FINISHED, list_names, load
 from tuner.storage.storage import Storage
 
 T = TypeVar("T")

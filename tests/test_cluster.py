@@ -38,7 +38,6 @@ from tuner.artifacts import publish
 from tuner.cluster.attempt import TrainingOutcome, _Orders
 from tuner.cluster.trainings import Cluster, Connection, local_connection
 from tuner.coordination.coordinator import Coordinator
-from tuner.coordination.trial_page import NOTE_KEY
 from tuner.errors import (
     ClusterError,
     LeaseLostError,
@@ -48,8 +47,8 @@ from tuner.errors import (
     WorkerLeftError,
     WorkerLostError,
 )
-from tuner.search.objective import curve_of
-from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
+from tuner.search.attributes import NOTE_KEY, RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, curve_of
+from tuner.search.study import TunedStudy
 
 
 @pytest.fixture(scope="module")

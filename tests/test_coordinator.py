@@ -27,8 +27,8 @@ from tuner.errors import (
     WorkerLeftError,
     WorkerLostError,
 )
-from tuner.search.objective import ENDED_KEY, curve_of
-from tuner.search.study import BUDGET_KEY, FINISHED, RESUMED_KEY, TunedStudy, load, status
+from tuner.search.attributes import BUDGET_KEY, ENDED_KEY, RESUMED_KEY, curve_of
+from tuner.search.study import FINISHED, TunedStudy, load, status
 from tuner.spec.spec import StopSettings
 from tuner.storage.storage import Storage
 from tuner.train import Train

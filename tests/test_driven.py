@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.coordination.coordinator import Coordinator
 from tuner.errors import LeaseLostError, StorageError
-from tuner.search.objective import curve_of
+from tuner.search.attributes import curve_of
 from tuner.search.study import FINISHED, load
 from tuner.storage.storage import Storage
 

@@ -10,7 +10,8 @@ from fakes import epoch_result, fake_train, small_spec
 from optuna.trial import TrialState
 
 from tuner.errors import TrialEndedError
-from tuner.search.objective import CURVE_KEY, ENDED_KEY, Objective, curve_of
+from tuner.search.attributes import CURVE_KEY, ENDED_KEY, curve_of
+from tuner.search.objective import Objective
 from tuner.search.study import PerTrialSampler, make_pruner, make_sampler
 from tuner.spec.space import ModelConfig
 from tuner.train import EpochResult, figures_of

@@ -13,7 +13,8 @@ from tuner.cluster import processes
 from tuner.cluster import trainings as cluster
 from tuner.coordination.coordinator import Coordinator
 from tuner.results.export import config_of_trial
-from tuner.search.study import BFLOAT16_FROM_KEY, TunedStudy
+from tuner.search.attributes import BFLOAT16_FROM_KEY
+from tuner.search.study import TunedStudy
 from tuner.spec.precision import BFLOAT16_FROM, multiply_adds_a_value
 
 #: One block that is far below the threshold, or far above it.

@@ -19,9 +19,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tuner.cli.main import app
-from tuner.cli.progress import describe_end, status_details, status_table, watch_studies
+from tuner.cli.progress import status_details, status_table, watch_studies
+from tuner.coordination.words import describe_end
 from tuner.errors import counted
-from tuner.search.study import ERROR_KEY, RESUMED_KEY, StudyStatus, TunedStudy, status
+from tuner.search.attributes import ERROR_KEY, RESUMED_KEY
+from tuner.search.study import StudyStatus, TunedStudy, status
 from tuner.spec.spec import MAX_NAME_LENGTH
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,11 +28,9 @@ from tuner.artifacts import development_path
 from tuner.coordination.coordinator import Coordinator
 from tuner.coordination.service import Service, Turns, max_min_shares
 from tuner.errors import ClusterError
+from tuner.search.attributes import ERROR_KEY, RECORD_KEY, RESUMED_KEY
 from tuner.search.study import (
-    ERROR_KEY,
     FINISHED,
-    RECORD_KEY,
-    RESUMED_KEY,
     StudyStatus,
     TunedStudy,
     create_or_resume,

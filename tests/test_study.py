@@ -13,10 +13,9 @@ from fakes import IDENTITY, fake_train, make_study, small_spec
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import StudyError, TrialEndedError
+from tuner.search.attributes import ENDED_EARLY_KEY, RECORD_KEY
 from tuner.search.objective import Objective
 from tuner.search.study import (
-    ENDED_EARLY_KEY,
-    RECORD_KEY,
     TunedStudy,
     create_or_resume,
     delete,

@@ -18,7 +18,8 @@ from tuner.coordination import coordinator
 from tuner.coordination.coordinator import Coordinator
 from tuner.coordination.study_note import overview
 from tuner.errors import LeaseLostError
-from tuner.search.study import ERROR_KEY, TunedStudy, status
+from tuner.search.attributes import ERROR_KEY
+from tuner.search.study import TunedStudy, status
 from tuner.train import EpochResult
 
 Make = Callable[..., TunedStudy]

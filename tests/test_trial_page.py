@@ -20,19 +20,20 @@ from optuna.trial import TrialState
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, dashboard_folder
 from tuner.coordination import trial_page
 from tuner.coordination.coordinator import Coordinator
-from tuner.coordination.trial_page import (
+from tuner.coordination.curve_drawing import draw_curves
+from tuner.coordination.trial_page import TrialPage
+from tuner.coordination.words import notes, train_again
+from tuner.errors import StudyError, TrialEndedError, WorkerLostError
+from tuner.results.export import best_configs, config_of_trial, write_configs, write_trials
+from tuner.search.attributes import (
     AGAIN_KEY,
     NOTE_KEY,
     PASSWORD_KEY,
     PRECISION_KEY,
-    TrialPage,
-    draw_curves,
-    notes,
-    train_again,
+    RESUMED_FROM_KEY,
+    RESUMED_KEY,
 )
-from tuner.errors import StudyError, TrialEndedError, WorkerLostError
-from tuner.results.export import best_configs, config_of_trial, write_configs, write_trials
-from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, TunedStudy, delete, status
+from tuner.search.study import TunedStudy, delete, status
 from tuner.spec.space import parameter_count
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import COORDINATOR_KEY

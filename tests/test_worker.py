@@ -51,8 +51,7 @@ from tuner.cluster.worker import Gpu, WorkerSettings, _environments, gpus_for, v
 from tuner.coordination.coordinator import Coordinator
 from tuner.data.delivery import development_file
 from tuner.errors import ClusterError, SetupError
-from tuner.search.objective import curve_of
-from tuner.search.study import RESUMED_KEY
+from tuner.search.attributes import RESUMED_KEY, curve_of
 
 
 @pytest.fixture(scope="module")

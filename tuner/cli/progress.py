@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tuner import logs
-from tuner.coordination.trial_page import duration
+from tuner.coordination.words import describe_end, duration
 from tuner.errors import counted
-from tuner.search.objective import DETAIL_KEY, ENDED_KEY
+from tuner.search.attributes import ENDED_KEY
 from tuner.search.study import StudyStatus, TunedStudy, status
 from tuner.train import EpochResult
 
@@ -126,16 +126,6 @@ class ProgressWatcher:
             return "?"
         seconds = (time.monotonic() - self._began) / self._ended
         return duration(seconds * max(now.budget - now.finished_trials, 0))
-
-
-def describe_end(trial: FrozenTrial) -> str:
-    """One line about a trial that ended."""
-    value = "" if trial.value is None else f", validation loss {trial.value:.4f}"
-    epochs = counted(trial.last_step or 0, "epoch")
-    if reason := trial.user_attrs.get(ENDED_KEY):
-        detail = trial.user_attrs.get(DETAIL_KEY, "")
-        return f"Trial {trial.number} ended ({reason}: {detail}) after {epochs}{value}"
-    return f"Trial {trial.number} {trial.state.name} after {epochs}{value}"
 
 
 def megabytes(count: int) -> str:

@@ -63,7 +63,8 @@ from tuner.errors import (
     reason_of,
 )
 from tuner.logs import about
-from tuner.search.study import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, TunedStudy
+from tuner.search.attributes import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY
+from tuner.search.study import TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.train import EpochResult
 

@@ -26,12 +26,18 @@ from tuner.errors import (
     counted,
 )
 from tuner.logs import about
-from tuner.search.objective import DETAIL_KEY, ENDED_KEY, Objective, reported_epochs
+from tuner.search.attributes import (
+    DETAIL_KEY,
+    EARLY_LOSSES_KEY,
+    ENDED_KEY,
+    LOSSES_KEY,
+    RESUMED_KEY,
+    WORKERS_KEY,
+)
+from tuner.search.objective import Objective, reported_epochs
 from tuner.search.stop_rule import StopRule
 from tuner.search.study import (
     FINISHED,
-    RESUMED_KEY,
-    WORKERS_KEY,
     RecordedPruner,
     State,
     TunedStudy,
@@ -54,10 +60,6 @@ _PATIENCE_AFTER_STOP_SECONDS = 5.0  #: with a database that is away, once the st
 
 #: Why a run ended. All but "finished" are taken up again by the same command.
 Ending = Literal["finished", "stopped", "timeout", "interrupted"]
-
-#: Trial attributes that count workers lost since the trial's last new epoch.
-_LOSSES_KEY = "workers_lost"
-_EARLY_LOSSES_KEY = "workers_lost_early"
 
 
 class Workers(Protocol):
@@ -458,7 +460,7 @@ class Coordinator:
             return False
         early = isinstance(lost, WorkerDiedEarlyError)
         key, most = (
-            (_EARLY_LOSSES_KEY, POISON_EARLY_LOSSES) if early else (_LOSSES_KEY, POISON_LOSSES)
+            (EARLY_LOSSES_KEY, POISON_EARLY_LOSSES) if early else (LOSSES_KEY, POISON_LOSSES)
         )
         losses = 1 if progressed else int(trial.user_attrs.get(key, 0)) + 1
         trial.set_user_attr(key, losses)

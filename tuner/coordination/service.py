@@ -21,8 +21,9 @@ from typing import Protocol
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import development_path, publish
-from tuner.cli.progress import describe_end, duration
+from tuner.cli.progress import duration
 from tuner.coordination.coordinator import Coordinator, Ending, Workers
+from tuner.coordination.words import describe_end
 from tuner.errors import (
     ClusterError,
     LeaseLostError,
@@ -32,8 +33,8 @@ from tuner.errors import (
     counted,
 )
 from tuner.logs import about
-from tuner.search.objective import ENDED_KEY
-from tuner.search.study import ERROR_KEY, TunedStudy, load, status
+from tuner.search.attributes import ENDED_KEY, ERROR_KEY
+from tuner.search.study import TunedStudy, load, status
 from tuner.storage.storage import Lease, Storage
 from tuner.train import EpochResult, Train
 

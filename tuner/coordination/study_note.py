@@ -14,16 +14,9 @@ from typing import Any
 from optuna.trial import TrialState
 
 from tuner.commands import password_hint
-from tuner.coordination.trial_page import AGAIN_KEY
 from tuner.errors import counted
-from tuner.search.objective import curve_of
-from tuner.search.study import (
-    BFLOAT16_FROM_KEY,
-    State,
-    StudyStatus,
-    TunedStudy,
-    status,
-)
+from tuner.search.attributes import AGAIN_KEY, BFLOAT16_FROM_KEY, curve_of
+from tuner.search.study import State, StudyStatus, TunedStudy, status
 
 _STATE_WORDS: dict[State, str] = {
     "queued": "Queued",

@@ -74,8 +74,9 @@ from tuner.dashboard.policy import (
     networks,
 )
 from tuner.errors import StorageError, TunerError, counted
-from tuner.search.study import RECORD_KEY, load
+from tuner.search.attributes import RECORD_KEY
 from tuner.search.study import delete as delete_study
+from tuner.search.study import load
 from tuner.storage.storage import Storage
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tuner.artifacts import HUNG_PREFIX, HUNG_PREFIXES, StudyArtifacts, dashboard_folder
 from tuner.errors import counted
-from tuner.search.study import RECORD_KEY
+from tuner.search.attributes import RECORD_KEY
 from tuner.storage.storage import MOST_NOTE_VERSIONS, note_version
 
 if TYPE_CHECKING:

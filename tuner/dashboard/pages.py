@@ -38,16 +38,8 @@ from tuner.dashboard.policy import (
 from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
 from tuner.results.export import Format, best_configs, render
 from tuner.search import overlap
-from tuner.search.study import (
-    RECORD_KEY,
-    StudyStatus,
-    TunedStudy,
-    delete,
-    find_name,
-    list_names,
-    load,
-    status,
-)
+from tuner.search.attributes import RECORD_KEY
+from tuner.search.study import StudyStatus, TunedStudy, delete, find_name, list_names, load, status
 from tuner.spec.space import parameter_count_range
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import LOG_IN, Storage

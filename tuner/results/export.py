@@ -23,8 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.artifacts import publish, require_writable
 from tuner.data.prepare import PAIR
 from tuner.errors import StudyError, TunerError, reason_of
-from tuner.search.objective import DETAIL_KEY, ENDED_KEY, curve_of
-from tuner.search.study import RESUMED_KEY, StudyRecord, TunedStudy, figures_in, source_files
+from tuner.search.attributes import DETAIL_KEY, ENDED_KEY, RESUMED_KEY, curve_of
+from tuner.search.study import StudyRecord, TunedStudy, figures_in, source_files
 from tuner.spec.space import ModelConfig, space_of
 from tuner.spec.spec import name_problem
 from tuner.train import ACCURACY_KEY, BEST_EPOCH_KEY, PARAMETERS_KEY, ROC_AUC_KEY, SECONDS_KEY

@@ -29,7 +29,7 @@ from tuner.metrics import Metrics, measure, roc_curve
 from tuner.results import heldout, report_page
 from tuner.results.export import config_hash
 from tuner.search import overlap, study
-from tuner.search.objective import ENDED_KEY, curve_of
+from tuner.search.attributes import ENDED_KEY, curve_of
 from tuner.search.study import TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.storage.storage import LEASE_SECONDS, Storage

@@ -7,6 +7,7 @@ import contextlib
 import optuna
 
 from tuner.errors import TrialEndedError
+from tuner.search.attributes import CURVE_KEY, DETAIL_KEY, ENDED_KEY
 from tuner.spec.space import parameter_count
 from tuner.spec.spec import StudySpec
 from tuner.train import (
@@ -14,15 +15,8 @@ from tuner.train import (
     EpochResult,
     Train,
     curve_document,
-    curve_from_document,
     figures_of,
 )
-
-#: What a trial leaves behind beside Optuna's own: attributes of the trial. The curve is one of the
-#: system's, as the dashboard would send it with every trial and show it as one endless line.
-CURVE_KEY = "curve"  # as `tuner.train.curve_document` has it
-ENDED_KEY = "ended"  # why it ended early: an EndReason
-DETAIL_KEY = "ended_detail"
 
 
 class Objective:
@@ -77,11 +71,3 @@ class Objective:
 def reported_epochs(trial: optuna.Trial) -> int:
     """The last epoch that the storage holds for this trial; 0 for a new one."""
     return trial.storage.get_trial(trial._trial_id).last_step or 0
-
-
-def curve_of(trial: optuna.trial.FrozenTrial) -> tuple[EpochResult, ...]:
-    """The learning curve that a trial left behind; empty where there is none."""
-    # Studies of earlier versions have it among the user's attributes.
-    return curve_from_document(
-        trial.system_attrs.get(CURVE_KEY) or trial.user_attrs.get(CURVE_KEY, ())
-    )

@@ -22,7 +22,8 @@ from tuner.data.prepare import (
     read_hashes,
 )
 from tuner.errors import DataError, counted
-from tuner.search.study import RECORD_KEY, TunedStudy, list_names, study_name
+from tuner.search.attributes import RECORD_KEY
+from tuner.search.study import TunedStudy, list_names, study_name
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import LedgerEntry, Storage
 

@@ -31,30 +31,22 @@ from tuner.commands import command
 from tuner.data.prepare import SOLUBILITY_FILE, DataIdentity, find_source, source_sha256
 from tuner.data.prepare import source_files as named_files
 from tuner.errors import StudyError, StudyInUseError, counted
+from tuner.search.attributes import (
+    BFLOAT16_FROM_KEY,
+    BUDGET_KEY,
+    ENDED_EARLY_KEY,
+    ERROR_KEY,
+    RECORD_KEY,
+    RESUMED_KEY,
+    STOP_KEY,
+    VALUE_NAME,
+    WORKERS_KEY,
+)
 from tuner.spec.precision import BFLOAT16_FROM, Precision, precision_by_size
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StopSettings, StudySpec, rungs_counted_up, spec_from_document
 from tuner.storage.storage import COORDINATOR_KEY, Storage
 from tuner.train import ACCURACY_KEY, PARAMETERS_KEY, ROC_AUC_KEY
-
-#: The study attribute that holds everything about how the study is run.
-RECORD_KEY = "tuner"
-#: Study attributes that change while it lives.
-BUDGET_KEY = "trials"
-STOP_KEY = "stop"  # the study file's table; None without one
-ENDED_EARLY_KEY = "ended_early"  # why, where it ended before the budget that was asked for
-WORKERS_KEY = "workers"
-#: What precision "auto" means in this study: `precision.BFLOAT16_FROM`, or None for never.
-BFLOAT16_FROM_KEY = "bfloat16_from"
-ERROR_KEY = "error"  # why the service gave the study up; None once it is launched again
-#: What a trial's value is called on the dashboard's axes.
-VALUE_NAME = "validation loss (nats)"
-#: The trial attribute that counts how often a trial was taken up again.
-RESUMED_KEY = "resumed"
-#: The one that says after which epoch the last time; 0: from the start.
-RESUMED_FROM_KEY = "resumed_from_epoch"
-#: The one that names the worker process that trained it last.
-WORKER_KEY = "worker"
 
 #: Begins the name of a study that is being made; no study file may give such a name.
 _MAKING = ".making."
