@@ -25,7 +25,7 @@ from fakes import FakeWorkers, Notes, make_study, small_spec  # noqa: E402
 from postgres import postgres_server  # noqa: E402
 
 from tuner.coordination.coordinator import Coordinator  # noqa: E402
-from tuner.search.study import FINISHED  # noqa: E402
+from tuner.search.tuned_study import FINISHED  # noqa: E402
 from tuner.storage.storage import Storage  # noqa: E402
 
 BUDGETS = (1, 7, 100)

@@ -27,7 +27,9 @@ import psutil
 from machine import processor
 
 from tuner.search.attributes import WORKER_KEY
-from tuner.search.study import FINISHED, load, versions
+from tuner.search.record import versions
+from tuner.search.study import load
+from tuner.search.tuned_study import FINISHED
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import Storage
 

@@ -39,8 +39,10 @@ from learning_curves import MAX_EPOCHS, SOLUBILITY, TABLE, study_document
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
+from tuner.search.hyperband import make_pruner
+from tuner.search.sampler import TPE_SETTINGS, PerTrialSampler, make_sampler
 from tuner.search.stop_rule import StopRule, in_order_of_end
-from tuner.search.study import FINISHED, TPE_SETTINGS, PerTrialSampler, make_pruner, make_sampler
+from tuner.search.tuned_study import FINISHED
 from tuner.spec.spec import StopSettings, StudySpec, load_spec, spec_from_document
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,7 +24,8 @@ import optuna
 from machine import processor
 
 from tuner.data.prepare import prepare
-from tuner.search.study import load, versions
+from tuner.search.record import versions
+from tuner.search.study import load
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import Storage
 

@@ -35,7 +35,8 @@ from postgres import postgres_server  # noqa: E402 - it is beside the tests
 
 from tuner.data.prepare import load_development, synthetic_sequences  # noqa: E402
 from tuner.search.attributes import ENDED_KEY, RESUMED_KEY, curve_of  # noqa: E402
-from tuner.search.study import FINISHED, TunedStudy, load  # noqa: E402
+from tuner.search.study import load  # noqa: E402
+from tuner.search.tuned_study import FINISHED, TunedStudy  # noqa: E402
 from tuner.storage.storage import Storage  # noqa: E402
 
 STUDY = """name = "storm"

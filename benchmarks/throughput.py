@@ -40,7 +40,8 @@ from machine import processor
 from tuner.cluster.processes import has_fast_bfloat16
 from tuner.data.prepare import DataIdentity, prepare
 from tuner.search.attributes import WORKER_KEY, curve_of
-from tuner.search.study import load, versions
+from tuner.search.record import versions
+from tuner.search.study import load
 from tuner.spec.precision import BFLOAT16_FROM, multiply_adds, precision_by_size
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StudySpec, load_spec, spec_from_document

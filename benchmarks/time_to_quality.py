@@ -31,7 +31,8 @@ from peer_search import MAX_EPOCHS, PATIENCE
 
 from tuner.data.prepare import prepare
 from tuner.search.attributes import curve_of
-from tuner.search.study import load, versions
+from tuner.search.record import versions
+from tuner.search.study import load
 from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage.storage import Storage
 

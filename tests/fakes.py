@@ -19,7 +19,8 @@ from tuner.cluster.attempt import TrainingTask
 from tuner.data.prepare import DataIdentity
 from tuner.errors import TrainingPausedError
 from tuner.search.attributes import curve_of
-from tuner.search.study import FINISHED, TunedStudy, create_or_resume
+from tuner.search.study import create_or_resume
+from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage.storage import Storage

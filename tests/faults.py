@@ -23,7 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_store
 from tuner.search.attributes import NOTE_KEY, RESUMED_FROM_KEY, RESUMED_KEY, curve_of
-from tuner.search.study import FINISHED, TunedStudy, load
+from tuner.search.study import load
+from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.storage.storage import Storage
 from tuner.train import EPOCHS_KEY
 

@@ -17,7 +17,7 @@ from tuner.data.prepare import load_development, prepare, synthetic_sequences
 from tuner.metrics import cross_entropy
 from tuner.search import study
 from tuner.search.attributes import CURVE_KEY, DETAIL_KEY, ENDED_KEY
-from tuner.search.study import TunedStudy
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import spec_from_document
 from tuner.storage.storage import Storage

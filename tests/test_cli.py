@@ -28,7 +28,8 @@ from tuner.cli.main import app
 from tuner.data.prepare import synthetic_sequences
 from tuner.errors import SetupError, TunerError
 from tuner.search.attributes import AGAIN_KEY, ERROR_KEY, RESUMED_KEY, curve_of
-from tuner.search.study import FINISHED, list_names, load
+from tuner.search.study import list_names, load
+from tuner.search.tuned_study import FINISHED
 from tuner.storage.storage import Storage
 
 T = TypeVar("T")

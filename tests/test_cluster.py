@@ -48,7 +48,7 @@ from tuner.errors import (
     WorkerLostError,
 )
 from tuner.search.attributes import NOTE_KEY, RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY, curve_of
-from tuner.search.study import TunedStudy
+from tuner.search.tuned_study import TunedStudy
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from fakes import make_study
 from tuner.cluster.scheduler import TlsFiles, worker_command
 from tuner.commands import command, password_hint
 from tuner.coordination.study_note import overview
-from tuner.search.study import status
+from tuner.search.status import status
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "s3cret/pw"

@@ -28,7 +28,9 @@ from tuner.errors import (
     WorkerLostError,
 )
 from tuner.search.attributes import BUDGET_KEY, ENDED_KEY, RESUMED_KEY, curve_of
-from tuner.search.study import FINISHED, TunedStudy, load, status
+from tuner.search.status import status
+from tuner.search.study import load
+from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.spec import StopSettings
 from tuner.storage.storage import Storage
 from tuner.train import Train

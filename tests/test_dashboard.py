@@ -36,7 +36,7 @@ from tuner.dashboard.guard import Settings, make_app, make_server, serve
 from tuner.dashboard.pages import Places
 from tuner.dashboard.policy import Policy, remove_user
 from tuner.errors import TunerError
-from tuner.search.study import TunedStudy
+from tuner.search.tuned_study import TunedStudy
 from tuner.storage.storage import Storage
 
 COOKIE = "tuner_session_8080"  # of the port that HOST names

@@ -17,7 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.coordination.coordinator import Coordinator
 from tuner.errors import LeaseLostError, StorageError
 from tuner.search.attributes import curve_of
-from tuner.search.study import FINISHED, load
+from tuner.search.study import load
+from tuner.search.tuned_study import FINISHED
 from tuner.storage.storage import Storage
 
 

@@ -26,7 +26,8 @@ from tuner.results.export import (
     write_model,
     write_trials,
 )
-from tuner.search.study import TunedStudy, load
+from tuner.search.study import load
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import load_spec, name_problem, spec_from_document
 from tuner.storage.storage import Storage
 

@@ -19,7 +19,7 @@ from tuner.data.prepare import DataIdentity, HeldOutRows
 from tuner.errors import DataError, StudyError
 from tuner.results import heldout
 from tuner.search import study
-from tuner.search.study import TunedStudy
+from tuner.search.tuned_study import TunedStudy
 from tuner.storage.storage import Storage
 
 

@@ -27,7 +27,7 @@ from tuner.dashboard import guard as dashboard
 from tuner.dashboard import optuna_requests, pages
 from tuner.dashboard.optuna_requests import ROUTES, find_route, with_readable_notes
 from tuner.errors import TunerError
-from tuner.search.study import TunedStudy
+from tuner.search.tuned_study import TunedStudy
 from tuner.storage.storage import Storage
 
 NOTE = "/api/studies/1/note"

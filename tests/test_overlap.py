@@ -17,7 +17,7 @@ from tuner.data.prepare import RESIDUES, Prepared, prepare, synthetic_sequences
 from tuner.results import report_page
 from tuner.results.report import write_report
 from tuner.search import overlap, study
-from tuner.search.study import TunedStudy
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import StudySpec, spec_from_document
 from tuner.storage.storage import Storage
 

@@ -23,7 +23,9 @@ from tuner.cli.main import terminal
 from tuner.cli.progress import ProgressWatcher, status_details, status_table
 from tuner.coordination import queue as orders
 from tuner.errors import SpecError
-from tuner.search.study import TunedStudy, load, status
+from tuner.search.status import status
+from tuner.search.study import load
+from tuner.search.tuned_study import TunedStudy
 from tuner.storage.storage import Storage
 
 

@@ -14,7 +14,7 @@ from tuner.cluster import trainings as cluster
 from tuner.coordination.coordinator import Coordinator
 from tuner.results.export import config_of_trial
 from tuner.search.attributes import BFLOAT16_FROM_KEY
-from tuner.search.study import TunedStudy
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.precision import BFLOAT16_FROM, multiply_adds_a_value
 
 #: One block that is far below the threshold, or far above it.
@@ -102,7 +102,7 @@ def test_what_was_decided_stays_on_other_workers_and_with_another_rule(
     assert BFLOAT16_FROM_KEY not in tuned.study.user_attrs  # nothing was trained, nothing decided
     tuned.decide_precision(fast_bfloat16=fast)
     decided = precisions(tuned)
-    monkeypatch.setattr("tuner.search.study.BFLOAT16_FROM", 1e9)
+    monkeypatch.setattr("tuner.search.tuned_study.BFLOAT16_FROM", 1e9)
     Coordinator(tuned, workers(fast=not fast), Notes()).run()
     assert precisions(tuned) == decided
     assert tuned.study.user_attrs[BFLOAT16_FROM_KEY] == (BFLOAT16_FROM if fast else None)

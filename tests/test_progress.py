@@ -23,7 +23,8 @@ from tuner.cli.progress import status_details, status_table, watch_studies
 from tuner.coordination.words import describe_end
 from tuner.errors import counted
 from tuner.search.attributes import ERROR_KEY, RESUMED_KEY
-from tuner.search.study import StudyStatus, TunedStudy, status
+from tuner.search.status import StudyStatus, status
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import MAX_NAME_LENGTH
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -31,7 +31,8 @@ from tuner.results import report_page
 from tuner.results.export import config_hash
 from tuner.results.report import Evaluate, Report, write_report
 from tuner.search import study
-from tuner.search.study import TunedStudy
+from tuner.search.status import status
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.storage.storage import Storage
 
@@ -236,7 +237,7 @@ def test_the_report_of_a_deleted_study_is_not_that_of_the_next_one_with_its_id(
 
 def test_a_reported_study_takes_no_more_trials(tuned: TunedStudy) -> None:
     reported(tuned)
-    assert study.status(tuned).state == "reported"
+    assert status(tuned).state == "reported"
     record = tuned.record
     with pytest.raises(StudyError, match="takes no more"):
         study.create_or_resume(
@@ -306,7 +307,7 @@ def test_a_report_that_loses_its_lease_once_the_split_is_open_records_nothing(
     with pytest.raises(StudyError, match=r"was opened \(ledger entry 1\).*`tuner report demo "):
         reported(tuned, evaluate=freeze)
     assert [row.report for row in tuned.storage.ledger()] == [None]
-    assert study.status(tuned).state == "reported"
+    assert status(tuned).state == "reported"
 
 
 def test_a_report_renews_its_lease_in_rehearsal_and_evaluation(

@@ -29,15 +29,9 @@ from tuner.coordination.coordinator import Coordinator
 from tuner.coordination.service import Service, Turns, max_min_shares
 from tuner.errors import ClusterError
 from tuner.search.attributes import ERROR_KEY, RECORD_KEY, RESUMED_KEY
-from tuner.search.study import (
-    FINISHED,
-    StudyStatus,
-    TunedStudy,
-    create_or_resume,
-    delete,
-    load,
-    status,
-)
+from tuner.search.status import StudyStatus, status
+from tuner.search.study import create_or_resume, delete, load
+from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.storage.storage import LeaseHolder, Storage
 
 ROWS = b"the development rows"

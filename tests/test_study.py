@@ -14,19 +14,19 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import StudyError, TrialEndedError
 from tuner.search.attributes import ENDED_EARLY_KEY, RECORD_KEY
+from tuner.search.hyperband import make_pruner
 from tuner.search.objective import Objective
+from tuner.search.status import status
 from tuner.search.study import (
-    TunedStudy,
     create_or_resume,
     delete,
     find_name,
     find_or_create,
     list_names,
     load,
-    make_pruner,
-    status,
     study_name,
 )
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import StopSettings, StudySpec
 from tuner.storage.storage import Storage
 from tuner.train import EpochResult
@@ -195,7 +195,7 @@ def test_a_study_whose_making_was_cut_off_is_made_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("tuner.search.study._record_document", cut_off)
+        patched.setattr("tuner.search.record.record_document", cut_off)
         with pytest.raises(KeyboardInterrupt):
             make_study(tmp_path, small_spec(known=[{"learning_rate": 0.02}]))
     made = make_study(tmp_path, small_spec(known=[{"learning_rate": 0.02}]))

@@ -19,7 +19,8 @@ from tuner.coordination.coordinator import Coordinator
 from tuner.coordination.study_note import overview
 from tuner.errors import LeaseLostError
 from tuner.search.attributes import ERROR_KEY
-from tuner.search.study import TunedStudy, status
+from tuner.search.status import status
+from tuner.search.tuned_study import TunedStudy
 from tuner.train import EpochResult
 
 Make = Callable[..., TunedStudy]

@@ -33,7 +33,9 @@ from tuner.search.attributes import (
     RESUMED_FROM_KEY,
     RESUMED_KEY,
 )
-from tuner.search.study import TunedStudy, delete, status
+from tuner.search.status import status
+from tuner.search.study import delete
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.space import parameter_count
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import COORDINATOR_KEY

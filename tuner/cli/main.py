@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from tuner.coordination.coordinator import Ending
     from tuner.dashboard.guard import Settings
     from tuner.data.prepare import Prepared
-    from tuner.search.study import StudyStatus, TunedStudy
+    from tuner.search.status import StudyStatus
+    from tuner.search.tuned_study import TunedStudy
     from tuner.spec.spec import StudySpec
     from tuner.storage.storage import Storage
 
@@ -552,7 +553,8 @@ def launch(
     given = [*(overrides or []), *overrides_for(name, trials)]
     spec, prepared = _load(spec_path, given, artifacts)
     from tuner.search.overlap import enter
-    from tuner.search.study import create_or_resume, find_or_create, status
+    from tuner.search.status import status
+    from tuner.search.study import create_or_resume, find_or_create
 
     with _open(storage, patience_seconds=None, create=True) as opened:
         # A study that stands there is changed by who holds its lease, and only then.
@@ -850,8 +852,8 @@ def status(
 ) -> None:
     """Shows where studies stand: trials by state, best value, epochs spent and saved, disk."""
     from tuner.cli.progress import status_details, status_table, watch_studies
+    from tuner.search.status import status as read_status
     from tuner.search.study import list_names, load
-    from tuner.search.study import status as read_status
 
     def look() -> list[StudyStatus]:
         names = [name] if name else list_names(opened)

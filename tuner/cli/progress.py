@@ -19,7 +19,8 @@ from tuner import logs
 from tuner.coordination.words import describe_end, duration
 from tuner.errors import counted
 from tuner.search.attributes import ENDED_KEY
-from tuner.search.study import StudyStatus, TunedStudy, status
+from tuner.search.status import StudyStatus, status
+from tuner.search.tuned_study import TunedStudy
 from tuner.train import EpochResult
 
 __all__ = [

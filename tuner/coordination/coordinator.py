@@ -34,16 +34,12 @@ from tuner.search.attributes import (
     RESUMED_KEY,
     WORKERS_KEY,
 )
+from tuner.search.hyperband import RecordedPruner
 from tuner.search.objective import Objective, reported_epochs
+from tuner.search.status import State
 from tuner.search.stop_rule import StopRule
-from tuner.search.study import (
-    FINISHED,
-    RecordedPruner,
-    State,
-    TunedStudy,
-    refuse_a_reported_study,
-    take_settings,
-)
+from tuner.search.study import refuse_a_reported_study, take_settings
+from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import COORDINATOR_KEY, Decision

@@ -19,8 +19,6 @@ from tuner.data.prepare import Prepared, prepare
 from tuner.errors import Problem, SpecError, StudyError, counted
 from tuner.search.overlap import enter
 from tuner.search.study import (
-    FINISHED,
-    TunedStudy,
     clear_error,
     create_or_resume,
     find_name,
@@ -28,6 +26,7 @@ from tuner.search.study import (
     load,
     refuse_a_reported_study,
 )
+from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.spec import StudySpec, load_spec
 from tuner.storage.storage import LeaseHolder, Storage
 

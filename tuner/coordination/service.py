@@ -34,7 +34,9 @@ from tuner.errors import (
 )
 from tuner.logs import about
 from tuner.search.attributes import ENDED_KEY, ERROR_KEY
-from tuner.search.study import TunedStudy, load, status
+from tuner.search.status import status
+from tuner.search.study import load
+from tuner.search.tuned_study import TunedStudy
 from tuner.storage.storage import Lease, Storage
 from tuner.train import EpochResult, Train
 

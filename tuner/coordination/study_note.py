@@ -16,7 +16,8 @@ from optuna.trial import TrialState
 from tuner.commands import password_hint
 from tuner.errors import counted
 from tuner.search.attributes import AGAIN_KEY, BFLOAT16_FROM_KEY, curve_of
-from tuner.search.study import State, StudyStatus, TunedStudy, status
+from tuner.search.status import State, StudyStatus, status
+from tuner.search.tuned_study import TunedStudy
 
 _STATE_WORDS: dict[State, str] = {
     "queued": "Queued",

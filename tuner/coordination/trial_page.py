@@ -27,7 +27,7 @@ from tuner.search.attributes import (
     PRECISION_KEY,
     SEED_KEY,
 )
-from tuner.search.study import TunedStudy
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.space import ModelConfig, layers_of
 from tuner.train import EpochResult
 

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import counted
 from tuner.search.attributes import DETAIL_KEY, ENDED_KEY, NOTE_KEY, RESUMED_FROM_KEY, RESUMED_KEY
-from tuner.search.study import TunedStudy
+from tuner.search.tuned_study import TunedStudy
 from tuner.train import EpochResult
 
 

@@ -39,7 +39,9 @@ from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
 from tuner.results.export import Format, best_configs, render
 from tuner.search import overlap
 from tuner.search.attributes import RECORD_KEY
-from tuner.search.study import StudyStatus, TunedStudy, delete, find_name, list_names, load, status
+from tuner.search.status import StudyStatus, status
+from tuner.search.study import delete, find_name, list_names, load
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.space import parameter_count_range
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import LOG_IN, Storage

@@ -24,7 +24,10 @@ from tuner.artifacts import publish, require_writable
 from tuner.data.prepare import PAIR
 from tuner.errors import StudyError, TunerError, reason_of
 from tuner.search.attributes import DETAIL_KEY, ENDED_KEY, RESUMED_KEY, curve_of
-from tuner.search.study import StudyRecord, TunedStudy, figures_in, source_files
+from tuner.search.data_source import source_files
+from tuner.search.record import StudyRecord
+from tuner.search.status import figures_in
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.space import ModelConfig, space_of
 from tuner.spec.spec import name_problem
 from tuner.train import ACCURACY_KEY, BEST_EPOCH_KEY, PARAMETERS_KEY, ROC_AUC_KEY, SECONDS_KEY
@@ -42,7 +45,7 @@ class ExportedConfig:
     trial: int
     validation_loss: float | None  #: nats, of the best epoch; None where no epoch was completed
     epochs: int  #: completed epochs
-    figures: Mapping[str, float | None]  #: see `tuner.search.study.figures_in`
+    figures: Mapping[str, float | None]  #: see `tuner.search.status.figures_in`
     sampled: Mapping[str, Any]  #: what was searched, by its name in the study file
     config: ModelConfig
     provenance: Mapping[str, Any]
@@ -81,7 +84,7 @@ def best_configs(
     Args:
         tuned: The study.
         top: How many.
-        data: Where its data is, see `tuner.search.study.source_files`.
+        data: Where its data is, see `tuner.search.data_source.source_files`.
 
     Raises:
         StudyError: No trial was trained to its end yet, or the data is not at `data`.
@@ -104,7 +107,7 @@ def config_of_trial(tuned: TunedStudy, number: int, *, data: Path | None = None)
     Args:
         tuned: The study.
         number: Of the trial.
-        data: Where the study's data is, see `tuner.search.study.source_files`.
+        data: Where the study's data is, see `tuner.search.data_source.source_files`.
 
     Raises:
         StudyError: There is no such trial, nothing was sampled for it yet, or the data is not at

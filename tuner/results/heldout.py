@@ -13,7 +13,8 @@ from optuna.trial import FrozenTrial
 from tuner.data import prepare as data
 from tuner.data.prepare import DataIdentity, HeldOutRows
 from tuner.errors import StudyError
-from tuner.search.study import TunedStudy, source_files
+from tuner.search.data_source import source_files
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import DataSettings
 
 
@@ -25,7 +26,7 @@ def check_source(tuned: TunedStudy, given: Path | None = None) -> DataSettings:
 
     Args:
         tuned: The study.
-        given: Where its source is said to be, see `tuner.search.study.source_files`.
+        given: Where its source is said to be, see `tuner.search.data_source.source_files`.
 
     Returns:
         The study's data settings with the source as it was found, for `open_test_split`.

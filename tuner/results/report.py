@@ -28,9 +28,12 @@ from tuner.errors import LeaseLostError, StudyError, TunerError, counted, is_out
 from tuner.metrics import Metrics, measure, roc_curve
 from tuner.results import heldout, report_page
 from tuner.results.export import config_hash
-from tuner.search import overlap, study
+from tuner.search import overlap
 from tuner.search.attributes import ENDED_KEY, curve_of
-from tuner.search.study import TunedStudy
+from tuner.search.record import versions
+from tuner.search.status import status as status_of
+from tuner.search.study import load
+from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.space import ModelConfig
 from tuner.storage.storage import LEASE_SECONDS, Storage
 
@@ -117,7 +120,7 @@ def write_report(
         DataError: The source cannot be used.
         TunerError: The files cannot be written.
     """
-    tuned = study.load(storage, name, artifacts_root=artifacts_root)
+    tuned = load(storage, name, artifacts_root=artifacts_root)
     folder = output or tuned.artifacts.report_folder
     _require_writable(folder)
     recorded, opened_now = _recorded_report(tuned), False
@@ -245,7 +248,7 @@ def _winner_document(
 
 
 def _study_document(tuned: TunedStudy) -> dict[str, Any]:
-    record, status = tuned.record, study.status(tuned)
+    record, status = tuned.record, status_of(tuned)
     return {
         "spec": record.spec.to_document(),
         "spec_hash": record.spec.spec_hash,
@@ -253,14 +256,14 @@ def _study_document(tuned: TunedStudy) -> dict[str, Any]:
         "trials": {state: count for state, count in status.counts.items() if count},
         "epochs_spent": status.epochs_spent,
         "epochs_saved": status.epochs_saved,
-        "history": [_history_row(trial) for trial in tuned.trials(*study.FINISHED)],
+        "history": [_history_row(trial) for trial in tuned.trials(*FINISHED)],
         "data": record.data.to_document(),
         "sampler": dict(record.sampler),
         "pruner": dict(record.pruner),
         "created_at": record.created_at,
         "artifacts": record.folder,
         "versions": dict(record.versions),
-        "evaluated_with": study.versions(),
+        "evaluated_with": versions(),
     }
 
 
@@ -322,7 +325,7 @@ def _require_not_running(tuned: TunedStudy) -> None:
 
 
 def _require_finished(tuned: TunedStudy) -> None:
-    finished = len(tuned.trials(*study.FINISHED))
+    finished = len(tuned.trials(*FINISHED))
     if finished < tuned.budget:
         lower = f", or lower the budget (--trials {finished})" if finished else ""
         raise StudyError(
@@ -415,7 +418,7 @@ def _development(tuned: TunedStudy) -> DevelopmentData:
 
 
 def _changed_versions(tuned: TunedStudy) -> str:
-    then, now = tuned.record.versions, study.versions()
+    then, now = tuned.record.versions, versions()
     changed = [
         f"{package} {then.get(package, 'none')}, now {now.get(package, 'none')}"
         for package in dict.fromkeys([*then, *now])

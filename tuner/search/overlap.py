@@ -23,7 +23,8 @@ from tuner.data.prepare import (
 )
 from tuner.errors import DataError, counted
 from tuner.search.attributes import RECORD_KEY
-from tuner.search.study import TunedStudy, list_names, study_name
+from tuner.search.study import list_names, study_name
+from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import LedgerEntry, Storage
 

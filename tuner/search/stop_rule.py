@@ -9,7 +9,7 @@ from typing import cast
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.search.study import FINISHED
+from tuner.search.tuned_study import FINISHED
 from tuner.spec.spec import StopSettings
 
 
