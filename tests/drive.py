@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial
 
 import tuner.cluster.attempt
 import tuner.storage.engine
-import tuner.storage.storage
+import tuner.storage.lease
 from tuner.cli.main import _stop_on_signals
 from tuner.cluster.attempt import TrainingTask
 from tuner.cluster.trainings import Cluster, Connection, local_connection, remote_connection
@@ -160,7 +160,7 @@ def main() -> None:
     plan = Plan(**json.loads(sys.argv[1]))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     stamina.instrumentation.set_on_retry_hooks(())
-    tuner.storage.storage.LEASE_SECONDS = plan.lease_seconds
+    tuner.storage.lease.LEASE_SECONDS = plan.lease_seconds
     tuner.storage.engine._SILENCE_SECONDS = plan.silence_seconds
     tuner.storage.engine._POSTGRESQL_17_SETTINGS["transaction_timeout"] = (
         f"{plan.lease_seconds:.0f}s"

@@ -32,7 +32,8 @@ from tuner.search.attributes import ERROR_KEY, RECORD_KEY, RESUMED_KEY
 from tuner.search.status import StudyStatus, status
 from tuner.search.study import create_or_resume, delete, load
 from tuner.search.tuned_study import FINISHED, TunedStudy
-from tuner.storage.storage import LeaseHolder, Storage
+from tuner.storage.lease import LeaseHolder
+from tuner.storage.storage import Storage
 
 ROWS = b"the development rows"
 _EPOCHS = 3
@@ -625,7 +626,7 @@ def test_a_study_whose_service_was_killed_is_adopted_with_its_trials(
         if host == "elsewhere":  # nobody here can know that it is dead: the lease must lapse
             wait_until(lambda: shop.said("Study a: is driven by process", "on elsewhere"))
             assert shop.finished("a") == 0
-            monkeypatch.setattr("tuner.storage.storage.LEASE_SECONDS", 0.0)
+            monkeypatch.setattr("tuner.storage.lease.LEASE_SECONDS", 0.0)
             monkeypatch.setattr("tuner.storage.storage._LAST_LOOK_SECONDS", 0.6)
         wait_until(lambda: shop.finished("a") == 3, seconds=25)
     assert bool(shop.said("is driven by process")) == (host == "elsewhere")

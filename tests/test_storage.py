@@ -20,8 +20,11 @@ from postgres import Postgres
 
 from tuner.errors import LeaseLostError, StorageError, StorageMissingError, StudyInUseError
 from tuner.storage import engine as database
-from tuner.storage.engine import PASSWORD_FILE_VARIABLE, closed_engine, parse_url
-from tuner.storage.storage import Decision, LeaseHolder, Storage, check_storage
+from tuner.storage.check import check_storage
+from tuner.storage.engine import closed_engine
+from tuner.storage.lease import LeaseHolder
+from tuner.storage.storage import Decision, Storage
+from tuner.storage.url import PASSWORD_FILE_VARIABLE, parse_url, shown
 
 
 def new_study(storage: Storage) -> optuna.Study:
@@ -186,7 +189,7 @@ def test_a_file_may_have_any_name(name: str, tmp_path: Path) -> None:
         new_study(storage)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert check_storage(url).is_right
-    assert database.parse_url(database.shown(parse_url(url))) == parse_url(url)
+    assert parse_url(shown(parse_url(url))) == parse_url(url)
 
 
 def refuse_links(url: str, done: str) -> None:
@@ -496,7 +499,7 @@ def test_a_lapsed_lease_is_taken_over_and_its_holder_writes_nothing_more(
             database_url, OF_ELSEWHERE, f"UPDATE tuner_lease SET renewed_at = renewed_at {clock}"
         )
         if clock == "+3600":  # the clock was set back: nothing to go by but our own waiting
-            monkeypatch.setattr("tuner.storage.storage.LEASE_SECONDS", 0.6)
+            monkeypatch.setattr("tuner.storage.lease.LEASE_SECONDS", 0.6)
         two.take_lease(study._study_id)
         with pytest.raises(LeaseLostError):
             one.heartbeat()

@@ -1293,7 +1293,7 @@ def storage_check(storage: StorageUrl = DEFAULT_STORAGE_URL, as_json: AsJson = F
     """Says whether the storage is reachable, right in version, and how fast; changes nothing."""
     import dataclasses
 
-    from tuner.storage.storage import check_storage
+    from tuner.storage.check import check_storage
 
     check = check_storage(storage)
     if as_json:

@@ -28,7 +28,8 @@ from tuner.search.study import (
 )
 from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.spec import StudySpec, load_spec
-from tuner.storage.storage import LeaseHolder, Storage
+from tuner.storage.lease import LeaseHolder
+from tuner.storage.storage import Storage
 
 MAX_UPLOAD_BYTES = 256 * 1024  #: a study file has two or three thousand
 

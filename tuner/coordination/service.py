@@ -37,7 +37,8 @@ from tuner.search.attributes import ENDED_KEY, ERROR_KEY
 from tuner.search.status import status
 from tuner.search.study import load
 from tuner.search.tuned_study import TunedStudy
-from tuner.storage.storage import Lease, Storage
+from tuner.storage.lease import Lease
+from tuner.storage.storage import Storage
 from tuner.train import EpochResult, Train
 
 _LOOK_SECONDS = 1.0  #: between two looks at the queue

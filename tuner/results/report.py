@@ -35,7 +35,8 @@ from tuner.search.status import status as status_of
 from tuner.search.study import load
 from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.space import ModelConfig
-from tuner.storage.storage import LEASE_SECONDS, Storage
+from tuner.storage.lease import LEASE_SECONDS
+from tuner.storage.storage import Storage
 
 #: (configuration, its trained weights, uint8 tokens [n, max_length]) -> logits [n]
 Evaluate: TypeAlias = Callable[[ModelConfig, bytes, npt.NDArray[np.uint8]], npt.NDArray[np.float64]]

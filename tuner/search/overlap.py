@@ -26,7 +26,8 @@ from tuner.search.attributes import RECORD_KEY
 from tuner.search.study import list_names, study_name
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import StudySpec
-from tuner.storage.storage import LedgerEntry, Storage
+from tuner.storage.ledger import LedgerEntry
+from tuner.storage.storage import Storage
 
 _LISTED_SPLITS = 5  #: of which a launch warns; the rest are counted
 _LISTED_NAMES = 3  #: of the studies that share a split

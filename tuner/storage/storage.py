@@ -10,9 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import socket
-import statistics
 import threading
 import time
 import uuid
@@ -21,41 +18,39 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import psutil
 import sqlalchemy as sa
 from optuna.storages._rdb import models
 
 from tuner.errors import LeaseLostError, StorageError, StudyInUseError
-from tuner.storage.engine import (
+from tuner.storage import lease as leases
+from tuner.storage.audit import AuditEntry, one_line
+from tuner.storage.engine import OPENING_SECONDS, Calls, explained, say_on_stderr
+from tuner.storage.lease import (
     COORDINATOR_KEY,
-    OPENING_SECONDS,
-    Calls,
-    FencedStorage,
-    SchemaState,
+    Lease,
+    LeaseHolder,
+    in_use,
+    read_lease,
+    renew_lease,
+    seconds,
+)
+from tuner.storage.ledger import LedgerEntry
+from tuner.storage.optuna_storage import FencedStorage, open_database
+from tuner.storage.schema import look_at
+from tuner.storage.tables import (
     audit,
-    closed_engine,
     decisions,
     development,
-    explained,
     lease,
     ledger,
     lock_for_writing,
-    look_at,
-    mask,
     now,
-    open_database,
-    parse_url,
     queue,
-    renew_lease,
-    say_on_stderr,
-    schema,
-    schema_state,
-    shown,
     splits,
 )
+from tuner.storage.url import mask, parse_url
 from tuner.storage.write_behind import DrivenStorage, upsert_attributes
 
 __all__ = [
@@ -70,7 +65,6 @@ __all__ = [
 
 LOG_IN = "log in"  #: the action of a login in the record of changes
 
-LEASE_SECONDS = 30.0  #: a lease not renewed for this long may be taken over
 HASH_BYTES = 32  #: of a SHA-256
 _RENEWAL_SECONDS = 1.0  #: between two renewals of a lease that `Storage.leased` holds
 _LAST_LOOK_SECONDS = 5.0  #: who renews it within this time is alive, whatever the clock says
@@ -84,107 +78,6 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseHolder:
-    """Who drives a study."""
-
-    host: str  #: for messages
-    pid: int
-    machine: str = ""  #: unlike the host's name, unique to where a pid means one process
-    started: float = 0.0  #: when that process began, by a clock that never jumps: pids come again
-
-    @classmethod
-    def this_process(cls) -> LeaseHolder:
-        return cls(
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            machine=_this_machine(),
-            started=_started(os.getpid()),
-        )
-
-    def is_known_dead(self) -> bool:
-        """True where the process ran on this machine and is gone; False where nobody can tell."""
-        if self.machine != _this_machine():
-            return False
-        try:
-            return abs(_started(self.pid) - self.started) > 1.0
-        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-            return True
-        except (psutil.AccessDenied, PermissionError):
-            return False
-
-
-def _seconds() -> float:
-    """Seconds since some moment, by a clock that goes on while the machine is suspended."""
-    clock: int | None = getattr(time, "CLOCK_BOOTTIME", None)  # Linux
-    return time.monotonic() if clock is None else time.clock_gettime(clock)
-
-
-def _this_machine() -> str:
-    """This boot of this machine, and in it this container: there a pid means one process."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # not Linux
-        return socket.gethostname()
-
-
-def _started(pid: int) -> float:
-    try:
-        # Seconds since boot. psutil adds the boot's time, which moves when the clock is set.
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return int(ticks) / os.sysconf("SC_CLK_TCK")
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            raise
-        return float(psutil.Process(pid).create_time())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
-    """The lease row of a study, as last read."""
-
-    token: str
-    holder: LeaseHolder
-    renewed_at: float  #: seconds since the epoch, by the database's clock
-    age_seconds: float  #: since then; below 0 where that clock was set back
-    stop_requested: bool
-
-    @property
-    def is_live(self) -> bool:
-        """Whether its holder may still drive the study, as far as one look can tell."""
-        return abs(self.age_seconds) < LEASE_SECONDS and not self.holder.is_known_dead()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerEntry:
-    """One opening of a test split."""
-
-    id: int
-    opened_at: str
-    opened_by: str
-    study: str
-    study_key: str  #: unique to the study, and never used again
-    trial: int
-    config_hash: str
-    spec_hash: str
-    split_id: str
-    report: dict[str, Any] | None  #: None where the evaluation never finished
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditEntry:
-    """One change through the dashboard."""
-
-    id: int
-    at: str  #: ISO 8601, UTC
-    who: str
-    address: str
-    action: str  #: method and path
-    detail: str
-    status: int | None  #: of the answer; None where the server died before it answered
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """One ask, rung verdict or tell."""
 
@@ -192,22 +85,6 @@ class Decision:
     kind: str
     epoch: int | None
     verdict: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StorageCheck:
-    """What `tuner storage check` found."""
-
-    url: str  #: without its password
-    reachable: bool
-    schema: SchemaState | None
-    milliseconds: float | None  #: median of a round trip
-    commit_milliseconds: float | None  #: median of a transaction that writes
-    detail: str  #: what is wrong and what to do, or ""
-
-    @property
-    def is_right(self) -> bool:
-        return self.reachable and self.schema == "current"
 
 
 class Storage:
@@ -332,7 +209,7 @@ class Storage:
 
         def take(connection: sa.Connection, current: Lease | None) -> None:
             nonlocal took_at
-            took_at = _seconds()
+            took_at = seconds()
             whole = {"study_id": study_id, "renewed_at": now(connection), **values}
             if current is None:
                 connection.execute(lease.insert().values(whole))
@@ -369,7 +246,7 @@ class Storage:
 
         def write(connection: sa.Connection) -> Lease | None:
             lock_for_writing(connection)
-            current = _read_lease(connection, study_id, for_update=True)
+            current = read_lease(connection, study_id, for_update=True)
             if current is not None and current.token == token:
                 return None  # an earlier try went through, and only its answer was lost
             if current is not None and (
@@ -386,7 +263,7 @@ class Storage:
                 raise
             current = self.lease(study_id)  # two began at once, and the other was faster
         if current is not None:
-            raise StudyInUseError(_in_use(current))
+            raise StudyInUseError(in_use(current))
 
     @contextlib.contextmanager
     def leased(self, study_id: int) -> Iterator[None]:
@@ -426,7 +303,7 @@ class Storage:
         It is certain for half the time for which a lease is left alone, and True for a process
         that took none.
         """
-        return _seconds() - self._held_at < LEASE_SECONDS / 2
+        return seconds() - self._held_at < leases.LEASE_SECONDS / 2
 
     def renews_lease(self) -> bool:
         """The same, made sure of: waits for the database, and raises if the lease is lost.
@@ -440,9 +317,9 @@ class Storage:
 
     def _watch_whether_it_lapsed(self, study_id: int, seen: Lease) -> None:
         """Clocks jump: whoever renews its lease while we look is alive, whatever its age says."""
-        if 0.0 <= seen.age_seconds < LEASE_SECONDS:
-            raise StudyInUseError(_in_use(seen))
-        looking = _LAST_LOOK_SECONDS if seen.age_seconds > 0 else LEASE_SECONDS
+        if 0.0 <= seen.age_seconds < leases.LEASE_SECONDS:
+            raise StudyInUseError(in_use(seen))
+        looking = _LAST_LOOK_SECONDS if seen.age_seconds > 0 else leases.LEASE_SECONDS
         until = time.monotonic() + looking
         while time.monotonic() < until:
             time.sleep(0.5)
@@ -450,7 +327,7 @@ class Storage:
             if current is None:
                 return
             if (current.token, current.renewed_at) != (seen.token, seen.renewed_at):
-                raise StudyInUseError(_in_use(current))
+                raise StudyInUseError(in_use(current))
 
     def refuse_if_run_elsewhere(self, study_id: int) -> None:
         """Says early what `take_lease` would say.
@@ -460,7 +337,7 @@ class Storage:
         """
         current = self.lease(study_id)
         if current is not None and current.is_live:
-            raise StudyInUseError(_in_use(current))
+            raise StudyInUseError(in_use(current))
 
     def release_lease(self) -> None:
         """Gives the lease back, so that the next coordinator need not wait."""
@@ -493,11 +370,11 @@ class Storage:
             lock_for_writing(connection)
             if self.optuna.driven is not None:
                 self.optuna.driven.look_at_others(connection)
-            current = _read_lease(connection, self._rdb.fenced_study)
+            current = read_lease(connection, self._rdb.fenced_study)
             return current is not None and current.stop_requested
 
         def renew() -> bool:
-            began = _seconds()
+            began = seconds()
             stop_requested = self._once(beat, fenced=True)
             self._held_at = began
             return stop_requested
@@ -534,13 +411,13 @@ class Storage:
         return self._calls.begin(lambda: self._once(write, fenced=True))
 
     def lease(self, study_id: int) -> Lease | None:
-        return self._transaction(lambda connection: _read_lease(connection, study_id))
+        return self._transaction(lambda connection: read_lease(connection, study_id))
 
     def request_stop(self, study_id: int) -> bool:
         """Asks the study's coordinator to stop; False where none is alive to hear it."""
 
         def request(connection: sa.Connection) -> bool:
-            current = _read_lease(connection, study_id)
+            current = read_lease(connection, study_id)
             if current is None or not current.is_live:
                 return False
             connection.execute(
@@ -716,10 +593,10 @@ class Storage:
             audit.insert()
             .values(
                 at=datetime.now(UTC).isoformat(timespec="seconds"),
-                who=_one_line(who)[:64],
-                address=_one_line(address)[:64],
-                action=_one_line(action)[:256],
-                detail=_one_line(detail)[:2000],
+                who=one_line(who)[:64],
+                address=one_line(address)[:64],
+                action=one_line(action)[:256],
+                detail=one_line(detail)[:2000],
                 status=status,
             )
             .returning(audit.c.id)
@@ -729,7 +606,7 @@ class Storage:
     def end_change(self, entry: int, *, status: int, detail: str) -> None:
         """Writes down how a change ended."""
         update = audit.update().where(audit.c.id == entry)
-        values = {"status": status, "detail": _one_line(detail)[:2000]}
+        values = {"status": status, "detail": one_line(detail)[:2000]}
         self._transaction(lambda connection: connection.execute(update.values(values)))
 
     def changes(self, *, last: int = 100) -> tuple[AuditEntry, ...]:
@@ -810,12 +687,6 @@ def _lock_development(connection: sa.Connection) -> None:
         connection.exec_driver_sql("LOCK TABLE tuner_development IN SHARE ROW EXCLUSIVE MODE")
 
 
-def _one_line(text: str) -> str:
-    """Text without what forges a line, commands a terminal, or is no text to a database."""
-    line = " ".join(text.split())
-    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in line)
-
-
 def note_version(stored: object) -> int:
     """The version of a note; 0 of one that an earlier dashboard stored as something else."""
     try:
@@ -825,81 +696,4 @@ def note_version(stored: object) -> int:
     return version if 0 <= version < MOST_NOTE_VERSIONS else 0
 
 
-def _in_use(lease: Lease) -> str:
-    return (
-        f"This study is being run by process {lease.holder.pid} on {lease.holder.host}; stop that "
-        f"one first (tuner stop), or wait: its lease lapses {LEASE_SECONDS:.0f} s after it dies."
-    )
-
-
-def _read_lease(
-    connection: sa.Connection, study_id: int | None, *, for_update: bool = False
-) -> Lease | None:
-    query = sa.select(lease, now(connection).label("now")).where(lease.c.study_id == study_id)
-    row = connection.execute(query.with_for_update() if for_update else query).first()
-    if row is None:
-        return None
-    return Lease(
-        token=row.token,
-        holder=LeaseHolder(**json.loads(row.holder)),
-        renewed_at=row.renewed_at,
-        age_seconds=row.now - row.renewed_at,
-        stop_requested=row.stop_requested,
-    )
-
-
 # --- storage check ---
-
-
-def check_storage(url: str) -> StorageCheck:
-    """Looks at a database without changing it: reachable, right in version, how fast.
-
-    Raises:
-        StorageError: The URL is no usable one.
-    """
-    parsed = parse_url(url)
-    try:
-        with explained(parsed):
-            return _look_at(parsed)
-    except StorageError as error:
-        return StorageCheck(
-            url=mask(url),
-            reachable=False,
-            schema=None,
-            milliseconds=None,
-            commit_milliseconds=None,
-            detail=str(error),
-        )
-
-
-def _look_at(parsed: sa.URL) -> StorageCheck:
-    found: dict[str, Any] = {"milliseconds": None, "commit_milliseconds": None}
-    state, detail = schema_state(parsed)
-    if state == "current":
-        with closed_engine(parsed, pooled=True) as engine, engine.connect() as connection:
-            found["milliseconds"] = _median_milliseconds(
-                lambda: connection.scalar(sa.select(schema.c.version))
-            )
-            connection.rollback()
-
-            def commit() -> None:
-                connection.execute(schema.update().values(version=schema.c.version))
-                connection.commit()
-
-            found["commit_milliseconds"] = _median_milliseconds(commit)
-    return StorageCheck(
-        url=shown(parsed),
-        reachable=True,
-        schema=state,
-        detail=detail,
-        **found,
-    )
-
-
-def _median_milliseconds(call: Callable[[], object]) -> float:
-    taken = []
-    for _ in range(20):
-        began = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken) * 1000

@@ -29,18 +29,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tuner.errors import LeaseLostError
-from tuner.storage.engine import (
-    COORDINATOR_KEY,
-    LEASE_LOST,
-    Calls,
-    FencedStorage,
-    decisions,
-    lease,
-    lock_for_writing,
-    now,
-    read_trials,
-    renew_lease,
-)
+from tuner.storage.engine import Calls
+from tuner.storage.lease import COORDINATOR_KEY, LEASE_LOST, renew_lease
+from tuner.storage.optuna_storage import FencedStorage, read_trials
+from tuner.storage.tables import decisions, lease, lock_for_writing, now
 
 
 class DrivenStorage(BaseStorage):
