@@ -28,8 +28,9 @@ import optuna  # noqa: E402
 from distributed import SpecCluster  # noqa: E402
 from fakes import FakeRun, make_study, small_spec  # noqa: E402
 
-from tuner.cluster.attempt import TrainingTask  # noqa: E402
-from tuner.cluster.trainings import Cluster, local_connection  # noqa: E402
+from tuner.cluster.connection import local_connection  # noqa: E402
+from tuner.cluster.messages import TrainingTask  # noqa: E402
+from tuner.cluster.trainings import Cluster  # noqa: E402
 
 _CHECKPOINT_BYTES = 1 << 20
 
@@ -54,7 +55,7 @@ def without_certificates() -> Iterator[None]:
             one["options"] |= {"protocol": "tcp://", "security": None}
         return SpecCluster(scheduler=scheduler, workers=workers)
 
-    with mock.patch("tuner.cluster.trainings.SpecCluster", plain):
+    with mock.patch("tuner.cluster.connection.SpecCluster", plain):
         yield
 
 

@@ -28,7 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import optuna  # noqa: E402
 from fakes import FakeRun, Notes, make_study, small_spec  # noqa: E402
 
-from tuner.cluster.trainings import Cluster, local_connection  # noqa: E402
+from tuner.cluster.connection import local_connection  # noqa: E402
+from tuner.cluster.trainings import Cluster  # noqa: E402
 from tuner.coordination.coordinator import Coordinator  # noqa: E402
 from tuner.search.attributes import curve_of  # noqa: E402
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from ports import free_port
 
-from tuner.cluster.trainings import Connection
+from tuner.cluster.connection import Connection
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULER = (

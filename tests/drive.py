@@ -28,8 +28,9 @@ import tuner.cluster.attempt
 import tuner.storage.engine
 import tuner.storage.lease
 from tuner.cli.main import _stop_on_signals
-from tuner.cluster.attempt import TrainingTask
-from tuner.cluster.trainings import Cluster, Connection, local_connection, remote_connection
+from tuner.cluster.connection import Connection, local_connection, remote_connection
+from tuner.cluster.messages import TrainingTask
+from tuner.cluster.trainings import Cluster
 from tuner.coordination.coordinator import Coordinator
 from tuner.errors import TunerError
 from tuner.search.study import create_or_resume

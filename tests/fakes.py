@@ -15,7 +15,7 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
-from tuner.cluster.attempt import TrainingTask
+from tuner.cluster.messages import TrainingTask
 from tuner.data.prepare import DataIdentity
 from tuner.errors import TrainingPausedError
 from tuner.search.attributes import curve_of

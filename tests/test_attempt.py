@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from fakes import small_spec
 
-from tuner.cluster.attempt import TrainingTask, open_from_checkpoint
+from tuner.cluster.attempt import open_from_checkpoint
+from tuner.cluster.messages import TrainingTask
 from tuner.data.prepare import DevelopmentData
 from tuner.errors import SetupError, TrialEndedError
 
@@ -168,7 +169,7 @@ def test_a_checkpoint_that_memory_has_no_room_for_is_not_blamed(
 LEAVER = """
 import asyncio
 from types import SimpleNamespace
-from tuner.cluster.attempt import GiveBack
+from tuner.cluster.leaving import GiveBack
 
 class Worker:
     memory_manager = SimpleNamespace(memory_limit=0)

@@ -347,7 +347,7 @@ def test_a_launch_that_reaches_no_cluster_changes_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("tuner.cluster.trainings._CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr("tuner.cluster.connection.CONNECT_SECONDS", 0.1)
     url = f"sqlite:///{tmp_path}/tuner.db"
     launch = ["launch", "tiny.toml", "--storage", url, "--artifacts", str(tmp_path)]
     assert CliRunner().invoke(app, [*launch, "--trials", "30", "--detach"]).exit_code == 0
@@ -624,7 +624,7 @@ def test_who_lets_others_train_needs_no_tensorflow(
     fresh: Path, where: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(fresh)
-    monkeypatch.setattr("tuner.cluster.trainings._CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr("tuner.cluster.connection.CONNECT_SECONDS", 0.1)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     done = CliRunner().invoke(app, ["launch", "tiny.toml", *where])
     assert done.exception is None or "No Dask scheduler answers" in str(done.exception)

@@ -35,8 +35,10 @@ from fakes import (
 from optuna.trial import TrialState
 
 from tuner.artifacts import publish
-from tuner.cluster.attempt import TrainingOutcome, _Orders
-from tuner.cluster.trainings import Cluster, Connection, local_connection
+from tuner.cluster.attempt import _Orders
+from tuner.cluster.connection import Connection, local_connection
+from tuner.cluster.messages import TrainingOutcome
+from tuner.cluster.trainings import Cluster
 from tuner.coordination.coordinator import Coordinator
 from tuner.errors import (
     ClusterError,

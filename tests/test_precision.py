@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 from fakes import FakeWorkers, Notes, make_study, small_spec
 
-from tuner.cluster import processes
-from tuner.cluster import trainings as cluster
+from tuner.cluster import connection, processes
 from tuner.coordination.coordinator import Coordinator
 from tuner.results.export import config_of_trial
 from tuner.search.attributes import BFLOAT16_FROM_KEY
@@ -169,4 +168,4 @@ class Scheduler:
     ],
 )
 def test_all_workers_must_be_fast(scheduler: Scheduler, seen: tuple[int, bool]) -> None:
-    assert cluster._glance()((), scheduler) == seen
+    assert connection._glance()((), scheduler) == seen

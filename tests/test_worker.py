@@ -45,9 +45,11 @@ from fakes import FakeRun, Notes, assert_whole, make_study, small_spec
 from ports import free_port
 
 from tuner.cluster.attempt import find_development_file
+from tuner.cluster.connection import Connection, remote_connection
+from tuner.cluster.gpus import Gpu, gpus_for, visible_gpus
 from tuner.cluster.scheduler import TlsFiles, exposure, is_loopback, scheduler_address
-from tuner.cluster.trainings import Cluster, Connection, remote_connection
-from tuner.cluster.worker import Gpu, WorkerSettings, _environments, gpus_for, visible_gpus
+from tuner.cluster.trainings import Cluster
+from tuner.cluster.worker import WorkerSettings, _environments
 from tuner.coordination.coordinator import Coordinator
 from tuner.data.delivery import development_file
 from tuner.errors import ClusterError, SetupError
@@ -200,7 +202,7 @@ def test_a_worker_says_that_what_answers_is_not_a_scheduler(kind: str) -> None:
 def test_what_answers_and_is_not_a_scheduler_is_told(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.cluster.trainings._CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("tuner.cluster.connection.CONNECT_SECONDS", 0.5)
     words = rf"Something answers at {{}}, but no Dask scheduler .* without TLS: {WHY[kind]}"
     with (
         stranger(kind) as address,
@@ -220,7 +222,7 @@ WHY = {
 
 
 def test_another_part_of_dask_is_not_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tuner.cluster.trainings._CONNECT_SECONDS", 5.0)
+    monkeypatch.setattr("tuner.cluster.connection.CONNECT_SECONDS", 5.0)
     started, is_over = threading.Event(), threading.Event()
     addresses: list[str] = []
 
@@ -248,7 +250,7 @@ def test_another_part_of_dask_is_not_a_scheduler(monkeypatch: pytest.MonkeyPatch
 def test_a_running_study_says_that_what_answers_is_not_its_scheduler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tuner.cluster.trainings._CONNECT_SECONDS", 2.0)
+    monkeypatch.setattr("tuner.cluster.connection.CONNECT_SECONDS", 2.0)
     port = free_port()
     said: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -393,7 +395,8 @@ COORDINATOR = """
 import sys
 from pathlib import Path
 from fakes import FakeRun, make_study, small_spec
-from tuner.cluster.trainings import Cluster, remote_connection
+from tuner.cluster.connection import remote_connection
+from tuner.cluster.trainings import Cluster
 
 folder = Path(sys.argv[1])
 tuned = make_study(folder, small_spec(seed=10))
@@ -613,7 +616,7 @@ def test_certificates_for_a_scheduler_without_tls_are_refused(tmp_path: Path) ->
 def test_nobody_at_the_address_is_an_error_after_a_short_patience(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tuner.cluster.trainings._CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr("tuner.cluster.connection.CONNECT_SECONDS", 0.3)
     with (
         pytest.raises(ClusterError, match=r"No Dask scheduler answers at tcp://127.0.0.1:1\."),
         remote_connection("tcp://127.0.0.1:1", say=print),
@@ -624,7 +627,7 @@ def test_nobody_at_the_address_is_an_error_after_a_short_patience(
 def test_a_cluster_without_workers_names_the_command_that_starts_one(
     connection: Connection, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.cluster.trainings._NO_WORKERS_SECONDS", 0.3)
+    monkeypatch.setattr("tuner.cluster.connection._NO_WORKERS_SECONDS", 0.3)
     with pytest.raises(ClusterError, match=f"tuner worker --cluster {address}"):
         connection.require_workers()
 

@@ -37,8 +37,8 @@ from tuner.errors import ProblemsError, StorageMissingError, TunerError, counted
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from tuner.cluster.connection import Connection
     from tuner.cluster.scheduler import TlsFiles
-    from tuner.cluster.trainings import Connection
     from tuner.coordination.coordinator import Ending
     from tuner.dashboard.guard import Settings
     from tuner.data.prepare import Prepared
@@ -675,7 +675,7 @@ def _connect(
     say: Callable[[str], None],
 ) -> AbstractContextManager[Connection]:
     """To the workers of a scheduler, or to workers of this machine that are started for it."""
-    from tuner.cluster.trainings import default_workers, local_connection, remote_connection
+    from tuner.cluster.connection import default_workers, local_connection, remote_connection
     from tuner.dashboard.connections import raise_descriptor_limit
 
     raise_descriptor_limit()  # each worker and each connection costs some
