@@ -25,7 +25,8 @@ from unittest import mock
 import optuna
 
 from tuner.cli import main as cli
-from tuner.data.prepare import prepare, synthetic_sequences
+from tuner.data.prepare import prepare
+from tuner.data.synthetic import synthetic_sequences
 from tuner.search.study import create_or_resume
 from tuner.spec.spec import load_spec
 from tuner.storage.storage import Storage

@@ -22,7 +22,7 @@ import numpy as np
 import optuna
 from machine import processor
 
-from tuner.data.prepare import DevelopmentData
+from tuner.data.development import DevelopmentData
 from tuner.network.model import tf
 from tuner.network.training import TensorData, TrainingRun, configure_tensorflow
 from tuner.spec.precision import multiply_adds_a_value

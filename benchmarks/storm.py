@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from postgres import postgres_server  # noqa: E402 - it is beside the tests
 
-from tuner.data.prepare import load_development, synthetic_sequences  # noqa: E402
+from tuner.data.development import load_development  # noqa: E402
+from tuner.data.synthetic import synthetic_sequences  # noqa: E402
 from tuner.search.attributes import ENDED_KEY, RESUMED_KEY, curve_of  # noqa: E402
 from tuner.search.study import load  # noqa: E402
 from tuner.search.tuned_study import FINISHED, TunedStudy  # noqa: E402

@@ -38,7 +38,8 @@ import optuna
 from machine import processor
 
 from tuner.cluster.processes import has_fast_bfloat16
-from tuner.data.prepare import DataIdentity, prepare
+from tuner.data.identity import DataIdentity
+from tuner.data.prepare import prepare
 from tuner.search.attributes import WORKER_KEY, curve_of
 from tuner.search.record import versions
 from tuner.search.study import load

@@ -16,7 +16,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 
 from tuner.cluster.messages import TrainingTask
-from tuner.data.prepare import DataIdentity
+from tuner.data.identity import DataIdentity
 from tuner.errors import TrainingPausedError
 from tuner.search.attributes import curve_of
 from tuner.search.study import create_or_resume

@@ -13,7 +13,9 @@ from fakes import ready_sqlite
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from tuner.data.prepare import load_development, prepare, synthetic_sequences
+from tuner.data.development import load_development
+from tuner.data.prepare import prepare
+from tuner.data.synthetic import synthetic_sequences
 from tuner.metrics import cross_entropy
 from tuner.search import study
 from tuner.search.attributes import CURVE_KEY, DETAIL_KEY, ENDED_KEY

@@ -18,7 +18,7 @@ from fakes import small_spec
 
 from tuner.cluster.attempt import open_from_checkpoint
 from tuner.cluster.messages import TrainingTask
-from tuner.data.prepare import DevelopmentData
+from tuner.data.development import DevelopmentData
 from tuner.errors import SetupError, TrialEndedError
 
 

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
 
 from tuner.cli.main import app
-from tuner.data.prepare import synthetic_sequences
+from tuner.data.synthetic import synthetic_sequences
 from tuner.errors import SetupError, TunerError
 from tuner.search.attributes import AGAIN_KEY, ERROR_KEY, RESUMED_KEY, curve_of
 from tuner.search.study import list_names, load

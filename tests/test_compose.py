@@ -31,7 +31,7 @@ from ports import free_port
 from postgres import postgres_server
 from sqlalchemy import make_url
 
-from tuner.data.prepare import synthetic_sequences
+from tuner.data.synthetic import synthetic_sequences
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

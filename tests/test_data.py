@@ -28,19 +28,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tuner.data import prepare as data
-from tuner.data.prepare import (
-    RESIDUES,
-    DataIdentity,
-    DevelopmentData,
-    Prepared,
-    encode,
-    fetch,
-    load_development,
-    locate,
-    prepare,
-    read_held_out,
-    synthetic_sequences,
-)
+from tuner.data import solubility, synthetic
+from tuner.data.development import DevelopmentData, load_development
+from tuner.data.identity import DataIdentity
+from tuner.data.prepare import Prepared, prepare, read_held_out
+from tuner.data.rows import RESIDUES, encode
+from tuner.data.solubility import fetch, locate
+from tuner.data.synthetic import synthetic_sequences
 from tuner.errors import DataError, Problem, TunerError
 from tuner.spec.spec import DataSettings, FastaPair, SplitSettings
 
@@ -1262,7 +1256,7 @@ def no_data_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cache = tmp_path / "cache"
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda *_, **__: cache)
     # Port 9 of this machine: nobody listens, so nothing here ever reaches the network.
-    monkeypatch.setattr(data, "SOLUBILITY_URL", "http://127.0.0.1:9/solubility.npz")
+    monkeypatch.setattr(solubility, "SOLUBILITY_URL", "http://127.0.0.1:9/solubility.npz")
     return cache
 
 
@@ -1271,7 +1265,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A small file in the place of the published one."""
     write_npz(tmp_path / "published.npz", ROWS)
     content = (tmp_path / "published.npz").read_bytes()
-    monkeypatch.setattr(data, "SOLUBILITY_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(solubility, "SOLUBILITY_SHA256", hashlib.sha256(content).hexdigest())
     return content
 
 
@@ -1306,7 +1300,7 @@ def server(no_data_here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serv
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         url = f"http://127.0.0.1:{running.server_address[1]}/solubility.npz"
-        monkeypatch.setattr(data, "SOLUBILITY_URL", url)
+        monkeypatch.setattr(solubility, "SOLUBILITY_URL", url)
         yield running
         running.shutdown()
         thread.join()
@@ -1323,7 +1317,7 @@ def test_the_data_set_is_downloaded_once_and_without_noise(
     assert locate() is None
     identity = prepared(tmp_path, "solubility").identity
     assert identity.source == "solubility"
-    assert identity.sha256 == data.SOLUBILITY_SHA256
+    assert identity.sha256 == solubility.SOLUBILITY_SHA256
     assert fetch() == locate() == no_data_here / "solubility.npz"
     assert prepared(tmp_path, "solubility").identity == identity
     assert server.requests == 1
@@ -1486,7 +1480,7 @@ def test_a_damaged_file_in_the_cache_is_replaced(
 def test_the_published_data_set_is_what_the_design_says(tmp_path: Path):
     result = prepared(tmp_path, "solubility", seed=1)
     identity = result.identity
-    assert identity.sha256 == data.SOLUBILITY_SHA256
+    assert identity.sha256 == solubility.SOLUBILITY_SHA256
     assert (identity.training_rows, identity.validation_rows, identity.test_rows) == (
         *(14763, 1845, 1845),
     )
@@ -1523,19 +1517,21 @@ def test_the_synthetic_set_is_the_same_everywhere(tmp_path: Path):
 
 
 def test_the_synthetic_labels_follow_the_rule_but_for_the_noise():
-    patch = re.compile(f"[{data.SYNTHETIC_PATCH_RESIDUES}]{{{data.SYNTHETIC_PATCH_LENGTH}}}")
+    patch = re.compile(
+        f"[{synthetic.SYNTHETIC_PATCH_RESIDUES}]{{{synthetic.SYNTHETIC_PATCH_LENGTH}}}"
+    )
     soluble = np.array([not patch.search(sequence) for sequence in ALL_SEQUENCES])
     agreement = np.mean(soluble == ALL_LABELS)
     # 6,000 draws at 15 %: the standard error is 0.5 %.
-    assert agreement == pytest.approx(data.SYNTHETIC_BEST_ACCURACY, abs=0.01)
-    noise = data.SYNTHETIC_NOISE_PERCENT / 100
+    assert agreement == pytest.approx(synthetic.SYNTHETIC_BEST_ACCURACY, abs=0.01)
+    noise = synthetic.SYNTHETIC_NOISE_PERCENT / 100
     entropy = -noise * np.log(noise) - (1 - noise) * np.log(1 - noise)
-    assert entropy == pytest.approx(data.SYNTHETIC_BEST_LOSS, abs=5e-5)
+    assert entropy == pytest.approx(synthetic.SYNTHETIC_BEST_LOSS, abs=5e-5)
 
 
 def test_the_synthetic_sequences_look_like_the_published_ones():
     lengths = np.array([len(sequence) for sequence in ALL_SEQUENCES])
-    assert len(set(ALL_SEQUENCES)) == data.SYNTHETIC_ROWS
+    assert len(set(ALL_SEQUENCES)) == synthetic.SYNTHETIC_ROWS
     assert (lengths.min(), lengths.max()) == (19, 198)
     assert np.mean(lengths) == pytest.approx(139, abs=1)  # design.md, measured on the real file
     assert np.mean(ALL_LABELS) == pytest.approx(8785 / 18453, abs=0.02)

@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 from finished_study import WINNER, finished_study, storage_in, write_rows
 
-from tuner.data import prepare as data
 from tuner.data.prepare import Prepared, prepare
+from tuner.data.synthetic import synthetic_sequences
 from tuner.errors import StudyError, TunerError
 from tuner.results.export import (
     Format,
@@ -166,7 +166,7 @@ def test_a_colleague_puts_the_data_beside_the_study_file_under_any_name(
 def test_two_fasta_files_are_found_beside_the_study_file_whatever_their_names(
     storage: Storage, tmp_path: Path
 ) -> None:
-    sequences, labels = data.synthetic_sequences()
+    sequences, labels = synthetic_sequences()
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     mine.mkdir()
     theirs.mkdir()

@@ -15,7 +15,11 @@ import pytest
 from finished_study import WINNER, finished_study, storage_in, write_rows
 
 from tuner.data import prepare as data
-from tuner.data.prepare import DataIdentity, HeldOutRows
+from tuner.data import solubility
+from tuner.data.development import load_development
+from tuner.data.identity import DataIdentity
+from tuner.data.prepare import HeldOutRows
+from tuner.data.synthetic import synthetic_sequences
 from tuner.errors import DataError, StudyError
 from tuner.results import heldout
 from tuner.search import study
@@ -47,7 +51,7 @@ def with_data(tuned: TunedStudy, *, synthetic: bool, **settings: Any) -> TunedSt
 
 
 def unavailable(*_: object) -> NoReturn:
-    raise data._UnavailableError("no network")
+    raise solubility.UnavailableError("no network")
 
 
 def test_the_ledger_row_stands_before_a_test_row_is_read(
@@ -61,7 +65,7 @@ def test_the_ledger_row_stands_before_a_test_row_is_read(
             seen.extend(other.ledger())
         raise RuntimeError("the machine went down here")
 
-    monkeypatch.setattr(data, "read_held_out", read)
+    monkeypatch.setattr(heldout, "read_held_out", read)
     before = datetime.now(UTC).replace(microsecond=0)
     with pytest.raises(RuntimeError, match="went down"):
         open_split(tuned)
@@ -80,7 +84,7 @@ def test_the_rows_are_those_of_the_studys_test_split(tuned: TunedStudy) -> None:
     entry, rows = open_split(tuned)
     assert entry == tuned.storage.ledger()[0].id
     assert len(rows.labels) == len(rows.tokens) == tuned.record.data.test_rows
-    development = data.load_development(
+    development = load_development(
         tuned.artifacts.folder.parent / "development" / f"{tuned.record.development_sha256}.npz"
     )
     held_out = {row.tobytes() for row in rows.tokens}
@@ -103,7 +107,7 @@ def test_rows_of_another_identity_are_refused_and_the_opening_stays(
         identity, rows = read(*args, **kwargs)
         return dataclasses.replace(identity, **{field: "f" * 64}), rows
 
-    monkeypatch.setattr(data, "read_held_out", other_rows)
+    monkeypatch.setattr(heldout, "read_held_out", other_rows)
     with pytest.raises(StudyError, match=f"{field} is ffffffffffff, but study 'demo' was made"):
         open_split(tuned)
     assert len(tuned.storage.ledger()) == 1
@@ -126,7 +130,7 @@ def test_a_source_that_changed_or_is_gone_is_found_before_anything_is_opened(
 
 
 def test_two_fasta_files_are_checked_together(storage: Storage, tmp_path: Path) -> None:
-    sequences, labels = data.synthetic_sequences()
+    sequences, labels = synthetic_sequences()
     for label, name in ((1, "soluble"), (0, "insoluble")):
         chosen = [s for s, known in zip(sequences, labels, strict=True) if known == label][:150]
         text = "".join(f">{at}\n{sequence}\n" for at, sequence in enumerate(chosen))
@@ -145,8 +149,8 @@ def test_a_study_that_fell_back_to_synthetic_data_never_looks_for_the_real(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as offline:
-        offline.setattr(data, "locate", lambda *_: None)
-        offline.setattr(data, "_download", unavailable)
+        offline.setattr(solubility, "locate", lambda *_: None)
+        offline.setattr(solubility, "download_to", unavailable)
         source = {"source": "solubility", "fallback": "synthetic", "split": {"seed": 1}}
         tuned = finished_study(storage, tmp_path, data=source)
     assert (tuned.name, tuned.record.data.synthetic) == ("demo-synthetic", True)
@@ -155,8 +159,8 @@ def test_a_study_that_fell_back_to_synthetic_data_never_looks_for_the_real(
     def real_data(*_: object) -> NoReturn:
         raise AssertionError("it was looked for")
 
-    monkeypatch.setattr(data, "locate", real_data)
-    monkeypatch.setattr(data, "_download", real_data)
+    monkeypatch.setattr(solubility, "locate", real_data)
+    monkeypatch.setattr(solubility, "download_to", real_data)
     heldout.check_source(tuned)
     assert len(open_split(tuned)[1].labels) == 600
 
@@ -165,8 +169,8 @@ def test_a_study_of_real_data_never_falls_back(
     tuned: TunedStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = with_data(tuned, synthetic=False, source="solubility", fallback="synthetic")
-    monkeypatch.setattr(data, "locate", lambda *_: None)
-    monkeypatch.setattr(data, "_download", unavailable)
+    monkeypatch.setattr(solubility, "locate", lambda *_: None)
+    monkeypatch.setattr(solubility, "download_to", unavailable)
     with pytest.raises(DataError, match="is not here"):
         heldout.check_source(real)
     assert tuned.storage.ledger() == ()
@@ -179,8 +183,8 @@ def test_the_data_set_is_downloaded_before_the_ledger_is_written(
 ) -> None:
     real = with_data(tuned, synthetic=False, source="solubility")
     downloads: list[Path] = []
-    monkeypatch.setattr(data, "locate", lambda *_: None)
-    monkeypatch.setattr(data, "_download", lambda: downloads.append(tmp_path) or tmp_path)
+    monkeypatch.setattr(solubility, "locate", lambda *_: None)
+    monkeypatch.setattr(solubility, "download_to", lambda: downloads.append(tmp_path) or tmp_path)
     heldout.check_source(real)
     assert downloads == [tmp_path]
 

@@ -13,7 +13,11 @@ from finished_study import predict, tell
 from optuna.trial import TrialState
 
 from tuner.data import prepare as data
-from tuner.data.prepare import RESIDUES, Prepared, prepare, synthetic_sequences
+from tuner.data.development import DevelopmentData, development_hashes, load_development
+from tuner.data.prepare import Prepared, prepare
+from tuner.data.rows import RESIDUES, encode, hash_sequence
+from tuner.data.split import split_rows
+from tuner.data.synthetic import synthetic_sequences
 from tuner.results import report_page
 from tuner.results.report import write_report
 from tuner.search import overlap, study
@@ -84,7 +88,7 @@ def open_split(tuned: TunedStudy) -> int:
 def sequences_of(tuned: TunedStudy) -> dict[str, set[str]]:
     """Each split's sequences, uncut, by another way than hashes."""
     settings, folder = tuned.record.spec.data, tuned.record.spec.folder
-    split = data._split(data._read_source(settings, folder), settings.split)
+    split = split_rows(data._read_source(settings, folder), settings.split)
     return {
         name: {row.whole or row.sequence for row in getattr(split, name)}
         for name in ("training", "validation", "test")
@@ -95,7 +99,7 @@ def without_a_test_row(folder: Path) -> Rows:
     """The rows but for one that the split of `SPLIT` keeps sealed."""
     write(folder, "all.csv", rows())
     settings = prepared_study(folder, "all", "all.csv")[0].data
-    split = data._split(data._read_source(settings, folder), settings.split)
+    split = split_rows(data._read_source(settings, folder), settings.split)
     sealed = split.test[0].sequence
     return [row for row in rows() if row[0] != sealed]
 
@@ -235,7 +239,7 @@ def test_many_splits_are_counted_and_many_studies_of_one_are_not_all_named(
 
 
 def test_two_that_keep_the_same_split_at_once_keep_it_once(database_url: str) -> None:
-    hashes = {data.hash_sequence(sequence) for sequence in ("AR", "ND", "C")}
+    hashes = {hash_sequence(sequence) for sequence in ("AR", "ND", "C")}
     barrier = threading.Barrier(4)
     failed: list[BaseException] = []
 
@@ -258,18 +262,18 @@ def test_two_that_keep_the_same_split_at_once_keep_it_once(database_url: str) ->
 
 
 def test_tokens_are_hashed_as_the_sequences_that_they_are() -> None:
-    tokens = data.encode(["ARND", RESIDUES, "C"], 25)
+    tokens = encode(["ARND", RESIDUES, "C"], 25)
     labels = np.zeros(3, dtype=np.uint8)
-    hashes = data.development_hashes(
-        data.DevelopmentData(
+    hashes = development_hashes(
+        DevelopmentData(
             training_tokens=tokens,
             training_labels=labels,
             validation_tokens=tokens[:1],
             validation_labels=labels[:1],
         )
     )
-    assert hashes.training == {data.hash_sequence(one) for one in ("ARND", RESIDUES, "C")}
-    assert hashes.validation == {data.hash_sequence("ARND")}
+    assert hashes.training == {hash_sequence(one) for one in ("ARND", RESIDUES, "C")}
+    assert hashes.validation == {hash_sequence("ARND")}
     assert hashes.test == frozenset()
 
 
@@ -279,7 +283,7 @@ def test_tokens_are_hashed_as_the_sequences_that_they_are() -> None:
 def finish(tuned: TunedStudy) -> None:
     """A winner with weights that give the loss which it is recorded with."""
     path = tuned.artifacts.folder.parent / "development"
-    development = data.load_development(path / f"{tuned.record.development_sha256}.npz")
+    development = load_development(path / f"{tuned.record.development_sha256}.npz")
     config = tuned.record.spec.space.resolve({"learning_rate": 0.01})
     weights = b"weights of the winner"
     from tuner.metrics import cross_entropy

@@ -25,9 +25,10 @@ from optuna.trial import TrialState
 
 from tuner.artifacts import HUNG_PREFIX, artifact_store, dashboard_folder
 from tuner.data import prepare as data
+from tuner.data.development import load_development
 from tuner.errors import StudyError, TunerError
 from tuner.metrics import METHODS, Metrics, measure
-from tuner.results import report_page
+from tuner.results import heldout, report_page
 from tuner.results.export import config_hash
 from tuner.results.report import Evaluate, Report, write_report
 from tuner.search import study
@@ -176,7 +177,7 @@ def test_a_second_call_shows_the_recorded_report_and_opens_nothing(
     tuned: TunedStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = reported(tuned)
-    monkeypatch.setattr(data, "read_held_out", fail)
+    monkeypatch.setattr(heldout, "read_held_out", fail)
     (tmp_path / "rows.csv").unlink()
     tuned.artifacts.weights(WINNER).unlink()
     second = reported(tuned, tmp_path / "elsewhere", evaluate=fail)
@@ -276,7 +277,7 @@ def test_no_coordinator_can_start_while_the_test_split_is_open(tuned: TunedStudy
 def test_a_report_that_was_frozen_and_replaced_opens_nothing(
     tuned: TunedStudy, meanwhile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "read_held_out", fail)
+    monkeypatch.setattr(heldout, "read_held_out", fail)
 
     def freeze(
         config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
@@ -501,7 +502,7 @@ def test_a_report_that_cannot_be_made_opens_nothing(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(data, "read_held_out", fail)
+    monkeypatch.setattr(heldout, "read_held_out", fail)
     spoil(tuned, tmp_path)
     with pytest.raises(StudyError, match=message):
         reported(tuned)
@@ -535,7 +536,7 @@ def another_network(
 def test_weights_that_are_not_the_winners_are_found_out_on_the_validation_split(
     tuned: TunedStudy, evaluate: Evaluate, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "read_held_out", fail)
+    monkeypatch.setattr(heldout, "read_held_out", fail)
     with pytest.raises(StudyError, match=message):
         reported(tuned, evaluate=evaluate)
     assert tuned.storage.ledger() == ()
@@ -555,7 +556,7 @@ def test_a_winner_with_large_logits_is_reported_by_the_loss_that_training_counte
         return 1_000 * predict(config, weights, tokens)
 
     tuned = finished_study(storage, tmp_path, training={"max_epochs": 9, "precision": precision})
-    development = data.load_development(
+    development = load_development(
         data.prepare(
             tuned.record.spec.data, folder=tmp_path, artifacts=tmp_path / "artifacts"
         ).development_file

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tuner.data.prepare import DevelopmentData
+from tuner.data.development import DevelopmentData
 from tuner.errors import TrialEndedError
 from tuner.metrics import cross_entropy
 from tuner.network import training

@@ -1274,7 +1274,7 @@ def serve(
 @data_app.command("fetch", epilog="Example: tuner data fetch")
 def data_fetch() -> None:
     """Downloads the solubility data into the user's cache, checked by its hash."""
-    from tuner.data.prepare import fetch
+    from tuner.data.solubility import fetch
 
     typer.echo(str(fetch()))
 

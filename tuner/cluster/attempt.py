@@ -223,7 +223,7 @@ _DATA: dict[str, Any] = {}
 
 def _development_data(task: TrainingTask) -> Any:
     """The development rows as tensors, made once for each worker process."""
-    from tuner.data.prepare import load_development
+    from tuner.data.development import load_development
     from tuner.network.training import TensorData, configure_tensorflow
 
     sha256 = task.development_sha256

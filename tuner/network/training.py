@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tuner.data.prepare import DevelopmentData
+from tuner.data.development import DevelopmentData
 from tuner.errors import TrialEndedError
 from tuner.metrics import area_under_curve
 from tuner.network.keras_setup import memory_errors

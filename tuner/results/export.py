@@ -21,7 +21,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import publish, require_writable
-from tuner.data.prepare import PAIR
+from tuner.data.sources import PAIR
 from tuner.errors import StudyError, TunerError, reason_of
 from tuner.search.attributes import DETAIL_KEY, ENDED_KEY, RESUMED_KEY, curve_of
 from tuner.search.data_source import source_files

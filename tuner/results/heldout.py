@@ -10,8 +10,10 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
-from tuner.data import prepare as data
-from tuner.data.prepare import DataIdentity, HeldOutRows
+from tuner.data import solubility
+from tuner.data.identity import DataIdentity
+from tuner.data.prepare import HeldOutRows, read_held_out
+from tuner.data.sources import source_sha256, with_files
 from tuner.errors import StudyError
 from tuner.search.data_source import source_files
 from tuner.search.tuned_study import TunedStudy
@@ -36,15 +38,15 @@ def check_source(tuned: TunedStudy, given: Path | None = None) -> DataSettings:
         StudyError: The source is missing or another one.
     """
     settings, folder = _settings(tuned), tuned.record.spec.folder
-    if settings.source == "solubility" and given is None and data.locate(folder) is not None:
+    if settings.source == "solubility" and given is None and solubility.locate(folder) is not None:
         return settings
     files = source_files(tuned, given)
     if not files:
         if settings.source == "solubility":
-            data.fetch()
+            solubility.fetch()
         return settings  # or generated, not read
     try:
-        found = data.source_sha256(files)
+        found = source_sha256(files)
     except OSError as error:
         raise StudyError(
             f"{error.filename}: {error.strerror or error}. Study {tuned.name!r} was made from this "
@@ -52,7 +54,7 @@ def check_source(tuned: TunedStudy, given: Path | None = None) -> DataSettings:
             "folder with --data, then report again. Nothing was opened."
         ) from error
     _compare(tuned, "sha256", tuned.record.data.sha256, found)
-    return data.with_files(settings, files)
+    return with_files(settings, files)
 
 
 def open_test_split(
@@ -88,7 +90,7 @@ def open_test_split(
         spec_hash=record.spec.spec_hash,
         split_id=record.data.split_id,
     )
-    identity, rows = data.read_held_out(settings or _settings(tuned), folder=record.spec.folder)
+    identity, rows = read_held_out(settings or _settings(tuned), folder=record.spec.folder)
     _require_same(tuned, identity)
     # For studies of an earlier version, which did not keep it when they were launched.
     tuned.storage.keep_split(identity.split_id, rows.hashes)

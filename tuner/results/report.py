@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import development_path, publish, require_writable
 from tuner.coordination.study_note import hang_page
-from tuner.data.prepare import DevelopmentData, load_development
+from tuner.data.development import DevelopmentData, load_development
 from tuner.errors import LeaseLostError, StudyError, TunerError, counted, is_outage, reason_of
 from tuner.metrics import Metrics, measure, roc_curve
 from tuner.results import heldout, report_page

@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tuner.data.prepare import SOLUBILITY_FILE, find_source, source_sha256
-from tuner.data.prepare import source_files as named_files
+from tuner.data.solubility import SOLUBILITY_FILE
+from tuner.data.sources import find_source, source_sha256
+from tuner.data.sources import source_files as named_files
 from tuner.errors import StudyError
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import StudySpec
@@ -34,7 +35,7 @@ def renew_folder(tuned: TunedStudy, spec: StudySpec) -> TunedStudy:
 
 
 def source_files(tuned: TunedStudy, given: Path | None = None) -> tuple[Path, ...]:
-    """The files of the study's data, as `tuner.data.prepare.source_files` orders them.
+    """The files of the study's data, as `tuner.data.sources.source_files` orders them.
 
     Where they are not where the study file was, they are looked for by their content where that
     file lies if the whole project was moved: below the current folder, and above the artifacts.

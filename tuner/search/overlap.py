@@ -13,14 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuner.artifacts import development_path
-from tuner.data.prepare import (
-    DataIdentity,
-    Prepared,
-    SplitHashes,
-    development_hashes,
-    load_development,
-    read_hashes,
-)
+from tuner.data.development import development_hashes, load_development
+from tuner.data.identity import DataIdentity
+from tuner.data.prepare import Prepared, read_hashes
+from tuner.data.split import SplitHashes
 from tuner.errors import DataError, counted
 from tuner.search.attributes import RECORD_KEY
 from tuner.search.study import list_names, study_name

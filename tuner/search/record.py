@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tuner.data.prepare import DataIdentity
+from tuner.data.identity import DataIdentity
 from tuner.spec.spec import StudySpec, rungs_counted_up, spec_from_document
 
 #: Versions that are stored with a study and go into every export.

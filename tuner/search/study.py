@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 
 from tuner.artifacts import HUNG_PREFIXES, StudyArtifacts, study_folder_name
 from tuner.commands import command
-from tuner.data.prepare import DataIdentity
+from tuner.data.identity import DataIdentity
 from tuner.errors import StudyError, StudyInUseError, counted
 from tuner.search.attributes import (
     BUDGET_KEY,

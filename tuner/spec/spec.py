@@ -352,7 +352,7 @@ class StudySpec(_Settings):
 
         Left out: its name and provenance; `trials` and `stop`, which may be changed later;
         `data.fallback`, which decides whether there is a study at all; and the folders of data
-        files, whose content has an identity of its own (`tuner.data.prepare.DataIdentity`).
+        files, whose content has an identity of its own (`tuner.data.identity.DataIdentity`).
         """
         document = self.to_document()
         del document["name"], document["trials"]

@@ -1,0 +1,109 @@
+"""The development file: the training and validation rows, which is all that workers get."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tuner.artifacts import publish
+from tuner.data.arrays import DamagedError, opened_archive, read_member
+from tuner.data.problems import Problems
+from tuner.data.rows import Row, Tokens, decode_tokens, encode, hash_sequence
+from tuner.data.split import SplitHashes
+from tuner.data.text import read_bytes
+from tuner.errors import TunerError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevelopmentData:
+    """The rows that training and the choice of hyperparameters may see."""
+
+    training_tokens: Tokens  #: [training rows, max_length]
+    training_labels: Tokens  #: [training rows]; 1 is soluble, 0 insoluble
+    validation_tokens: Tokens  #: [validation rows, max_length]
+    validation_labels: Tokens  #: [validation rows]
+
+
+def development_hashes(development: DevelopmentData) -> SplitHashes:
+    """The same of a development file: its test split is empty, and cut sequences are cut."""
+    training, validation = (
+        frozenset(hash_sequence(sequence) for sequence in decode_tokens(tokens))
+        for tokens in (development.training_tokens, development.validation_tokens)
+    )
+    return SplitHashes(training=training, validation=validation, test=frozenset())
+
+
+def load_development(path: Path, sha256: str | None = None) -> DevelopmentData:
+    """The rows of a development file.
+
+    Args:
+        path: What `prepare` wrote, or a copy of it.
+        sha256: Of the file's bytes, checked where given.
+
+    Raises:
+        DataError: The file is missing, damaged, or not the one that was asked for.
+        OSError: It cannot be opened or read.
+        MemoryError: There is no room for it.
+    """
+    remedy = "launch the study again: that writes the file anew"
+    problems = Problems()
+    content = read_bytes(path, str(path), problems, outages=True)
+    problems.raise_if_any()
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and found != sha256:
+        problems.add(str(path), f"sha256 is {found}, not {sha256}; {remedy}", value=found)
+        problems.raise_if_any()
+    try:
+        with opened_archive(content) as archive:
+            development = DevelopmentData(
+                training_tokens=read_member(archive, "training_tokens"),
+                training_labels=read_member(archive, "training_labels"),
+                validation_tokens=read_member(archive, "validation_tokens"),
+                validation_labels=read_member(archive, "validation_labels"),
+            )
+    except (KeyError, DamagedError) as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise error.__cause__ from None
+        problems.add(str(path), f"is no development file ({error}); {remedy}")
+        problems.raise_if_any()
+    return development
+
+
+def split_arrays(rows: Sequence[Row], max_length: int) -> tuple[Tokens, Tokens]:
+    """Tokens [n, max_length] and labels [n], both uint8."""
+    labels = np.array([row.label for row in rows], dtype=np.uint8)
+    return encode([row.sequence for row in rows], max_length), labels
+
+
+def npz_bytes(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """An npz file whose bytes depend on the arrays alone: no clock, no platform, no zlib."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
+            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system = 3  # zipfile writes that of the running system
+            info.external_attr = 0o600 << 16
+            archive.writestr(info, member.getvalue())
+    return content.getvalue()
+
+
+def write_development(path: Path, content: bytes) -> None:
+    """Publishes the file; one of that name and content stays as it is."""
+    try:
+        if not path.is_file() or path.read_bytes() != content:
+            publish(path, content)
+    except OSError as error:
+        raise TunerError(
+            f"{path}: the development file cannot be written ({error.strerror or error}); free "
+            "the disk or name another folder in TUNER_ARTIFACTS"
+        ) from error

@@ -1,0 +1,171 @@
+"""Reads FASTA, CSV, TSV and NPZ files into rows."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tuner.spec.spec import DataSettings, FastaPair
+from tuner.data import solubility
+from tuner.data.arrays import npz_rows
+from tuner.data.problems import NO_ID, REPEATED_ID, Problems, shortened
+from tuner.data.rows import Row, Source
+from tuner.data.sources import resolved_path
+from tuner.data.synthetic import synthetic_source
+from tuner.data.tables import csv_rows
+from tuner.data.text import checked_sequence, file_text, lower_case_warnings, read_bytes
+
+
+def load_source(settings: DataSettings, folder: Path, problems: Problems) -> Source:
+    """The rows of whatever `settings.source` names, each one checked by itself."""
+    source = settings.source
+    if not isinstance(source, str):
+        return _load_fasta(source, folder, problems)
+    if source == "synthetic":
+        return synthetic_source()
+    if source != "solubility":
+        path = resolved_path(source, folder)
+        return _load_file(source, path, source, problems)
+    try:
+        path = solubility.locate(folder) or solubility.download_to()
+    except solubility.UnavailableError as error:
+        if settings.fallback != "synthetic":
+            raise solubility.unavailable_error(error, folder) from None
+        generated = synthetic_source()
+        warning = (
+            f'SYNTHETIC DATA: the data set "solubility" cannot be had ({error}), so this study '
+            f"runs on {len(generated.rows):,} generated sequences; its figures say nothing about "
+            "proteins"
+        )
+        return replace(generated, warnings=(warning,))
+    return _load_file("solubility", path, str(path), problems)
+
+
+def _load_file(name: str, path: Path, file: str, problems: Problems) -> Source:
+    """One file with both labels: .npz, .csv or .tsv. `file` is its name in messages."""
+    rows: list[Row] = []
+    warnings: list[str] = []
+    content = read_bytes(path, file, problems)
+    if content:
+        if path.name.lower().endswith(".npz"):
+            rows = npz_rows(file, content, problems)
+        else:
+            delimiter = "\t" if path.name.lower().endswith(".tsv") else ","
+            rows, warnings = csv_rows(file, content, delimiter, problems)
+        _check_labels(file, rows, problems)
+    return Source(
+        name=name,
+        synthetic=False,
+        sha256=hashlib.sha256(content).hexdigest(),
+        rows=tuple(rows),
+        warnings=tuple(warnings),
+    )
+
+
+def _load_fasta(pair: FastaPair, folder: Path, problems: Problems) -> Source:
+    """Two FASTA files, one for each label."""
+    digests = b""
+    rows: list[Row] = []
+    ids: list[set[str]] = []
+    lower_case = 0
+    for file, label in ((pair.soluble, 1), (pair.insoluble, 0)):
+        content = read_bytes(resolved_path(file, folder), file, problems)
+        digests += hashlib.sha256(content).digest()
+        if content:
+            file_rows, file_ids, file_lower_case = _fasta_rows(file, content, label, problems)
+            rows += file_rows
+            ids.append(file_ids)
+            lower_case += file_lower_case
+    warnings = lower_case_warnings(lower_case)
+    shared = set.intersection(*ids) if ids else set()
+    if len(ids) == 2 and shared:
+        warnings.append(
+            f"{len(shared):,} ids stand in both FASTA files (as {shortened(min(shared))!r} does): "
+            "taken as different proteins"
+        )
+    return Source(
+        name=f"{pair.soluble}, {pair.insoluble}",
+        synthetic=False,
+        sha256=hashlib.sha256(digests).hexdigest(),
+        rows=tuple(rows),
+        warnings=tuple(warnings),
+    )
+
+
+def _check_labels(file: str, rows: Sequence[Row], problems: Problems) -> None:
+    """Both labels must be there. Not asked where rows were refused: they may be the others."""
+    labels = {row.label for row in rows}
+    if problems or len(labels) == 2:
+        return
+    if not labels:
+        problems.add(file, "holds no rows; a study needs soluble and insoluble sequences")
+        return
+    (label,) = labels
+    problems.add(
+        file,
+        f"every row has label {label}; a classifier needs both, 1 (soluble) and 0 (insoluble)",
+        key="label",
+        value=str(label),
+    )
+
+
+def _fasta_rows(
+    file: str, content: bytes, label: int, problems: Problems
+) -> tuple[list[Row], set[str], int]:
+    """Rows of a FASTA file, their ids, and how many held lower case.
+
+    dnaio lets empty and impossible records through and knows no lines: both are seen to here.
+    """
+    import dnaio  # noqa: PLC0415 - takes 0.1 s, and most sources are no FASTA
+
+    rows: list[Row] = []
+    line_of_id: dict[str, int] = {}
+    lower_case = 0
+    text = file_text(file, content, problems)
+    if text is None:
+        return rows, set(), lower_case
+    # dnaio decodes as the locale says and refuses what is not ASCII; here that is a bad residue.
+    text = text.encode("ascii", "backslashreplace").decode()
+    lines = [line.strip() for line in io.StringIO(text, newline=None)]
+    headers = (number for number, line in enumerate(lines, start=1) if line.startswith(">"))
+    reader = dnaio.FastaReader(io.BytesIO(text.encode()))
+    found = 0
+    try:
+        for line, record in zip(headers, reader, strict=True):
+            found += 1
+            name = (record.name.split() or [""])[0]
+            if not name:
+                what = "a header without an id"
+                problems.add_one(NO_ID, file, what, place=f"line {line}", line=line, key="id")
+            elif line_of_id.setdefault(name, line) != line:
+                shown, first = repr(shortened(name)), line_of_id[name]
+                problems.add_one(
+                    REPEATED_ID,
+                    file,
+                    f"id {shown} stands in line {first} already",
+                    place=f"line {line}",
+                    detail=f"{shown}, as in line {first}",
+                    line=line,
+                    key="id",
+                    value=name,
+                )
+            subject = f"the sequence {shortened(name)!r}"
+            sequence = checked_sequence(record.sequence, file, line, subject, problems)
+            if sequence is not None:
+                lower_case += sequence != record.sequence
+                rows.append(
+                    Row(sequence=sequence, label=label, file=file, line=line, place=f"line {line}")
+                )
+    except dnaio.FastaFormatError as error:
+        line = (error.line or 0) + 1
+        message = "a FASTA record starts with a line >NAME; remove what stands before the first"
+        problems.add(file, message, line=line, value=lines[line - 1])
+    else:
+        if not found:
+            problems.add(file, "holds no records; each is a line >NAME with its residues below")
+    return rows, set(line_of_id), lower_case
