@@ -28,7 +28,7 @@ from tuner.cli import main as cli
 from tuner.data.prepare import prepare
 from tuner.data.synthetic import synthetic_sequences
 from tuner.search.study import create_or_resume
-from tuner.spec.spec import load_spec
+from tuner.spec.reader import load_spec
 from tuner.storage.storage import Storage
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "bad-input.md"

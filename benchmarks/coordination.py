@@ -46,7 +46,8 @@ from postgres import postgres_server  # noqa: E402
 from tuner.coordination.coordinator import Coordinator  # noqa: E402
 from tuner.search.objective import Objective  # noqa: E402
 from tuner.search.study import create_or_resume  # noqa: E402
-from tuner.spec.spec import StudySpec, load_spec, spec_from_document  # noqa: E402
+from tuner.spec.reader import load_spec, spec_from_document  # noqa: E402
+from tuner.spec.spec import StudySpec  # noqa: E402
 from tuner.storage.engine import closed_engine  # noqa: E402
 from tuner.storage.lease import COORDINATOR_KEY  # noqa: E402
 from tuner.storage.storage import Storage  # noqa: E402

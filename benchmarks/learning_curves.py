@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 
 from tuner.search.attributes import curve_of
 from tuner.search.study import load
-from tuner.spec.spec import load_spec
+from tuner.spec.reader import load_spec
 from tuner.storage.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent

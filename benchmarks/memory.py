@@ -30,7 +30,7 @@ from tuner.search.attributes import WORKER_KEY
 from tuner.search.record import versions
 from tuner.search.study import load
 from tuner.search.tuned_study import FINISHED
-from tuner.spec.spec import load_spec
+from tuner.spec.reader import load_spec
 from tuner.storage.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent

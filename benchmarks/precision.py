@@ -25,9 +25,9 @@ from machine import processor
 from tuner.data.development import DevelopmentData
 from tuner.network.model import tf
 from tuner.network.training import TensorData, TrainingRun, configure_tensorflow
+from tuner.spec.architecture import ModelConfig, parameter_count
 from tuner.spec.precision import multiply_adds_a_value
-from tuner.spec.space import ModelConfig, parameter_count
-from tuner.spec.spec import load_spec
+from tuner.spec.reader import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 200  # residues

@@ -43,7 +43,8 @@ from tuner.search.hyperband import make_pruner
 from tuner.search.sampler import TPE_SETTINGS, PerTrialSampler, make_sampler
 from tuner.search.stop_rule import StopRule, in_order_of_end
 from tuner.search.tuned_study import FINISHED
-from tuner.spec.spec import StopSettings, StudySpec, load_spec, spec_from_document
+from tuner.spec.reader import load_spec, spec_from_document
+from tuner.spec.spec import StopSettings, StudySpec
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2

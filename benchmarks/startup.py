@@ -26,7 +26,7 @@ from machine import processor
 from tuner.data.prepare import prepare
 from tuner.search.record import versions
 from tuner.search.study import load
-from tuner.spec.spec import load_spec
+from tuner.spec.reader import load_spec
 from tuner.storage.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent

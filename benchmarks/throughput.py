@@ -43,9 +43,10 @@ from tuner.data.prepare import prepare
 from tuner.search.attributes import WORKER_KEY, curve_of
 from tuner.search.record import versions
 from tuner.search.study import load
+from tuner.spec.architecture import ModelConfig
 from tuner.spec.precision import BFLOAT16_FROM, multiply_adds, precision_by_size
-from tuner.spec.space import ModelConfig
-from tuner.spec.spec import StudySpec, load_spec, spec_from_document
+from tuner.spec.reader import load_spec, spec_from_document
+from tuner.spec.spec import StudySpec
 from tuner.storage.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -33,7 +33,8 @@ from tuner.data.prepare import prepare
 from tuner.search.attributes import curve_of
 from tuner.search.record import versions
 from tuner.search.study import load
-from tuner.spec.spec import StudySpec, spec_from_document
+from tuner.spec.reader import spec_from_document
+from tuner.spec.spec import StudySpec
 from tuner.storage.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,8 +21,9 @@ from tuner.errors import TrainingPausedError
 from tuner.search.attributes import curve_of
 from tuner.search.study import create_or_resume
 from tuner.search.tuned_study import FINISHED, TunedStudy
-from tuner.spec.space import ModelConfig
-from tuner.spec.spec import StudySpec, spec_from_document
+from tuner.spec.architecture import ModelConfig
+from tuner.spec.reader import spec_from_document
+from tuner.spec.spec import StudySpec
 from tuner.storage.storage import Storage
 from tuner.train import EpochResult, Train
 

@@ -20,8 +20,8 @@ from tuner.metrics import cross_entropy
 from tuner.search import study
 from tuner.search.attributes import CURVE_KEY, DETAIL_KEY, ENDED_KEY
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.space import ModelConfig
-from tuner.spec.spec import spec_from_document
+from tuner.spec.architecture import ModelConfig
+from tuner.spec.reader import spec_from_document
 from tuner.storage.storage import Storage
 
 SPACE = {"blocks": 2, "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}

@@ -28,7 +28,8 @@ from tuner.results.export import (
 )
 from tuner.search.study import load
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.spec import load_spec, name_problem, spec_from_document
+from tuner.spec.reader import load_spec, spec_from_document
+from tuner.spec.spec import name_problem
 from tuner.storage.storage import Storage
 
 

@@ -11,7 +11,7 @@ from test_model import block, dense, network, sequences
 
 from tuner.network import fast_layers
 from tuner.network.model import build_model, keras, logit_model, tf
-from tuner.spec.space import ModelConfig
+from tuner.spec.architecture import ModelConfig
 
 LENGTH = 40
 #: Between them: every layer that is replaced, each way to pool and to pad, with what may disturb.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tuner.network.model import build_model, keras, logit_model
-from tuner.spec.space import (
+from tuner.spec.architecture import (
     BlockConfig,
     DenseConfig,
     ModelConfig,

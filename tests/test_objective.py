@@ -14,7 +14,7 @@ from tuner.search.attributes import CURVE_KEY, ENDED_KEY, curve_of
 from tuner.search.hyperband import make_pruner
 from tuner.search.objective import Objective
 from tuner.search.sampler import PerTrialSampler, make_sampler
-from tuner.spec.space import ModelConfig
+from tuner.spec.architecture import ModelConfig
 from tuner.train import EpochResult, figures_of
 
 

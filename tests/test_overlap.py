@@ -22,7 +22,8 @@ from tuner.results import report_page
 from tuner.results.report import write_report
 from tuner.search import overlap, study
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.spec import StudySpec, spec_from_document
+from tuner.spec.reader import spec_from_document
+from tuner.spec.spec import StudySpec
 from tuner.storage.storage import Storage
 
 Rows = list[tuple[str, int]]

@@ -34,7 +34,7 @@ from tuner.results.report import Evaluate, Report, write_report
 from tuner.search import study
 from tuner.search.status import status
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.space import ModelConfig
+from tuner.spec.architecture import ModelConfig
 from tuner.storage.storage import Storage
 
 

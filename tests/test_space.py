@@ -17,6 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuner.errors import StudyError
+from tuner.spec.architecture import (
+    ModelConfig,
+    misfits,
+    padded_length,
+    parameter_count,
+    positions_after_blocks,
+)
+from tuner.spec.bounds import parameter_count_range, tightest
+from tuner.spec.mistakes import toml_value
 from tuner.spec.space import (
     BLOCK_KEYS,
     DENSE_KEYS,
@@ -25,17 +34,9 @@ from tuner.spec.space import (
     Dimension,
     Floats,
     Integers,
-    ModelConfig,
     ParameterValue,
     SearchSpace,
-    misfits,
-    padded_length,
-    parameter_count,
-    parameter_count_range,
-    positions_after_blocks,
     space_of,
-    tightest,
-    toml_value,
 )
 
 # Hypothesis' own deadline and randomness would make a slow machine, or bad luck, a failure.

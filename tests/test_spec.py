@@ -21,19 +21,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tuner.errors import Problem, SpecError
-from tuner.spec.space import SearchSpace, parameter_count, space_of
-from tuner.spec.spec import (
-    DataSettings,
-    FastaPair,
-    StudySpec,
-    bracket_turns,
-    brackets,
-    json_schema,
-    load_spec,
-    name_problem,
-    rungs,
-    spec_from_document,
-)
+from tuner.spec.architecture import parameter_count
+from tuner.spec.reader import load_spec, spec_from_document
+from tuner.spec.schedule import bracket_turns, brackets, rungs
+from tuner.spec.schema import json_schema
+from tuner.spec.space import SearchSpace, space_of
+from tuner.spec.spec import DataSettings, FastaPair, StudySpec, name_problem
 from tuner.spec.toml_lines import key_lines
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"

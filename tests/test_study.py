@@ -195,7 +195,7 @@ def test_a_study_whose_making_was_cut_off_is_made_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("tuner.search.record.record_document", cut_off)
+        patched.setattr("tuner.search.study.record_document", cut_off)
         with pytest.raises(KeyboardInterrupt):
             make_study(tmp_path, small_spec(known=[{"learning_rate": 0.02}]))
     made = make_study(tmp_path, small_spec(known=[{"learning_rate": 0.02}]))

@@ -20,7 +20,7 @@ from tuner.network import training
 from tuner.network.model import build_model, keras, load_weights, logit_model, tf
 from tuner.network.predict import logits
 from tuner.network.training import LocalTraining, TensorData, TrainingRun
-from tuner.spec.space import BlockConfig, DenseConfig, ModelConfig
+from tuner.spec.architecture import BlockConfig, DenseConfig, ModelConfig
 from tuner.spec.spec import TrainingSettings
 from tuner.train import EpochResult
 

@@ -36,8 +36,8 @@ from tuner.search.attributes import (
 from tuner.search.status import status
 from tuner.search.study import delete
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.space import parameter_count
-from tuner.spec.spec import load_spec
+from tuner.spec.architecture import parameter_count
+from tuner.spec.reader import load_spec
 from tuner.storage.storage import COORDINATOR_KEY
 from tuner.train import EpochResult
 

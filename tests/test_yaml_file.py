@@ -10,7 +10,7 @@ import yaml
 
 from tuner.coordination.queue import overrides_for
 from tuner.errors import Problem, SpecError
-from tuner.spec.spec import load_spec, spec_from_document
+from tuner.spec.reader import load_spec, spec_from_document
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
 

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from tuner.spec.space import ModelConfig
+from tuner.spec.architecture import ModelConfig
 
 #: Attributes of a trial: numbers that the dashboard sorts and draws by, and exports list.
 PARAMETERS_KEY = "parameters"  # of the network

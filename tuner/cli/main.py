@@ -356,7 +356,7 @@ def check(
     storage: StorageUrl = DEFAULT_STORAGE_URL,
 ) -> None:
     """Validates a study file and its data, and says what the study would do; trains nothing."""
-    from tuner.spec.spec import json_schema
+    from tuner.spec.schema import json_schema
 
     if schema:
         _print_json(json_schema())
@@ -370,7 +370,7 @@ def check(
             raise
         _print_json(_invalid(spec_path, error))
         raise typer.Exit(1) from None
-    from tuner.spec.space import parameter_count_range
+    from tuner.spec.bounds import parameter_count_range
 
     low, high = parameter_count_range(spec.space, spec.data.max_length)
     shared = _shared_rows(storage, spec, prepared)
@@ -418,7 +418,7 @@ def _load(
     path: Path, overrides: list[str], artifacts: Path, *, quiet: bool = False
 ) -> tuple[StudySpec, Prepared]:
     from tuner.data.prepare import prepare
-    from tuner.spec.spec import load_spec
+    from tuner.spec.reader import load_spec
 
     spec = load_spec(path, overrides)
     prepared = prepare(spec.data, folder=spec.folder, artifacts=artifacts, sha256=spec.data_sha256)

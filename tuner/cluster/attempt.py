@@ -191,9 +191,6 @@ class _Orders:
                 self._changed.wait(timeout=_LOOK_SECONDS)
 
 
-# --- leaving ---
-
-
 # --- the network ---
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 from tuner.errors import (
     EndReason,
 )
+from tuner.spec.architecture import ModelConfig
 from tuner.spec.precision import Precision
-from tuner.spec.space import ModelConfig
 from tuner.spec.spec import TrainingSettings
 from tuner.train import EpochResult
 

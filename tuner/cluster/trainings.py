@@ -42,7 +42,7 @@ from tuner.errors import (
 from tuner.logs import about
 from tuner.search.attributes import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.space import ModelConfig
+from tuner.spec.architecture import ModelConfig
 from tuner.train import EpochResult
 
 _PULSE_SECONDS = 2.0  #: between two full sets of orders

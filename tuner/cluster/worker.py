@@ -386,6 +386,3 @@ def _end_now(number: signal.Signals, folder: str) -> None:
             child.kill()
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(128 + number)
-
-
-# --- GPUs ---

@@ -40,7 +40,7 @@ from tuner.search.status import State
 from tuner.search.stop_rule import StopRule
 from tuner.search.study import refuse_a_reported_study, take_settings
 from tuner.search.tuned_study import FINISHED, TunedStudy
-from tuner.spec.space import ModelConfig
+from tuner.spec.architecture import ModelConfig
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import COORDINATOR_KEY, Decision
 from tuner.train import EpochResult, Train

@@ -27,7 +27,8 @@ from tuner.search.study import (
     refuse_a_reported_study,
 )
 from tuner.search.tuned_study import FINISHED, TunedStudy
-from tuner.spec.spec import StudySpec, load_spec
+from tuner.spec.reader import load_spec
+from tuner.spec.spec import StudySpec
 from tuner.storage.lease import LeaseHolder
 from tuner.storage.storage import Storage
 

@@ -28,7 +28,7 @@ from tuner.search.attributes import (
     SEED_KEY,
 )
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.space import ModelConfig, layers_of
+from tuner.spec.architecture import ModelConfig, layers_of
 from tuner.train import EpochResult
 
 _DRAW_SECONDS = 10.0  #: between two drawings of a trial that is being trained
@@ -131,6 +131,3 @@ def network_table(config: ModelConfig, max_length: int) -> str:
         writer.writerow([layer.name, " x ".join(map(str, layer.output)), layer.parameters])
     writer.writerow(["all", "", sum(layer.parameters for layer in layers)])
     return text.getvalue()
-
-
-# --- the drawing ---

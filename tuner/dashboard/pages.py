@@ -42,7 +42,7 @@ from tuner.search.attributes import RECORD_KEY
 from tuner.search.status import StudyStatus, status
 from tuner.search.study import delete, find_name, list_names, load
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.space import parameter_count_range
+from tuner.spec.bounds import parameter_count_range
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import LOG_IN, Storage
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from tuner.network.keras_setup import layers, ops, tf  # first of all who import TensorFlow
-from tuner.spec.space import TOKENS
+from tuner.spec.architecture import TOKENS
 
 from tensorflow.python.eager import record  # isort: skip
 from tensorflow.python.util import _pywrap_util_port  # isort: skip

@@ -25,8 +25,7 @@ import numpy.typing as npt
 
 from tuner.network import fast_layers
 from tuner.network.keras_setup import keras, layers, ops, set_keras, tf
-from tuner.spec.precision import Precision
-from tuner.spec.space import (
+from tuner.spec.architecture import (
     TOKENS,
     Activation,
     BlockConfig,
@@ -35,6 +34,7 @@ from tuner.spec.space import (
     ModelConfig,
     padded_length,
 )
+from tuner.spec.precision import Precision
 
 __all__ = [
     "build_model",

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tuner.network.keras_setup import memory_errors
 from tuner.network.model import build_model, load_weights, logit_model
-from tuner.spec.space import ModelConfig
+from tuner.spec.architecture import ModelConfig
 
 BATCH = 512  # sequences
 

@@ -32,8 +32,8 @@ from tuner.network.model import (
     set_keras,
     tf,
 )
+from tuner.spec.architecture import ModelConfig
 from tuner.spec.precision import Precision
-from tuner.spec.space import ModelConfig
 from tuner.spec.spec import TrainingSettings
 from tuner.train import EpochResult
 

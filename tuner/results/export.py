@@ -28,12 +28,13 @@ from tuner.search.data_source import source_files
 from tuner.search.record import StudyRecord
 from tuner.search.status import figures_in
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.space import ModelConfig, space_of
+from tuner.spec.architecture import ModelConfig
+from tuner.spec.space import space_of
 from tuner.spec.spec import name_problem
 from tuner.train import ACCURACY_KEY, BEST_EPOCH_KEY, PARAMETERS_KEY, ROC_AUC_KEY, SECONDS_KEY
 
 Format = Literal["toml", "json", "yaml"]
-#: By the suffix of a study file, as `tuner.spec.spec.load_spec` reads it.
+#: By the suffix of a study file, as `tuner.spec.reader.load_spec` reads it.
 _FORMATS: Mapping[str, Format] = {".toml": "toml", ".json": "json", ".yaml": "yaml", ".yml": "yaml"}
 
 

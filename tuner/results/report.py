@@ -34,7 +34,7 @@ from tuner.search.record import versions
 from tuner.search.status import status as status_of
 from tuner.search.study import load
 from tuner.search.tuned_study import FINISHED, TunedStudy
-from tuner.spec.space import ModelConfig
+from tuner.spec.architecture import ModelConfig
 from tuner.storage.lease import LEASE_SECONDS
 from tuner.storage.storage import Storage
 

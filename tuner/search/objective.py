@@ -8,7 +8,7 @@ import optuna
 
 from tuner.errors import TrialEndedError
 from tuner.search.attributes import CURVE_KEY, DETAIL_KEY, ENDED_KEY
-from tuner.spec.space import parameter_count
+from tuner.spec.architecture import parameter_count
 from tuner.spec.spec import StudySpec
 from tuner.train import (
     PARAMETERS_KEY,

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tuner.data.identity import DataIdentity
-from tuner.spec.spec import StudySpec, rungs_counted_up, spec_from_document
+from tuner.spec.reader import spec_from_document
+from tuner.spec.schedule import rungs_counted_up
+from tuner.spec.spec import StudySpec
 
 #: Versions that are stored with a study and go into every export.
 _RECORDED_PACKAGES = ("tuner", "optuna", "keras", "numpy", "sqlalchemy", "distributed")

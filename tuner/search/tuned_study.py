@@ -18,8 +18,8 @@ from tuner.search.attributes import (
     VALUE_NAME,
 )
 from tuner.search.record import StudyRecord
+from tuner.spec.architecture import ModelConfig
 from tuner.spec.precision import BFLOAT16_FROM, Precision, precision_by_size
-from tuner.spec.space import ModelConfig
 from tuner.spec.spec import StopSettings
 from tuner.storage.storage import Storage
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from math import prod
 from typing import Literal, TypeAlias
 
-from tuner.spec.space import ModelConfig, layers_of
+from tuner.spec.architecture import ModelConfig, layers_of
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 

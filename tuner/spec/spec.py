@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -22,38 +20,20 @@ from pydantic import (
     Field,
     InstanceOf,
     Tag,
-    ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
-from tuner.errors import SpecError
-from tuner.spec.document import (
-    Mistake,
-    Places,
-    did_you_mean,
-    one_of,
-    read_file,
-    shown,
-    without_the_quotes,
-)
-from tuner.spec.limits import excess, odd_text
+from tuner.spec.mistakes import did_you_mean, shown
 from tuner.spec.precision import Precision
-from tuner.spec.space import KEYS, ParameterValue, SearchSpace
-from tuner.spec.tables import (
-    check_lengths,
-    known_schema,
-    read_known,
-    read_space,
-    space_schema,
-)
-from tuner.spec.toml_lines import KeyPath
+from tuner.spec.schedule import bracket_turns, halvings, rungs
+from tuner.spec.space import ParameterValue, SearchSpace
 
 MAX_NAME_LENGTH = 80  # characters; with "-synthetic" and a suffix still a file name everywhere
 _MAX_NAME_BYTES = 160  #: the same in UTF-8, of which a file's name has at most 255 in all
 _SUFFIXES = (".npz", ".csv", ".tsv")
 #: For the JSON schema: the greater part of `name_problem`.
-_NAME_PATTERN = r'^[^\s.\-/\\:*?"<>|][^/\\:*?"<>|\u0000-\u001f]*$'
+NAME_PATTERN = r'^[^\s.\-/\\:*?"<>|][^/\\:*?"<>|\u0000-\u001f]*$'
 
 
 def name_problem(name: str) -> str | None:
@@ -84,7 +64,7 @@ def _prints(letter: str) -> bool:
 # The settings. The attributes' defaults are the file's.
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
     """A table of the study file: nothing is converted, nothing unknown is let through."""
 
     model_config = ConfigDict(
@@ -150,7 +130,7 @@ Fraction: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 PathText: TypeAlias = Annotated[str, AfterValidator(_check_path)]
 
 
-class SplitSettings(_Table):
+class SplitSettings(Table):
     """How rows are divided into training, validation and test."""
 
     rule: Literal["random"] = "random"
@@ -174,7 +154,7 @@ class SplitSettings(_Table):
         return self
 
 
-class FastaPair(_Table):
+class FastaPair(Table):
     """Two FASTA files, one for each label."""
 
     soluble: PathText
@@ -187,7 +167,7 @@ def _source_kind(value: object) -> str:
     return "pair" if isinstance(value, Mapping | FastaPair) else "text"
 
 
-class DataSettings(_Table):
+class DataSettings(Table):
     """Where sequences come from and how they are split."""
 
     source: Annotated[
@@ -205,7 +185,7 @@ class DataSettings(_Table):
     split: SplitSettings = SplitSettings()
 
 
-class TrainingSettings(_Table):
+class TrainingSettings(Table):
     """How one configuration is trained."""
 
     max_epochs: int = Field(default=27, ge=1, le=100_000)
@@ -228,7 +208,7 @@ class TrainingSettings(_Table):
         return trial if self.as_trial is None else self.as_trial
 
 
-class HyperbandSettings(_Table):
+class HyperbandSettings(Table):
     """Hyperband (arXiv:1603.06560); its R is `training.max_epochs`."""
 
     min_epochs: int = Field(default=1, ge=1, le=100_000)
@@ -237,7 +217,7 @@ class HyperbandSettings(_Table):
     """one trial in eta goes on at a rung"""
 
 
-class StopSettings(_Table):
+class StopSettings(Table):
     """Ends the study before its budget is used up, as `tuner.search.stop_rule` says."""
 
     patience: int = Field(default=60, ge=1, le=1_000_000)
@@ -246,13 +226,13 @@ class StopSettings(_Table):
     """nats by which a better one must be better"""
 
 
-class SamplerSettings(_Table):
+class SamplerSettings(Table):
     """How configurations are sampled."""
 
     kind: Literal["tpe", "random"] = "tpe"
 
 
-class _Settings(_Table):
+class Settings(Table):
     """A study file without its space."""
 
     name: Annotated[str, AfterValidator(_check_name)]
@@ -272,7 +252,7 @@ class _Settings(_Table):
     """where an exported configuration comes from; its data is found again by the hash in there"""
 
 
-class StudySpec(_Settings):
+class StudySpec(Settings):
     """A study file, checked and with every default filled in."""
 
     space: InstanceOf[SearchSpace]
@@ -302,9 +282,7 @@ class StudySpec(_Settings):
         """s_max + 1 of the paper; 0 without Hyperband."""
         if self.hyperband is None:
             return 0
-        return 1 + _halvings(
-            self.hyperband.min_epochs, self.training.max_epochs, self.hyperband.eta
-        )
+        return 1 + halvings(self.hyperband.min_epochs, self.training.max_epochs, self.hyperband.eta)
 
     @property
     def bracket_turns(self) -> tuple[int, ...]:
@@ -364,65 +342,6 @@ class StudySpec(_Settings):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def rungs(min_epochs: int, max_epochs: int, eta: int) -> tuple[int, ...]:
-    """The rungs of the bracket that stops soonest (arXiv:1603.06560, algorithm 1), rising.
-
-    They are `max_epochs * eta**-k` with k = s_max .. 1, each rounded to the nearest whole epoch,
-    halves up: for R = 100 and eta = 4 after 2 (1.56), 6 (6.25) and 25 epochs. None is below
-    `min_epochs`, and none is `max_epochs`: a fully trained trial meets no rung at its end.
-    """
-    divisors = (eta**k for k in range(_halvings(min_epochs, max_epochs, eta), 0, -1))
-    return tuple((2 * max_epochs + divisor) // (2 * divisor) for divisor in divisors)
-
-
-def rungs_counted_up(min_epochs: int, max_epochs: int, eta: int) -> tuple[int, ...]:
-    """`min_epochs * eta**k` below `max_epochs`, the rungs of studies that recorded none.
-
-    The same as `rungs` where `max_epochs / min_epochs` is a power of `eta`. Elsewhere there may
-    be one more, which the bracket that should never stop has, too.
-    """
-    found: list[int] = []
-    epochs = min_epochs
-    while epochs < max_epochs:
-        found.append(epochs)
-        epochs *= eta
-    return tuple(found)
-
-
-def brackets(min_epochs: int, max_epochs: int, eta: int) -> tuple[tuple[int, ...], ...]:
-    """The rungs of every bracket (arXiv:1603.06560, algorithm 1); the last has none.
-
-    Each begins a rung later than the one before, and all end at `max_epochs`.
-    """
-    all_rungs = rungs(min_epochs, max_epochs, eta)
-    return tuple(all_rungs[first:] for first in range(len(all_rungs) + 1))
-
-
-def _halvings(min_epochs: int, max_epochs: int, eta: int) -> int:
-    """s_max of the paper, floor(log_eta(max_epochs / min_epochs)), counted in integers."""
-    count = 0
-    while min_epochs * eta ** (count + 1) <= max_epochs:
-        count += 1
-    return count
-
-
-@functools.cache  # asked for every trial
-def bracket_turns(min_epochs: int, max_epochs: int, eta: int) -> tuple[int, ...]:
-    """The bracket of each trial of a round, that which stops soonest first.
-
-    As in the paper (arXiv:1603.06560, algorithm 1) one follows when the one before has all its
-    trials, of `count` brackets ceil(eta^s / (s + 1)) with s from count - 1 down to 0, so 7, 3, 2
-    and 1 of four with eta 3. That is the paper's n for a budget B of R epochs a bracket; with
-    B = count * R a round is `count` times as long, and many a study would end in its first bracket.
-    """
-    count = 1 + _halvings(min_epochs, max_epochs, eta)
-    return tuple(
-        bracket
-        for bracket, s in enumerate(reversed(range(count)))
-        for _ in range(-(-(eta**s) // (s + 1)))
-    )
-
-
 def _nested(configuration: Mapping[str, ParameterValue]) -> dict[str, Any]:
     """{"block1.kernel_size": 5} -> {"block1": {"kernel_size": 5}}, as the file has it."""
     table: dict[str, Any] = {}
@@ -436,257 +355,3 @@ def _without_folders(source: Any) -> Any:
     if isinstance(source, Mapping):
         return {label: PurePath(path).name for label, path in source.items()}
     return PurePath(source).name
-
-
-# Reading.
-
-
-def load_spec(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
-    """The study file at `path`.
-
-    Args:
-        path: A TOML file; an exported one may be JSON or YAML, by its suffix.
-        overrides: What `--set` was given: "key=value", the value as TOML ("data.split.seed=1",
-            "space.filters={ choices = [16, 32] }"); what is no TOML value is text. Later ones
-            win, and a table replaces a table.
-
-    Raises:
-        SpecError: With all mistakes of the file and the overrides.
-    """
-    document, places, problems = read_file(path, overrides)
-    spec, mistakes = _check(document, path.parent.absolute())
-    found = map(places.problem, mistakes)
-    problems += sorted(found, key=lambda problem: (problem.line is None, problem.line))
-    if problems or spec is None:
-        raise SpecError(problems)
-    return spec
-
-
-def spec_from_document(document: Mapping[str, Any], *, folder: Path = Path()) -> StudySpec:
-    """The spec behind `StudySpec.to_document`.
-
-    Raises:
-        SpecError: With all mistakes.
-    """
-    spec, mistakes = _check(document, folder)
-    if spec is None:
-        raise SpecError([Places("", {}, ()).problem(mistake) for mistake in mistakes])
-    return spec
-
-
-# Checking.
-
-_EXAMPLES = {
-    "name": 'name = "my-study"',
-    "trials": "trials = 20",
-    "data": '[data] with source = "solubility"',
-    "source": 'source = "solubility"',
-    "soluble": 'soluble = "soluble.fasta"',
-    "insoluble": 'insoluble = "insoluble.fasta"',
-}
-
-#: Which keys stand in which table ("": at the top of the file).
-_TABLES: Mapping[str, tuple[str, ...]] = {
-    "": (*_Settings.model_fields, "space", "known"),
-    "data": tuple(DataSettings.model_fields),
-    "data.split": tuple(SplitSettings.model_fields),
-    "data.source": tuple(FastaPair.model_fields),
-    "training": tuple(TrainingSettings.model_fields),
-    "hyperband": tuple(HyperbandSettings.model_fields),
-    "sampler": tuple(SamplerSettings.model_fields),
-    "stop": tuple(StopSettings.model_fields),
-    "space": tuple(KEYS),
-}
-
-#: Keys that decide how many positions are left.
-_LENGTH_KEYS = frozenset(
-    ("blocks", "kernel_size", "pool_size", "padding", "arrangement", "head", "masking")
-)
-
-
-def _check(document: Mapping[str, Any], folder: Path) -> tuple[StudySpec | None, Sequence[Mistake]]:
-    """The spec, or None and what is wrong."""
-    if message := excess(document):
-        return None, [Mistake(path=(), value=None, message=message)]
-    odd = [
-        Mistake(path=path, value=value, message=text) for path, value, text in odd_text(document)
-    ]
-    if odd:
-        return None, odd
-    mistakes: list[Mistake] = []
-    settings = None
-    try:
-        settings = _Settings.model_validate(
-            {key: value for key, value in document.items() if key not in ("space", "known")}
-        )
-    except ValidationError as error:
-        mistakes += [_mistake(details) for details in error.errors(include_url=False)]
-    mistakes += _check_hyperband(document, mistakes)
-    in_space: list[Mistake] = []
-    space = read_space(document.get("space", {}), in_space)
-    mistaken = KEYS.keys() & {name for mistake in in_space for name in mistake.path}
-    max_length = _valid(document, ("data", "max_length"), mistakes, DataSettings)
-    if isinstance(max_length, int) and not mistaken & _LENGTH_KEYS:
-        check_lengths(space, max_length, in_space)
-    mistakes += [_with_home(mistake) for mistake in in_space]
-    known = read_known(document.get("known", []), space, mistakes, mistaken)
-    if mistakes or settings is None:
-        return None, mistakes
-    return StudySpec(**dict(settings), space=space, known=known, folder=folder), ()
-
-
-def _valid(
-    document: Mapping[str, Any], path: tuple[str, str], mistakes: Sequence[Mistake], table: Any
-) -> Any:
-    """The value at `path`, or its default; None where it is mistaken."""
-    if any(mistake.path in (path[:1], path) for mistake in mistakes):
-        return None
-    return (document.get(path[0]) or {}).get(path[1], table.model_fields[path[1]].default)
-
-
-def _check_hyperband(document: Mapping[str, Any], mistakes: Sequence[Mistake]) -> Iterator[Mistake]:
-    if document.get("hyperband") is None:
-        return
-    min_epochs = _valid(document, ("hyperband", "min_epochs"), mistakes, HyperbandSettings)
-    max_epochs = _valid(document, ("training", "max_epochs"), mistakes, TrainingSettings)
-    if min_epochs is not None and max_epochs is not None and min_epochs > max_epochs:
-        yield Mistake(
-            path=("hyperband", "min_epochs"),
-            value=min_epochs,
-            message=f"min_epochs = {min_epochs} is above training.max_epochs = {max_epochs}, so "
-            "there is no bracket; lower the one or raise the other",
-            also=(("training", "max_epochs"),),
-        )
-
-
-def _mistake(error: ErrorDetails) -> Mistake:
-    path = error["loc"]
-    if path[:2] == ("data", "source") and len(path) > 2:
-        path = (*path[:2], *path[3:])  # without pydantic's tag of the union
-    value = None if error["type"] == "missing" else error["input"]
-    context = error.get("ctx", {})
-    also = tuple((*path, key) for key in str(context.get("keys", "")).split())
-    return Mistake(path=path, value=value, message=_message(error, path), also=also)
-
-
-def _message(error: ErrorDetails, path: KeyPath) -> str:
-    """What pydantic found, in our words: what must be, what is, what to write."""
-    value, context, key = error["input"], error.get("ctx", {}), str(path[-1])
-    if error["type"] == "mistake":
-        return str(context["message"])
-    if error["type"] == "missing":
-        return f"is missing; write {_EXAMPLES.get(key, f'{key} = ...')}"
-    if error["type"] == "extra_forbidden":
-        return _unknown_key(path)
-    if error["type"] == "literal_error":
-        return one_of(_literals(path), value)
-    what = {
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "finite_number": "a finite number",
-        "bool_type": "true or false",
-        "string_type": "text in quotes",
-        "model_type": f"a table ([{'.'.join(map(str, path))}])",
-        "greater_than_equal": f"at least {context.get('ge')}",
-        "greater_than": f"above {context.get('gt')}",
-        "less_than_equal": f"at most {context.get('le')}",
-        "less_than": f"below {context.get('lt')}",
-    }.get(error["type"])
-    if what is None:
-        return f"{error['msg']}, not {shown(value)}"
-    if key == "patience" and error["type"] == "int_type":
-        what += ' or "none"'
-    return f"must be {what}, not {shown(value)}{without_the_quotes(value)}"
-
-
-def _literals(path: KeyPath) -> tuple[str, ...]:
-    """The allowed words of the field at `path`."""
-    model: Any = _Settings
-    for name in path[:-1]:
-        model = _table_of(model.model_fields[name].annotation)
-    annotation = model.model_fields[path[-1]].annotation
-    options = [annotation, *get_args(annotation)]
-    return next(get_args(option) for option in options if get_origin(option) is Literal)
-
-
-def _table_of(annotation: Any) -> Any:
-    tables = [option for option in (annotation, *get_args(annotation)) if _is_table(option)]
-    return tables[0]
-
-
-def _is_table(option: object) -> bool:
-    return isinstance(option, type) and issubclass(option, _Table)
-
-
-def _unknown_key(path: KeyPath) -> str:
-    table, name = ".".join(map(str, path[:-1])), str(path[-1])
-    where = f" in [{table}]" if table else ""
-    if home := _home(name, table):
-        return f"unknown key {shown(name)}{where}; it belongs {home}"
-    known = _TABLES[table]
-    near = did_you_mean(name, known) or f"; known are {', '.join(known)}"
-    return f"unknown key {shown(name)}{where}{near}"
-
-
-def _home(name: str, table: str) -> str:
-    """Where a key belongs that stands in the wrong table; '' where it is known nowhere else."""
-    for other, keys in _TABLES.items():
-        if name in keys and other != table:
-            return f"in [{other}]" if other else "at the top of the file, before the first [table]"
-    return ""
-
-
-def _with_home(mistake: Mistake) -> Mistake:
-    """The mistake; a key that TOML counts to [space] because it stands below it is sent home."""
-    if len(mistake.path) != 2 or not mistake.message.startswith("unknown key"):
-        return mistake
-    name = str(mistake.path[1])
-    home = _home(name, "space")
-    message = f"unknown key {shown(name)} in [space]; it belongs {home}"
-    return replace(mistake, message=message) if home else mistake
-
-
-# The JSON schema.
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a study file, for editors (`tuner check --schema`)."""
-    schema = _without_null(_Settings.model_json_schema(by_alias=False))
-    schema["properties"] |= {"space": space_schema(), "known": known_schema()}
-    patience = schema["$defs"]["TrainingSettings"]["properties"]["patience"]
-    patience["anyOf"] = [{"type": patience.pop("type"), "minimum": patience.pop("minimum")}]
-    patience["anyOf"].append({"const": "none"})
-    text = {"type": "string", "minLength": 1}
-    schema["properties"]["name"] |= text | {"maxLength": MAX_NAME_LENGTH, "pattern": _NAME_PATTERN}
-    source = schema["$defs"]["DataSettings"]["properties"]["source"]
-    source["anyOf"] = [
-        {
-            "type": "string",
-            "pattern": r"^(solubility|synthetic|.*\.[nN][pP][zZ]|.*\.[cCtT][sS][vV])$",
-        },
-        {"$ref": "#/$defs/FastaPair"},
-    ]
-    source.pop("oneOf", None)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **schema,
-        "title": "Study file of the tuner",
-        "description": "A fixed hyperparameter is a bare value, a searched one a table.",
-    }
-
-
-def _without_null(schema: Any) -> Any:
-    """The schema without what stands for None: TOML knows no null, one leaves the key out."""
-    if isinstance(schema, list):
-        return [_without_null(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    cleaned = {key: _without_null(value) for key, value in schema.items()}
-    if cleaned.get("default", ...) is None:
-        del cleaned["default"]
-    options = [option for option in cleaned.get("anyOf", ()) if option != {"type": "null"}]
-    if len(options) == 1:
-        del cleaned["anyOf"]
-        cleaned |= options[0]
-    return cleaned

@@ -9,28 +9,30 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from tuner.spec.document import Mistake, did_you_mean, one_of, shown, without_the_quotes
+from tuner.spec.architecture import ModelConfig, misfits
+from tuner.spec.bounds import tightest
 from tuner.spec.limits import MAX_MISTAKES
+from tuner.spec.mistakes import (
+    Mistake,
+    did_you_mean,
+    one_of,
+    same_value,
+    shown,
+    toml_value,
+    without_the_quotes,
+)
 from tuner.spec.space import (
-    BLOCK_KEYS,
-    DENSE_KEYS,
     KEYS,
-    OUTPUT_KEYS,
     Choices,
     Dimension,
     Entry,
     Floats,
     Integers,
     Key,
-    ModelConfig,
     ParameterValue,
     SearchSpace,
     layer_keys,
     layer_number,
-    misfits,
-    same_value,
-    tightest,
-    toml_value,
 )
 from tuner.spec.toml_lines import KeyPath
 
@@ -498,80 +500,3 @@ def check_lengths(space: SearchSpace, max_length: int, mistakes: list[Mistake]) 
                 ),
             )
         )
-
-
-# The JSON schema of both tables.
-
-
-def space_schema() -> dict[str, Any]:
-    """The JSON schema of `[space]`: per key a bare value, a range where it is a number, choices."""
-    properties = {
-        name: {"description": key.meaning, "default": key.default, **_entry_schema(key)}
-        for name, key in KEYS.items()
-    }
-    return _with_layers(properties) | {
-        "description": "A bare value is fixed, a table is searched. [space.block1], [space.dense1] "
-        "and [space.output] override for one block or layer."
-    }
-
-
-def known_schema() -> dict[str, Any]:
-    """The JSON schema of `[[known]]`."""
-    return {
-        "type": "array",
-        "description": "Configurations to try first; what is not named takes the middle.",
-        "items": _with_layers({name: _bare_schema(key) for name, key in KEYS.items()}),
-    }
-
-
-def _with_layers(properties: dict[str, Any]) -> dict[str, Any]:
-    def table(keys: Sequence[str]) -> dict[str, Any]:
-        return {
-            "type": "object",
-            "additionalProperties": False,
-            "properties": {key: properties[key] for key in keys},
-        }
-
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": properties | {"output": table(OUTPUT_KEYS)},
-        "patternProperties": {
-            "^block[1-9][0-9]*$": table(BLOCK_KEYS),
-            "^dense[1-9][0-9]*$": table(DENSE_KEYS),
-        },
-    }
-
-
-def _bare_schema(key: Key) -> dict[str, Any]:
-    if key.kind == "boolean":
-        return {"type": "boolean"}
-    if key.kind == "choice":
-        return {"enum": list(key.choices)}
-    return {
-        "type": key.kind,
-        "exclusiveMinimum" if key.open_low else "minimum": key.low,
-        "exclusiveMaximum" if key.open_high else "maximum": key.high,
-    }
-
-
-def _entry_schema(key: Key) -> dict[str, Any]:
-    bare = _bare_schema(key)
-    choices = {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["choices"],
-        "properties": {
-            "choices": {"type": "array", "minItems": 1, "uniqueItems": True, "items": bare}
-        },
-    }
-    if key.kind in ("boolean", "choice"):
-        return {"anyOf": [bare, choices]}
-    step = {"type": key.kind, "exclusiveMinimum": 0}
-    searched = {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["low", "high"],
-        "properties": {"low": bare, "high": bare, "step": step, "log": {"type": "boolean"}},
-    }
-    return {"anyOf": [bare, searched, choices]}

@@ -694,6 +694,3 @@ def note_version(stored: object) -> int:
     except (TypeError, ValueError, OverflowError):
         return 0
     return version if 0 <= version < MOST_NOTE_VERSIONS else 0
-
-
-# --- storage check ---

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tuner.artifacts import DEFAULT_STORAGE_URL
 from tuner.commands import secret_options
 from tuner.errors import StorageError
-from tuner.spec.document import did_you_mean
+from tuner.spec.mistakes import did_you_mean
 
 #: A file with the password of a PostgreSQL URL that has none: secrets stay out of argv.
 PASSWORD_FILE_VARIABLE = "TUNER_STORAGE_PASSWORD_FILE"  # noqa: S105 - a name, no password
