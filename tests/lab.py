@@ -15,9 +15,10 @@ from cryptography.x509.oid import NameOID
 from werkzeug.security import generate_password_hash
 from werkzeug.test import Client
 
-from tuner.dashboard.guard import make_app
 from tuner.dashboard.pages import Places
-from tuner.dashboard.policy import Policy, Users, write_user
+from tuner.dashboard.policy import Policy
+from tuner.dashboard.server import make_app
+from tuner.dashboard.users import Users, write_user
 from tuner.storage.storage import Storage
 
 HOST = "127.0.0.1:8080"

@@ -13,19 +13,10 @@ from pathlib import Path
 import pytest
 from lab import PASSWORDS, write_users
 
-from tuner.dashboard.policy import (
-    LoginLimit,
-    LoginsBusyError,
-    Policy,
-    Refusals,
-    Sessions,
-    Users,
-    allowed_hosts,
-    is_loopback,
-    read_users,
-    remove_user,
-    write_user,
-)
+from tuner.dashboard.addresses import allowed_hosts, is_loopback
+from tuner.dashboard.policy import Policy, Refusals
+from tuner.dashboard.sessions import LoginLimit, Sessions
+from tuner.dashboard.users import LoginsBusyError, Users, read_users, remove_user, write_user
 from tuner.errors import TunerError
 
 
@@ -97,7 +88,7 @@ def test_a_file_that_could_not_be_opened_for_a_moment_is_looked_at_again(
 
     users.path.touch()
     with monkeypatch.context() as patch:
-        patch.setattr("tuner.dashboard.policy.read_users", busy)
+        patch.setattr("tuner.dashboard.users.read_users", busy)
         assert users.role("ada") is None
     assert users.role("ada") == "editor"  # although the file did not change in between
 
@@ -270,8 +261,8 @@ def test_passwords_of_one_address_do_not_fill_the_queue(
         asked.join()
         return False
 
-    monkeypatch.setattr("tuner.dashboard.policy.check_password_hash", check)
-    monkeypatch.setattr("tuner.dashboard.policy._HASHES_AT_ONCE", 100)
+    monkeypatch.setattr("tuner.dashboard.users.check_password_hash", check)
+    monkeypatch.setattr("tuner.dashboard.users._HASHES_AT_ONCE", 100)
     users = Users(users.path)
     limit = 3
     ask_again(0, "192.0.2.1")

@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 
 from tuner.artifacts import artifact_store, make_folder, publish, replaceable, require_writable
-from tuner.dashboard.policy import write_user
+from tuner.dashboard.users import write_user
 from tuner.data.delivery import one_process_at_a_time
 from tuner.storage.storage import Storage
 

@@ -24,8 +24,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tuner.artifacts import artifact_store
 from tuner.coordination.curve_drawing import draw_curves
-from tuner.dashboard.guard import DashboardServer, Settings, make_server
 from tuner.dashboard.pages import Places
+from tuner.dashboard.server import DashboardServer, make_server
+from tuner.dashboard.settings import Settings
 from tuner.search.attributes import CURVE_KEY
 from tuner.storage.storage import Storage
 

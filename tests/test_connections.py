@@ -20,12 +20,13 @@ import pytest
 from fakes import ready_sqlite
 from lab import certificate, write_users
 
-from tuner.dashboard import connections
-from tuner.dashboard import guard as dashboard
+from tuner.dashboard import connections, optuna_app
+from tuner.dashboard import server as web_server
+from tuner.dashboard.addresses import counted_address
 from tuner.dashboard.connections import LimitedServer, raise_descriptor_limit
-from tuner.dashboard.guard import DashboardServer, Settings, make_server
 from tuner.dashboard.pages import Places
-from tuner.dashboard.policy import counted_address
+from tuner.dashboard.server import DashboardServer, make_server
+from tuner.dashboard.settings import Settings
 from tuner.storage.storage import Storage
 
 
@@ -39,7 +40,7 @@ def storage(tmp_path: Path) -> Iterator[Storage]:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the server tells."""
     lines: list[str] = []
-    monkeypatch.setattr(dashboard, "_say", lines.append)
+    monkeypatch.setattr(web_server, "log_line", lines.append)
     return lines
 
 
@@ -92,7 +93,7 @@ def healthy(server: DashboardServer) -> bool:
 def test_an_address_that_has_its_share_closes_its_own_longest_waiting_connection(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dashboard, "MOST_OF_AN_ADDRESS", 3)
+    monkeypatch.setattr(web_server, "MOST_OF_AN_ADDRESS", 3)
     with make_server(storage, settings(tmp_path)) as server, Clients(server) as clients:
         other = clients.open_and_ask("127.0.0.9")
         first, second, third = (clients.open_and_ask("127.0.0.2") for _ in range(3))
@@ -119,7 +120,7 @@ def test_connections_without_end_leave_room_for_the_next(
     storage: Storage, tmp_path: Path, sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "MOST", 12)
-    monkeypatch.setattr(dashboard, "MOST_OF_AN_ADDRESS", 5)
+    monkeypatch.setattr(web_server, "MOST_OF_AN_ADDRESS", 5)
     with make_server(storage, settings(tmp_path)) as server, Clients(server) as clients:
         for number in range(60):
             client = clients.open(f"127.0.0.{2 + number % 4}")
@@ -133,7 +134,7 @@ def test_connections_without_end_leave_room_for_the_next(
 def test_behind_a_proxy_whose_address_stands_for_many_all_places_are_for_it(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dashboard, "MOST_OF_AN_ADDRESS", 2)
+    monkeypatch.setattr(web_server, "MOST_OF_AN_ADDRESS", 2)
     chosen = settings(tmp_path, users_file=write_users(tmp_path), behind_proxy=True)
     with make_server(storage, chosen) as server, Clients(server) as clients:
         held = [clients.open_and_ask() for _ in range(6)]
@@ -151,8 +152,8 @@ def test_a_connection_that_is_being_answered_gives_way_to_none(
         answer("200 OK", [])
         return [b"ok\n"]
 
-    monkeypatch.setattr(dashboard._Shown, "read", slow)
-    monkeypatch.setattr(dashboard, "MOST_OF_AN_ADDRESS", 1)
+    monkeypatch.setattr(optuna_app.Shown, "read", slow)
+    monkeypatch.setattr(web_server, "MOST_OF_AN_ADDRESS", 1)
     with make_server(storage, settings(tmp_path)) as server, Clients(server) as clients:
         asking = clients.open()
         asking.sendall(b"GET /api/studies HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
@@ -169,10 +170,10 @@ def test_descriptors_are_kept_free_whoever_holds_the_others(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lowest free number is above three quarters of eight: as many files are open."""
-    monkeypatch.setattr(dashboard, "raise_descriptor_limit", lambda: 8)
+    monkeypatch.setattr(web_server, "raise_descriptor_limit", lambda: 8)
     with make_server(storage, settings(tmp_path)) as server, Clients(server) as clients:
         assert not is_answered(clients.open())
-    monkeypatch.setattr(dashboard, "raise_descriptor_limit", lambda: 4000)
+    monkeypatch.setattr(web_server, "raise_descriptor_limit", lambda: 4000)
     with make_server(storage, settings(tmp_path)) as server, Clients(server) as clients:
         assert is_answered(clients.open())
 
@@ -254,7 +255,7 @@ def test_connections_that_never_finish_tls_give_way_too(
     monkeypatch: pytest.MonkeyPatch,
     said: list[str],
 ) -> None:
-    monkeypatch.setattr(dashboard, "MOST_OF_AN_ADDRESS", 4)
+    monkeypatch.setattr(web_server, "MOST_OF_AN_ADDRESS", 4)
     cert, key = certificate(tmp_path)
     chosen = settings(tmp_path, certificate=cert, key=key, users_file=write_users(tmp_path))
     context = ssl.create_default_context(cafile=cert)

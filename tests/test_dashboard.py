@@ -30,11 +30,13 @@ from optuna.artifacts import upload_artifact
 from optuna.distributions import FloatDistribution
 
 from tuner.artifacts import artifact_store
-from tuner.dashboard import guard as dashboard
-from tuner.dashboard import optuna_requests
-from tuner.dashboard.guard import Settings, make_app, make_server, serve
+from tuner.dashboard import optuna_app, optuna_requests
+from tuner.dashboard import server as web_server
 from tuner.dashboard.pages import Places
-from tuner.dashboard.policy import Policy, remove_user
+from tuner.dashboard.policy import Policy
+from tuner.dashboard.server import make_app, make_server, serve
+from tuner.dashboard.settings import Settings
+from tuner.dashboard.users import remove_user
 from tuner.errors import TunerError
 from tuner.search.tuned_study import TunedStudy
 from tuner.storage.storage import Storage
@@ -705,7 +707,7 @@ def test_an_error_of_ours_is_answered_without_its_inside(
     def broken(*_: object) -> None:
         raise RuntimeError("a secret of the inside")
 
-    monkeypatch.setattr(dashboard._Shown, "read", broken)
+    monkeypatch.setattr(optuna_app.Shown, "read", broken)
     answer = local.get("/api/studies")
     assert (answer.status_code, answer.json) == (500, {"reason": "Something broke here."})
     assert "a secret of the inside" in caplog.text
@@ -874,7 +876,7 @@ def test_passwords_that_wait_to_be_checked_hold_up_nobody_else(
         assert goes_on.wait(60)
         return False
 
-    monkeypatch.setattr("tuner.dashboard.policy.check_password_hash", check)
+    monkeypatch.setattr("tuner.dashboard.users.check_password_hash", check)
     chosen = settings(
         tmp_path, users_file=write_users(tmp_path), behind_proxy=True, proxies=["127.0.0.1"]
     )
@@ -938,8 +940,8 @@ def test_slow_and_silent_clients_hold_up_nobody(storage: Storage, tmp_path: Path
 def test_who_sends_nothing_or_a_byte_now_and_then_is_hung_up_on(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dashboard, "_IDLE_SECONDS", 0.5)
-    monkeypatch.setattr(dashboard, "_BODY_SECONDS", 0.5)
+    monkeypatch.setattr(web_server, "_IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(web_server, "_BODY_SECONDS", 0.5)
     begun = b"POST /tuner/login HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n"
     with make_server(storage, settings(tmp_path)) as server:
         for sent in (b"", begun, begun + b"\r\nna"):
@@ -1078,7 +1080,7 @@ def test_a_request_that_is_being_answered_ends_before_the_server_does(
         _[2]("200 OK", [])
         return [b"whole"]
 
-    monkeypatch.setattr(dashboard._Shown, "read", slow)
+    monkeypatch.setattr(optuna_app.Shown, "read", slow)
     answers: list[tuple[int, bytes]] = []
     with make_server(storage, settings(tmp_path)) as server:
         asking = threading.Thread(target=lambda: answers.append(get(server.port, "/api/studies")))
@@ -1096,7 +1098,8 @@ def test_a_signal_ends_it_without_a_traceback(
         # A shell starts what it runs in the background with SIGINT ignored, and so these tests.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, pathlib; from tuner import logs\n"
-        "from tuner.dashboard.guard import Settings, serve\n"
+        "from tuner.dashboard.server import serve\n"
+        "from tuner.dashboard.settings import Settings\n"
         "from tuner.dashboard.pages import Places; from tuner.storage.storage import Storage\n"
         "logs.set_up()\n"
         "with Storage(sys.argv[1]) as storage:\n"

@@ -20,12 +20,14 @@ from finished_study import finished_study
 from lab import Browser
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from tuner.dashboard import guard as dashboard
 from tuner.dashboard import health
-from tuner.dashboard.guard import Guard, Settings, make_app, make_server
+from tuner.dashboard import server as web_server
+from tuner.dashboard.guard import Guard
 from tuner.dashboard.health import NO_DATABASE, NO_SCHEDULER, Health
 from tuner.dashboard.pages import Places
 from tuner.dashboard.policy import Policy
+from tuner.dashboard.server import make_app, make_server
+from tuner.dashboard.settings import Settings
 from tuner.errors import StorageError
 from tuner.storage.storage import Storage
 
@@ -199,7 +201,7 @@ def test_probes_are_answered_while_every_thread_waits(
         for thread in asking:
             thread.start()
         try:
-            for _ in range(dashboard._THREADS):
+            for _ in range(web_server._THREADS):
                 assert waiting.acquire(timeout=60)
             assert ask(port, "/healthz") == (200, b"ok\n")
             assert ask(port, "/readyz") == (200, b"ok\n")

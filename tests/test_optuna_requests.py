@@ -24,7 +24,7 @@ from tuner.artifacts import dashboard_folder
 from tuner.coordination import queue as orders
 from tuner.coordination.study_note import hang_page
 from tuner.dashboard import guard as dashboard
-from tuner.dashboard import optuna_requests, pages
+from tuner.dashboard import optuna_app, optuna_requests, pages
 from tuner.dashboard.optuna_requests import ROUTES, find_route, with_readable_notes
 from tuner.errors import TunerError
 from tuner.search.tuned_study import TunedStudy
@@ -458,7 +458,7 @@ def test_what_a_query_says_besides_makes_no_other_answer(lab: Lab, ada: Browser)
 def test_kept_answers_have_a_number_and_a_size(
     lab: Lab, ada: Browser, monkeypatch: pytest.MonkeyPatch, limit: str, most: int
 ) -> None:
-    monkeypatch.setattr(dashboard, limit, most)
+    monkeypatch.setattr(optuna_app, limit, most)
     for n in range(10):
         assert ada.get(f"/api/studies/1?after={n}").status_code == 200
         kept = lab.app._shown._kept

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tuner.cluster.connection import Connection
     from tuner.cluster.scheduler import TlsFiles
     from tuner.coordination.coordinator import Ending
-    from tuner.dashboard.guard import Settings
+    from tuner.dashboard.settings import Settings
     from tuner.data.prepare import Prepared
     from tuner.search.status import StudyStatus
     from tuner.search.tuned_study import TunedStudy
@@ -1060,7 +1060,8 @@ def dashboard(
     """Shows studies in the Optuna dashboard, with the pages to launch and export under /tuner."""
     if context.invoked_subcommand is not None:
         return
-    from tuner.dashboard.guard import make_policy, serve
+    from tuner.dashboard.server import serve
+    from tuner.dashboard.settings import make_policy
 
     settings = _dashboard_settings(
         host=host,
@@ -1091,8 +1092,8 @@ def _dashboard_settings(
     artifacts: Path,
     **others: Any,
 ) -> Settings:
-    from tuner.dashboard.guard import Settings
     from tuner.dashboard.pages import Places
+    from tuner.dashboard.settings import Settings
 
     if users is None and DEFAULT_USERS_FILE.exists():
         users = DEFAULT_USERS_FILE
@@ -1120,7 +1121,7 @@ def add_user(
     users: UsersFile = None,
 ) -> None:
     """Adds a user of the dashboard, or gives one a new password and role."""
-    from tuner.dashboard.policy import write_user
+    from tuner.dashboard.users import write_user
 
     path = users or DEFAULT_USERS_FILE
     fresh = write_user(path, name, role, _password(password_file))
@@ -1142,7 +1143,7 @@ def remove_user(
     name: Annotated[str, typer.Argument(metavar="NAME")], users: UsersFile = None
 ) -> None:
     """Removes a user of the dashboard; a running server ends that one's sessions at once."""
-    from tuner.dashboard.policy import remove_user as remove
+    from tuner.dashboard.users import remove_user as remove
 
     remove(users or DEFAULT_USERS_FILE, name)
     typer.echo(f"Removed {name}.")
@@ -1151,7 +1152,7 @@ def remove_user(
 @dashboard_app.command("users", epilog="Example: tuner dashboard users")
 def list_users(users: UsersFile = None, as_json: AsJson = False) -> None:
     """Lists who may log in, and as what."""
-    from tuner.dashboard.policy import read_users
+    from tuner.dashboard.users import read_users
 
     found = {name: user.role for name, user in read_users(users or DEFAULT_USERS_FILE).items()}
     if as_json:
@@ -1231,7 +1232,8 @@ def serve(
         data=data,
         artifacts=artifacts,
     )
-    from tuner.dashboard.guard import make_policy, make_server
+    from tuner.dashboard.server import make_server
+    from tuner.dashboard.settings import make_policy
 
     make_policy(settings)  # what is wrong is said before a database is waited for
     connections: list[Connection] = []  # none until the workers are there

@@ -21,7 +21,7 @@ from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPConnection, HTTPMessageDelegate
 from tornado.iostream import IOStream
 
-from tuner.dashboard.policy import counted_address
+from tuner.dashboard.addresses import counted_address
 
 MOST = 512  #: connections at once; 50 browsers open 6 each
 MOST_OF_AN_ADDRESS = 128  #: of one IPv4 address, or of one /64 network of IPv6

@@ -27,14 +27,9 @@ from werkzeug.wrappers import Request, Response
 
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
 from tuner.coordination import queue as orders
-from tuner.dashboard.policy import (
-    MAX_PASSWORD,
-    LoginsBusyError,
-    Policy,
-    Refusals,
-    Sessions,
-    Visitor,
-)
+from tuner.dashboard.policy import Policy, Refusals
+from tuner.dashboard.sessions import Sessions, Visitor
+from tuner.dashboard.users import MAX_PASSWORD, LoginsBusyError
 from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
 from tuner.results.export import Format, best_configs, render
 from tuner.search import overlap

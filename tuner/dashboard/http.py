@@ -1,0 +1,141 @@
+"""What every answer has: headers that protect its reader, and paths as they were asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tuner import logs
+from tuner.dashboard import pages
+from tuner.dashboard.addresses import LOOPBACK_NAMES
+from tuner.dashboard.optuna_requests import (
+    Refused,
+)
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+
+#: A browser that saw this asks in the clear no more, for so long.
+_HSTS = f"max-age={365 * 24 * 3600}"
+
+
+#: Optuna's dashboard draws with WebGL, which compiles functions, and styles its elements inline.
+_DASHBOARD_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-src 'self'; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+#: A file is shown in an origin of its own: no cookie, no request, no frame of another site around
+#: it. Scripts run in pages that the tuner wrote, and in no other.
+SANDBOX_POLICY = (
+    "sandbox{scripts}; default-src 'none'; script-src {sources}; "
+    "style-src 'unsafe-inline'; img-src data: blob:; font-src data:; media-src 'self'; "
+    "frame-ancestors 'self'"
+)
+_OWN_PAGE_POLICY = SANDBOX_POLICY.format(
+    scripts=" allow-scripts", sources="'unsafe-inline' 'unsafe-eval'"
+)
+_OTHERS_PAGE_POLICY = SANDBOX_POLICY.format(scripts="", sources="'none'")
+
+
+#: In the WSGI environment, behind a proxy: whether the request came through it.
+FROM_PROXY = "tuner.from_proxy"
+#: In the WSGI environment: the file that is asked for is a page of the tuner's own.
+OWN_PAGE = "tuner.own_page"
+
+
+class Secured:
+    """A `start_response` that adds the security headers, and remembers the status."""
+
+    def __init__(
+        self, start_response: StartResponse, path: str, environ: WSGIEnvironment, *, secure: bool
+    ) -> None:
+        self._start = start_response
+        self._path = path
+        self._environ = environ
+        host = re.sub(r":\d+$", "", str(environ.get("HTTP_HOST", "")).lower())
+        # For "localhost" it would hold for every other program's port of this machine, too.
+        self._sends_hsts = secure and host not in LOOPBACK_NAMES
+        self.status = 0
+
+    def __call__(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], object]:
+        self.status = int(status[:3])
+        return self._start(status, [*self._kept(headers), *self._added(headers)], exc_info)
+
+    def _kept(self, headers: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        ours = pages.is_ours(self._path)
+        for name, value in headers:
+            lower = name.lower()
+            # Optuna lets every site read the artifacts; its policy has no frame-ancestors.
+            if lower.startswith("access-control-"):
+                continue
+            if lower == "content-security-policy" and not ours:
+                continue
+            if lower == "content-encodings":  # the dashboard's spelling
+                continue
+            yield name, value
+
+    def _added(self, headers: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        given = {name.lower() for name, _ in headers}
+        yield "Server", "tuner"  # instead of Tornado's version
+        yield "X-Content-Type-Options", "nosniff"
+        yield "Referrer-Policy", "same-origin"
+        yield "Cross-Origin-Opener-Policy", "same-origin"
+        yield "Permissions-Policy", "camera=(), geolocation=(), microphone=()"
+        if self._sends_hsts:
+            yield "Strict-Transport-Security", _HSTS
+        if self._path.startswith("/artifacts/"):
+            own = self._environ.get(OWN_PAGE, False)
+            yield "Content-Security-Policy", _OWN_PAGE_POLICY if own else _OTHERS_PAGE_POLICY
+            if not own and self.status == 200:
+                yield "Content-Disposition", "attachment"
+            yield "X-Frame-Options", "SAMEORIGIN"
+        else:
+            yield "X-Frame-Options", "DENY"
+            yield "Cross-Origin-Resource-Policy", "same-origin"
+            if not pages.is_ours(self._path) or "content-security-policy" not in given:
+                yield "Content-Security-Policy", _DASHBOARD_POLICY
+        static = self._path.startswith(("/static/", f"{pages.ROOT}/static/"))
+        if not static and "cache-control" not in given:
+            # What one user saw must not come out of a shared machine's cache.
+            yield "Cache-Control", "no-store"
+
+    def refuse(self, refused: Refused) -> Iterable[bytes]:
+        if is_api(self._path):
+            body = json.dumps({"reason": refused.message})
+            kind = "application/json"
+        else:
+            body, kind = f"{refused.message}\n", "text/plain; charset=utf-8"
+        content = body.encode()
+        headers = [("Content-Type", kind), ("Content-Length", str(len(content)))]
+        self(refused.status, [*headers, *refused.headers])
+        return [] if self._environ.get("REQUEST_METHOD") == "HEAD" else [content]
+
+    def nothing(self) -> list[bytes]:
+        """204: done, and nothing to say."""
+        self("204 No Content", [])
+        return []
+
+
+def request_path(environ: WSGIEnvironment) -> str:
+    """The path as Optuna's dashboard sees it, which takes slashes off its end."""
+    path = str(environ.get("PATH_INFO", "")).rstrip("/")
+    environ["PATH_INFO"] = path or "/"
+    return path or "/"
+
+
+def is_api(path: str) -> bool:
+    """Whether a path is one of the two APIs, Optuna's and ours."""
+    return path.startswith(("/api/", f"{pages.ROOT}/api/"))
+
+
+def log_line(message: str) -> None:
+    """Writes a line to the log of the web server."""
+    logging.getLogger(logs.OURS).info(message)
