@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial
 import tuner.cluster.attempt
 import tuner.storage.engine
 import tuner.storage.lease
-from tuner.cli.main import _stop_on_signals
+from tuner.cli.terminal import stop_on_signals
 from tuner.cluster.connection import Connection, local_connection, remote_connection
 from tuner.cluster.messages import TrainingTask
 from tuner.cluster.trainings import Cluster
@@ -193,7 +193,7 @@ def drive(plan: Plan) -> None:
                 open_run=OpenHeld(plan),
             ) as cluster:
                 coordinator = Coordinator(tuned, cluster, Tell(plan))
-                _stop_on_signals(lambda: coordinator.stop("interrupted"))
+                stop_on_signals(lambda: coordinator.stop("interrupted"))
                 line("ready")
                 line(f"ending {coordinator.run()}")
 

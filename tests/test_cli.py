@@ -690,7 +690,7 @@ def test_the_terminal_is_made_in_one_place() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.search(r"\bConsole\(|\brich\.print\b|from rich import print", line)
     ]
-    assert [path for path, _ in calls] == ["tuner/cli/main.py"], calls
+    assert [path for path, _ in calls] == ["tuner/cli/terminal.py"], calls
 
 
 def test_check_warns_loudly_of_dna(folder: Path) -> None:

@@ -19,8 +19,8 @@ from fakes import ready_sqlite
 from finished_study import finished_study, write_rows
 from lab import Browser, Lab, study_file, write_study_file
 
-from tuner.cli.main import terminal
 from tuner.cli.progress import ProgressWatcher, status_details, status_table
+from tuner.cli.terminal import terminal
 from tuner.coordination import queue as orders
 from tuner.errors import SpecError
 from tuner.search.status import status

@@ -1,1 +1,5 @@
-"""The command line."""
+"""The command line: one function for each verb.
+
+Modules are imported inside each verb: `--help`, `check`, `status` and `export` must not wait
+for TensorFlow, and no verb for what it does not use.
+"""

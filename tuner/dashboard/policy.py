@@ -25,10 +25,6 @@ _REFUSALS = 100  #: in `_REFUSALS_SECONDS` that are recorded one by one
 _REFUSALS_SECONDS = 300.0
 
 
-
-
-
-
 # --- login limits ---
 
 

@@ -1,0 +1,21 @@
+"""The application and its groups of verbs."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tunes the network that predicts protein solubility; the test split stays sealed.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="The data: download.")
+
+
+storage_app = typer.Typer(no_args_is_help=True, help="The database: make its schema, look at it.")
+
+
+dashboard_app = typer.Typer(
+    invoke_without_command=True, epilog="Example: tuner dashboard --port 8080"
+)

@@ -1,0 +1,453 @@
+"""check, launch and worker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tuner.artifacts import (
+    DEFAULT_ROOT,
+    DEFAULT_STORAGE_URL,
+)
+from tuner.errors import ProblemsError, StorageMissingError, counted
+
+if TYPE_CHECKING:
+    from tuner.cluster.connection import Connection
+    from tuner.coordination.coordinator import Ending
+    from tuner.data.prepare import Prepared
+    from tuner.search.status import StudyStatus
+    from tuner.search.tuned_study import TunedStudy
+    from tuner.spec.spec import StudySpec
+from tuner.cli.app import app
+from tuner.cli.options import (
+    ArtifactsRoot,
+    AsJson,
+    ClusterPlace,
+    LogFormat,
+    LogLevel,
+    Overrides,
+    SpecPath,
+    StorageUrl,
+    Threads,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    Workers,
+    connected,
+    refuse_two_places,
+    tls_given,
+)
+from tuner.cli.terminal import (
+    lines_of_commands,
+    log_line,
+    opened_storage,
+    print_json,
+    print_note,
+    print_warning,
+    stop_on_signals,
+    terminal,
+    warn_of_synthetic_data,
+)
+
+
+@app.command(
+    epilog="Example: tuner check studies/solubility.toml --set data.split.seed=1",
+)
+def check(
+    spec_path: Annotated[Path | None, typer.Argument(metavar="SPEC")] = None,
+    overrides: Overrides = None,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
+    as_json: AsJson = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of study files.")
+    ] = False,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+) -> None:
+    """Validates a study file and its data, and says what the study would do; trains nothing."""
+    from tuner.spec.schema import json_schema
+
+    if schema:
+        print_json(json_schema())
+        return
+    if spec_path is None:
+        raise typer.BadParameter("name a study file, for instance studies/quickstart.toml")
+    try:
+        spec, prepared = _load(spec_path, overrides or [], artifacts, quiet=as_json)
+    except ProblemsError as error:
+        if not as_json:
+            raise
+        print_json(_invalid(spec_path, error))
+        raise typer.Exit(1) from None
+    from tuner.spec.bounds import parameter_count_range
+
+    low, high = parameter_count_range(spec.space, spec.data.max_length)
+    shared = _shared_rows(storage, spec, prepared)
+    document = {
+        "study": spec.name,
+        "valid": True,
+        "errors": [],
+        "brackets": [list(bracket) for bracket in spec.brackets],
+        "trials_of_brackets": list(spec.trials_of_brackets(spec.trials)),
+        "rungs": list(spec.rungs),
+        "max_epochs": spec.training.max_epochs,
+        "planned_epochs": _planned_epochs(spec),
+        "trials": spec.trials,
+        "parameter_count": {"min": low, "max": high},
+        "data": prepared.identity.check_document(),
+        "warnings": [*prepared.all_warnings, *shared],
+        "spec_hash": spec.spec_hash,
+        "spec": spec.to_document(),
+    }
+    if as_json:
+        print_json(document)
+    else:
+        _print_check(spec, document)
+
+
+def _shared_rows(storage: str, spec: StudySpec, prepared: Prepared) -> tuple[str, ...]:
+    """Says which rows other studies keep sealed, if there is a storage to look at."""
+    from tuner.errors import StorageError
+    from tuner.search.overlap import warnings
+
+    try:
+        with opened_storage(storage, patience_seconds=1.0, say=lambda _: None) as opened:
+            shared = warnings(opened, spec, prepared)
+    except StorageMissingError:
+        return ()
+    except StorageError as error:
+        print_note(f"Other studies could not be looked at for rows that they keep sealed: {error}")
+        return ()
+    for warning in shared:
+        print_warning(warning)
+    return shared
+
+
+def _load(
+    path: Path, overrides: list[str], artifacts: Path, *, quiet: bool = False
+) -> tuple[StudySpec, Prepared]:
+    from tuner.data.prepare import prepare
+    from tuner.spec.reader import load_spec
+
+    spec = load_spec(path, overrides)
+    prepared = prepare(spec.data, folder=spec.folder, artifacts=artifacts, sha256=spec.data_sha256)
+    for warning in prepared.all_warnings:
+        if warning in prepared.loud:
+            print_warning(warning)
+        else:
+            print_note(f"Warning: {warning}")
+    if prepared.identity.synthetic and not quiet:
+        warn_of_synthetic_data()
+    return spec, prepared
+
+
+def _invalid(path: Path, error: ProblemsError) -> dict[str, Any]:
+    return {
+        "study": path.stem,
+        "valid": False,
+        "errors": error.to_document(),
+    }
+
+
+def _planned_epochs(spec: StudySpec) -> int:
+    """Epochs the study is expected to train: at each rung the best 1/eta of a bracket go on.
+
+    Early stopping and asynchronous promotion (a rung's first trials always pass) move it.
+    """
+    if spec.hyperband is None:
+        return spec.trials * spec.training.max_epochs
+    eta = spec.hyperband.eta
+    total = 0.0
+    for rungs, trials in zip(spec.brackets, spec.trials_of_brackets(spec.trials), strict=True):
+        alive, before = float(trials), 0
+        for rung in (*rungs, spec.training.max_epochs):
+            total += alive * (rung - before)
+            alive, before = alive / eta, rung
+    return round(total)
+
+
+def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
+    import tomli_w
+    from rich.table import Table
+
+    rows, count = document["data"]["rows"], document["parameter_count"]
+    full = spec.trials * spec.training.max_epochs
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("study", f"{spec.name}, spec {spec.spec_hash[:12]}")
+    table.add_row("data", f"{document['data']['source']}, sha256 {document['data']['sha256'][:12]}")
+    table.add_row(
+        "split",
+        f"seed {spec.data.split.seed}: {rows['train']} training, {rows['validation']} validation, "
+        f"{rows['test']} test rows (sealed), identity {document['data']['split_id'][:12]}",
+    )
+    table.add_row(
+        "trials", f"{spec.trials}, at most {counted(spec.training.max_epochs, 'epoch')} each"
+    )
+    for bracket, trials in enumerate(spec.trials_of_brackets(spec.trials)):
+        stops = ", ".join(map(str, spec.brackets[bracket])) or "never"
+        table.add_row(
+            f"bracket {bracket}",
+            f"{counted(trials, 'trial')}; may stop one after epochs: {stops}",
+        )
+    table.add_row("epochs", f"about {document['planned_epochs']} planned, {full} without pruning")
+    table.add_row("parameters", f"{count['min']:,} to {count['max']:,} in a network")
+    table.add_row("searched", ", ".join(spec.space.parameters) or "nothing")
+    console = terminal()
+    console.print(table)
+    console.print("\nThe whole study file, every default written out:\n", style="dim")
+    typer.echo(tomli_w.dumps(spec.to_document()), nl=False)
+
+
+@app.command(epilog="Example: tuner launch studies/quickstart.toml --workers 2")
+def launch(
+    spec_path: SpecPath,
+    name: Annotated[str | None, typer.Option(help="Another name than the file's.")] = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    cluster: Annotated[str | None, ClusterPlace] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Another budget than the file's.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Stop after so many seconds.")
+    ] = None,
+    overrides: Overrides = None,
+    export_to: Annotated[
+        Path | None,
+        typer.Option("--export", metavar="DIR", help="Export the best configuration at the end."),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Queue it for `tuner serve`, and return at once.")
+    ] = False,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
+    as_json: AsJson = False,
+    _log_level: LogLevel = None,
+    _log_format: LogFormat = None,
+) -> None:
+    """Creates a study, or takes it up where it stopped, and runs it to its budget."""
+    if detach:
+        here: dict[str, object] = {"--workers": workers, "--threads": threads}
+        here |= {"--timeout": timeout, "--export": export_to, "--cluster": cluster}
+        here |= {"--tls-ca": tls_ca, "--tls-cert": tls_cert, "--tls-key": tls_key}
+        _refuse_with_detach(here)
+    refuse_two_places(cluster, workers)
+    tls = tls_given(tls_ca, tls_cert, tls_key, cluster)
+    if cluster is None and not detach:
+        require_training()
+    if export_to is not None:
+        from tuner.results.export import require_writable_output
+
+        require_writable_output(export_to)
+    from tuner.coordination.queue import overrides_for
+
+    given = [*(overrides or []), *overrides_for(name, trials)]
+    spec, prepared = _load(spec_path, given, artifacts)
+    from tuner.search.overlap import enter
+    from tuner.search.status import status
+    from tuner.search.study import create_or_resume, find_or_create
+
+    with opened_storage(storage, patience_seconds=None, create=True) as opened:
+        # A study that stands there is changed by who holds its lease, and only then.
+        made_from: dict[str, Any] = {
+            "development_sha256": prepared.development_sha256,
+            "artifacts_root": artifacts,
+        }
+        tuned = find_or_create(opened, spec, prepared.identity, **made_from)
+        for warning in enter(opened, spec, prepared):
+            print_warning(warning)
+        now = status(tuned)
+        if detach or now.finished_trials >= spec.trials:
+            tuned = create_or_resume(opened, spec, prepared.identity, **made_from)
+        if detach:
+            said = _queue(tuned)
+            print_note(said) if as_json else typer.echo(said)
+            if as_json:
+                print_json(status(tuned).to_document())
+            return
+        ending: Ending = "finished"
+        if now.finished_trials < spec.trials:
+            ending = _run(
+                tuned,
+                spec,
+                prepared,
+                lambda say: connected(cluster, tls, workers, threads or 1, say),
+                threads or 1,
+                timeout,
+                as_json=as_json,
+            )
+        elif not as_json:
+            print_note(f"Study {now.study} is finished.")
+        now = status(tuned)
+        exported = None
+        if export_to is not None and now.best is not None:
+            exported = _export_best(tuned, export_to)
+        if as_json:
+            print_json(now.to_document())
+        else:
+            _print_summary(tuned, now, ending, exported)
+    if ending == "interrupted":
+        raise typer.Exit(130)
+
+
+def require_training() -> None:
+    """Ends a verb that trains on this machine before it makes anything, where it cannot."""
+    from tuner.cluster.processes import require_training
+
+    require_training()
+
+
+def _refuse_with_detach(options: dict[str, object]) -> None:
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise typer.BadParameter(
+            f"{', '.join(given)} make no sense with --detach: the study runs in the service, on "
+            "the service's workers (tuner serve --help), until `tuner stop` or its budget."
+        )
+
+
+def _queue(tuned: TunedStudy) -> str:
+    """Puts a study into the service's queue, where it is not at work already; says what is so."""
+    from tuner.coordination import queue as orders
+
+    queued = orders.queue(tuned)
+    if queued.outcome in ("finished", "running"):
+        return queued.in_words
+    suggested = {
+        tuned.command("serve"): "drives it, where no service does so yet",
+        tuned.command("status", tuned.name, "--watch"): "shows how far it is",
+        tuned.command("stop", tuned.name): "takes it out of the queue",
+    }
+    return f"{queued.in_words}\n{lines_of_commands(tuned, suggested)}"
+
+
+def _run(
+    tuned: TunedStudy,
+    spec: StudySpec,
+    prepared: Prepared,
+    connect: Callable[[Callable[[str], None]], AbstractContextManager[Connection]],
+    threads: int,
+    timeout: float | None,
+    *,
+    as_json: bool,
+) -> Ending:
+    from tuner.cli.progress import ProgressWatcher
+    from tuner.cluster.trainings import Cluster
+    from tuner.coordination.coordinator import Coordinator
+
+    data = prepared.identity
+    console = terminal(stderr=as_json)
+    watcher = ProgressWatcher(tuned, console)
+    tuned.storage.refuse_if_run_elsewhere(tuned.id)
+    with connect(watcher.say) as connection:
+        connection.require_workers()
+        count = connection.slots()
+        watcher.say(
+            f"Study {tuned.name}: {counted(spec.trials, 'trial')} on "
+            f"{counted(count, 'worker')}; data {data.source}"
+            f"{' (SYNTHETIC)' if data.synthetic else ''}, {data.training_rows} training and "
+            f"{data.validation_rows} validation rows; split seed {data.split_seed}, "
+            f"identity {data.split_id[:12]}."
+        )
+        with Cluster(
+            connection, tuned, development_file=prepared.development_file, threads=threads
+        ) as cluster:
+            coordinator = Coordinator(tuned, cluster, watcher)
+            stop_on_signals(lambda: coordinator.stop("interrupted"))
+            with watcher.showing():
+                ending = coordinator.run(asked=spec, timeout=timeout)
+    tuned.storage.dequeue(tuned.id)  # it was driven here, and not by the service
+    return ending
+
+
+def _export_best(tuned: TunedStudy, folder: Path) -> Path:
+    from tuner.results.export import best_configs, write_configs
+
+    return write_configs(best_configs(tuned), folder)[0]
+
+
+def _print_summary(
+    tuned: TunedStudy, now: StudyStatus, ending: Ending, exported: Path | None
+) -> None:
+    from tuner.cli.progress import status_details
+
+    terminal().print(status_details(now))
+    if tuned.record.data.synthetic:
+        warn_of_synthetic_data()
+    if exported is not None:
+        typer.echo(f"Best configuration: {exported}")
+    if ending in ("interrupted", "timeout", "stopped"):
+        typer.echo(f"Stopped ({ending}); nothing is lost. The same command goes on where it was.")
+        return
+    suggested = {
+        tuned.command("export", tuned.name): "the best configurations",
+        tuned.command("dashboard"): "every trial and its curves",
+    }
+    if now.state != "reported":
+        suggested[tuned.command("report", tuned.name)] = "opens the test split, once"
+    typer.echo(lines_of_commands(tuned, suggested))
+
+
+@app.command(epilog="Example: tuner worker --cluster tcp://10.0.0.5:8786 --lifetime 14000")
+def worker(
+    cluster: Annotated[str, ClusterPlace],
+    workers: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Training processes; auto: one for each GPU, else one for each --threads cores.",
+        ),
+    ] = "1",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each training.")] = 1,
+    memory_limit: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE|auto",
+            help="Of each process, such as 4GB; one that needs more is ended and started again.",
+        ),
+    ] = "auto",
+    lifetime: Annotated[
+        float | None,
+        typer.Option(
+            min=1, metavar="SECONDS", help="Leave after so long: before a batch queue kills."
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The address or network interface to listen on."),
+    ] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    _log_level: LogLevel = None,
+    _log_format: LogFormat = None,
+) -> None:
+    """Trains for the studies of a Dask scheduler; any number of these may come and go."""
+    from tuner.cluster.scheduler import SchedulerFileMissingError, tls_files
+    from tuner.cluster.worker import WorkerSettings, serve
+
+    require_training()
+    # Not isdigit(): a superscript two is a digit that int() does not read.
+    if workers != "auto" and not re.fullmatch("[1-9][0-9]{0,3}", workers):
+        raise typer.BadParameter("must be 1 to 9999, or auto", param_hint="--workers")
+    try:
+        tls = tls_given(tls_ca, tls_cert, tls_key, cluster)
+    except SchedulerFileMissingError:  # the worker may be up before its scheduler
+        tls = tls_files(tls_ca, tls_cert, tls_key)
+    settings = WorkerSettings(
+        cluster=cluster,
+        tls=tls,
+        workers="auto" if workers == "auto" else int(workers),
+        threads=threads,
+        memory_limit=memory_limit,
+        lifetime=lifetime,
+        host=host,
+    )
+    serve(settings, say=log_line)

@@ -1,0 +1,207 @@
+"""Arguments and options that several verbs share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from tuner import logs
+from tuner.artifacts import (
+    DEFAULT_USERS_FILE,
+)
+
+if TYPE_CHECKING:
+    from tuner.cluster.connection import Connection
+    from tuner.cluster.scheduler import TlsFiles
+from tuner.cli.terminal import logger
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A study file, studies/*.toml.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
+StorageUrl = Annotated[
+    str,
+    typer.Option(
+        "--storage",
+        envvar="TUNER_STORAGE",
+        metavar="URL",
+        help="Where studies are kept: sqlite:///PATH or postgresql://USER@HOST/DATABASE.",
+    ),
+]
+ArtifactsRoot = Annotated[
+    Path,
+    typer.Option(
+        "--artifacts",
+        envvar="TUNER_ARTIFACTS",
+        metavar="DIR",
+        help="Where checkpoints, weights and development data are kept.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Worker processes; one for each core by default."),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of each training; 1 by default.")
+]
+ClusterPlace = typer.Option(
+    "--cluster",
+    metavar="ADDRESS|FILE",
+    help="A Dask scheduler: tcp://host:8786, tls://host:8786, or the scheduler file it wrote.",
+)
+TlsCa = Annotated[
+    Path | None,
+    typer.Option("--tls-ca", metavar="FILE", help="Who signed the cluster's certificates, PEM."),
+]
+TlsCert = Annotated[
+    Path | None, typer.Option("--tls-cert", metavar="FILE", help="This side's certificate, PEM.")
+]
+TlsKey = Annotated[
+    Path | None, typer.Option("--tls-key", metavar="FILE", help="Its private key, PEM.")
+]
+Host = Annotated[str, typer.Option("--host", help="The dashboard's address.")]
+Port = Annotated[
+    int,
+    typer.Option("--port", min=0, max=65535, help="The dashboard's port; 0 takes a free one."),
+]
+UsersFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--users",
+        envvar="TUNER_USERS",
+        metavar="FILE",
+        help=f"Who may log in; {DEFAULT_USERS_FILE} where there is one.",
+        show_default=False,
+    ),
+]
+BehindProxy = Annotated[
+    bool,
+    typer.Option(
+        "--behind-proxy", help="A proxy that speaks TLS stands before it, and names who asks."
+    ),
+]
+TrustProxies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-proxy",
+        metavar="ADDRESS",
+        help="Where that proxy is, an address or a network (10.0.0.0/24); repeatable. "
+        "By default this machine.",
+        show_default=False,
+    ),
+]
+TrustNetwork = Annotated[
+    bool,
+    typer.Option(
+        "--trust-network",
+        help="Plain HTTP on another --host than loopback: nobody can listen on the way.",
+    ),
+]
+AllowHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host", metavar="NAME", help="One more name that browsers may ask for; repeatable."
+    ),
+]
+StudiesFolder = Annotated[
+    Path,
+    typer.Option(
+        "--studies", metavar="DIR", help="The study files that the page offers to launch."
+    ),
+]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="DIR", help="The data files that an uploaded study file may name."
+    ),
+]
+SourcePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="PATH", help="Where the study's data is now: its file, or its folder."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides any key of the study file."),
+]
+
+
+def _choose_log(variable: str) -> Callable[[str | None], str | None]:
+    def choose(value: str | None) -> str | None:
+        if value is not None:
+            os.environ[variable] = value  # the processes that this one starts write the same log
+            logs.set_up()
+        return value
+
+    return choose
+
+
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error", "critical"] | None,
+    typer.Option(
+        "--log-level",
+        callback=_choose_log(logs.LEVEL_VARIABLE),
+        is_eager=True,
+        help="Of the log on stderr, Dask's and Optuna's lines too; also $TUNER_LOG_LEVEL.",
+    ),
+]
+LogFormat = Annotated[
+    Literal["text", "json"] | None,
+    typer.Option(
+        "--log-format",
+        callback=_choose_log(logs.FORMAT_VARIABLE),
+        is_eager=True,
+        help="json: one object a line; also $TUNER_LOG_FORMAT.",
+    ),
+]
+
+
+def refuse_two_places(cluster: str | None, workers: int | None) -> None:
+    """Refuses `--workers` together with `--cluster`."""
+    if cluster is not None and workers is not None:
+        raise typer.BadParameter(
+            "--workers starts workers on this machine, --cluster uses those of a scheduler; "
+            "`tuner worker --cluster ...` adds one to it."
+        )
+
+
+def tls_given(
+    ca: Path | None, cert: Path | None, key: Path | None, cluster: str | None
+) -> TlsFiles | None:
+    """The certificates of a cluster; warns on stderr of one that everybody can reach."""
+    from tuner.cluster.scheduler import exposure, scheduler_address, tls_files
+
+    tls = tls_files(ca, cert, key)
+    if cluster is not None:
+        warning = exposure(scheduler_address(cluster, tls))
+        if warning is not None:
+            if logs.is_asked():
+                logger.warning(warning)
+            else:
+                typer.secho(warning, fg=typer.colors.YELLOW, bold=True, err=True)
+    elif tls is not None:
+        raise typer.BadParameter("--tls-ca, --tls-cert and --tls-key belong to --cluster.")
+    return tls
+
+
+def connected(
+    cluster: str | None,
+    tls: TlsFiles | None,
+    workers: int | None,
+    threads: int,
+    say: Callable[[str], None],
+) -> AbstractContextManager[Connection]:
+    """To the workers of a scheduler, or to workers of this machine that are started for it."""
+    from tuner.cluster.connection import default_workers, local_connection, remote_connection
+    from tuner.dashboard.connections import raise_descriptor_limit
+
+    raise_descriptor_limit()  # each worker and each connection costs some
+
+    if cluster is not None:
+        return remote_connection(cluster, tls=tls, say=say)
+    return local_connection(workers or default_workers(), threads=threads, say=say)

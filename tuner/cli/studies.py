@@ -1,0 +1,263 @@
+"""status, stop, delete, export, report; data and storage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from tuner.artifacts import (
+    DEFAULT_EXPORT_FOLDER,
+    DEFAULT_ROOT,
+    DEFAULT_STORAGE_URL,
+    development_path,
+)
+from tuner.commands import command
+from tuner.errors import StorageMissingError, counted
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tuner.search.status import StudyStatus
+from tuner.cli.app import app, data_app, storage_app
+from tuner.cli.options import ArtifactsRoot, AsJson, Name, SourcePath, StorageUrl
+from tuner.cli.terminal import (
+    opened_storage,
+    print_json,
+    print_note,
+    terminal,
+    warn_of_synthetic_data,
+)
+
+
+@app.command(epilog="Example: tuner status quickstart --watch")
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow it until it is neither queued nor running.")
+    ] = False,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Shows where studies stand: trials by state, best value, epochs spent and saved, disk."""
+    from tuner.cli.progress import status_details, status_table, watch_studies
+    from tuner.search.status import status as read_status
+    from tuner.search.study import list_names, load
+
+    def look() -> list[StudyStatus]:
+        names = [name] if name else list_names(opened)
+        return [read_status(load(opened, one, artifacts_root=artifacts)) for one in names]
+
+    def shown(found: list[StudyStatus]) -> RenderableType:
+        if as_json:
+            documents = [one.to_document() for one in found]
+            return json.dumps(documents[0] if name else documents, indent=2)
+        if not found:
+            launch = command(
+                "launch", "studies/quickstart.toml", storage=storage, artifacts=artifacts
+            )
+            return f"No study yet. `{launch}` makes one."
+        return status_details(found[0]) if name else status_table(found)
+
+    console = terminal()
+    try:
+        with opened_storage(storage) as opened:
+            if watch:
+                watch_studies(look, shown, console, in_place=console.is_terminal and not as_json)
+            else:
+                console.print(shown(look()), soft_wrap=as_json)
+    except StorageMissingError:
+        if name:
+            raise
+        console.print(shown([]))
+
+
+@app.command(epilog="Example: tuner stop quickstart")
+def stop(
+    name: Name,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Stops a running or queued study: its trials save a checkpoint; `launch` goes on."""
+    from tuner.coordination import queue as orders
+    from tuner.search.study import load
+
+    with opened_storage(storage) as opened:
+        tuned = load(opened, name, artifacts_root=artifacts)
+        stopped = orders.stop(tuned)
+    if as_json:
+        print_json(stopped.to_document())
+    else:
+        resumes = f" `{tuned.command('launch', 'STUDY.toml')}` resumes it."
+        typer.echo(stopped.in_words + resumes * (stopped.dequeued and not stopped.asked))
+
+
+@app.command(epilog="Example: tuner delete quickstart --yes")
+def delete(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
+) -> None:
+    """Removes a study and its artifacts; the ledger keeps what it opened."""
+    from tuner.search.study import delete as delete_study
+    from tuner.search.study import load
+
+    with opened_storage(storage) as opened:
+        tuned = load(opened, name, artifacts_root=artifacts)
+        if not yes:
+            trials = counted(len(tuned.trials()), "trial")
+            typer.confirm(f"Remove {name} with {trials} for good?", abort=True)
+        delete_study(tuned)
+    typer.echo(f"Removed {name}.")
+    rows = development_path(artifacts, tuned.record.development_sha256)
+    if rows.is_file():
+        typer.echo(f"Its training and validation rows stay, others may need them: {rows}")
+
+
+@app.command(epilog="Example: tuner export quickstart --top 3 --format yaml -o best/")
+def export(
+    name: Name,
+    top: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="How many, best first; 1 by default.")
+    ] = None,
+    trial: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="This trial, whatever became of it."),
+    ] = None,
+    form: Annotated[
+        Literal["toml", "json", "yaml"] | None,
+        typer.Option("--format", help="Of the study files; by the suffix of -o, else toml."),
+    ] = None,
+    trials: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Write all trials as CSV, too.")
+    ] = None,
+    model: Annotated[
+        bool, typer.Option("--model", help="Write the trained networks, too.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="PATH", help="A folder, or one file."),
+    ] = None,
+    data: SourcePath = None,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Writes the best configurations (or one trial's), each a study file that trains it again."""
+    from tuner.results.export import (
+        best_configs,
+        config_of_trial,
+        write_configs,
+        write_model,
+        write_trials,
+    )
+    from tuner.search.study import load
+
+    if trial is not None and top is not None:
+        raise typer.BadParameter("--top asks for the best trials, --trial for one by its number.")
+    with opened_storage(storage) as opened:
+        tuned = load(opened, name, artifacts_root=artifacts)
+        rows = None if trials is None else write_trials(tuned, trials)
+        wanted = top or 1
+        configs = (
+            best_configs(tuned, wanted, data=data)
+            if trial is None
+            else (config_of_trial(tuned, trial, data=data),)
+        )
+        paths: tuple[Path, ...] = ()
+        if output is not None or not as_json:
+            paths = write_configs(configs, output or DEFAULT_EXPORT_FOLDER, form)
+        models = [path.with_suffix(".npz") for path in paths] if model else []
+        for exported, path in zip(configs, models, strict=False):
+            write_model(tuned, exported, path)
+        synthetic = tuned.record.data.synthetic
+    if as_json:
+        print_json({"study": tuned.name, "configs": [one.to_document() for one in configs]})
+        return
+    if synthetic:
+        warn_of_synthetic_data()
+    for exported, path in zip(configs, paths, strict=True):
+        rank = "Trial" if exported.rank is None else f"{exported.rank}. trial"
+        loss = exported.validation_loss
+        reached = "" if loss is None else f", validation loss {loss:.4f}"
+        typer.echo(
+            f"{rank} {exported.trial}{reached} after {counted(exported.epochs, 'epoch')}: {path}"
+        )
+    for path in models:
+        typer.echo(f"   its network: {path}")
+    if len(configs) < wanted:
+        were = counted(len(configs), "trial was", "trials were")
+        typer.echo(f"Only {were} trained to the end.")
+    if rows is not None:
+        typer.echo(f"{counted(rows, 'trial')} in all: {trials}")
+
+
+@app.command(epilog="Example: tuner report quickstart -o report/")
+def report(
+    name: Name,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write it.")
+    ] = None,
+    data: SourcePath = None,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Opens the test split, once, and writes the final report of a finished study."""
+    from tuner.results.report import write_report
+
+    with opened_storage(storage) as opened:
+        written = write_report(opened, name, artifacts_root=artifacts, output=output, data=data)
+    if as_json:
+        print_json(written.to_document())
+        return
+    if written.synthetic:
+        warn_of_synthetic_data()
+    typer.echo(written.summary())
+
+
+@data_app.command("fetch", epilog="Example: tuner data fetch")
+def data_fetch() -> None:
+    """Downloads the solubility data into the user's cache, checked by its hash."""
+    from tuner.data.solubility import fetch
+
+    typer.echo(str(fetch()))
+
+
+@storage_app.command("init", epilog="Example: tuner storage init --storage postgresql://lab@db/lab")
+def storage_init(storage: StorageUrl = DEFAULT_STORAGE_URL) -> None:
+    """Creates the schema, or brings an older one up to date; where it is right, does nothing."""
+    from tuner.storage.storage import Storage
+
+    with Storage(storage, patience_seconds=60.0, say=print_note, upgrade=True) as opened:
+        typer.echo(f"{opened.masked_url} is ready.")
+
+
+@storage_app.command("check", epilog="Example: tuner storage check --json")
+def storage_check(storage: StorageUrl = DEFAULT_STORAGE_URL, as_json: AsJson = False) -> None:
+    """Says whether the storage is reachable, right in version, and how fast; changes nothing."""
+    import dataclasses
+
+    from tuner.storage.check import check_storage
+
+    check = check_storage(storage)
+    if as_json:
+        print_json(dataclasses.asdict(check))
+    else:
+        typer.echo(f"{check.url}: {'reachable' if check.reachable else 'NOT reachable'}")
+        if check.schema is not None:
+            typer.echo(f"schema: {check.schema}")
+        if check.milliseconds is not None:
+            typer.echo(
+                f"a question takes {check.milliseconds:.1f} ms, "
+                f"a write {check.commit_milliseconds:.1f} ms (medians of 20)"
+            )
+        if check.detail:
+            typer.echo(check.detail)
+    if not check.is_right:
+        raise typer.Exit(1)
