@@ -26,7 +26,8 @@ from optuna.trial import TrialState
 
 from tuner.artifacts import development_path
 from tuner.coordination.coordinator import Coordinator
-from tuner.coordination.service import Service, Turns, max_min_shares
+from tuner.coordination.service import Service
+from tuner.coordination.shares import Turns, max_min_shares
 from tuner.errors import ClusterError
 from tuner.search.attributes import ERROR_KEY, RECORD_KEY, RESUMED_KEY
 from tuner.search.status import StudyStatus, status

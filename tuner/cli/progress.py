@@ -23,15 +23,6 @@ from tuner.search.status import StudyStatus, status
 from tuner.search.tuned_study import TunedStudy
 from tuner.train import EpochResult
 
-__all__ = [
-    "ProgressWatcher",
-    "describe_end",
-    "duration",
-    "megabytes",
-    "status_details",
-    "status_table",
-]
-
 _PLAIN_LINE_SECONDS = 10.0  #: between two lines of progress where stdout is no terminal
 _REFRESH_SECONDS = 0.5
 _WATCH_SECONDS = 2.0  #: between two looks of `status --watch`
