@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/faults.py                # about 10 minutes
     .venv/bin/python benchmarks/faults.py --away 8       # as long as in the suite
 
-Each row is a test of tests/test_faults.py. Databases are away for 60 s, or so long.
+Each row is a test of tests/faults/test_faults.py. Databases are away for 60 s, or so long.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TESTS = ROOT / "tests" / "test_faults.py"
 HEAD = """# Faults
 
 Made by `.venv/bin/python benchmarks/faults.py` from real runs: each row is a test of
-`tests/test_faults.py`, with real processes and trainings that cost nothing. Databases were away
+`test_faults.py`, with real processes and trainings that cost nothing. Databases were away
 for {away} s; the suite takes 8 s.
 
 After each fault the test proves from the database: exactly the budget is finished, trial numbers

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/render.py
 
-tests/test_house.py holds the page against the files, so no figure on it was typed.
+tests/repository/test_house.py holds the page against the files, so no figure on it was typed.
 """
 
 from __future__ import annotations

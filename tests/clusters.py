@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from folders import ROOT
 from ports import free_port
 
 from tuner.cluster.connection import Connection
 
-ROOT = Path(__file__).resolve().parent.parent
 SCHEDULER = (
     *("-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1"),
     *("--no-dashboard", "--dashboard-address", "127.0.0.1:0"),

@@ -15,7 +15,9 @@ from postgres import Postgres, postgres_server
 
 from tuner.storage.storage import Storage
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = (
+    Path(__file__).resolve().parent.parent
+)  # not of folders.py: a test copies this file elsewhere
 
 # Before any module of ours is imported: what the developer's shell sets must not steer a test.
 # The folder of the real data is the exception; made absolute, since tests change directories.

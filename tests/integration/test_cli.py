@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from folders import ROOT
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
 
@@ -33,7 +34,6 @@ from tuner.search.tuned_study import FINISHED
 from tuner.storage.storage import Storage
 
 T = TypeVar("T")
-ROOT = Path(__file__).resolve().parent.parent
 TINY = """
 name = "tiny"
 trials = 3

@@ -17,6 +17,7 @@ import yaml
 from clusters import eventually
 from fakes import ready_sqlite
 from finished_study import finished_study
+from folders import ROOT
 from lab import Browser
 from sqlalchemy.exc import InterfaceError, OperationalError
 
@@ -30,8 +31,6 @@ from tuner.dashboard.server import make_app, make_server
 from tuner.dashboard.settings import Settings
 from tuner.errors import StorageError
 from tuner.storage.storage import Storage
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 import tomli_w
+from folders import STUDIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -29,7 +30,6 @@ from tuner.spec.space import SearchSpace, space_of
 from tuner.spec.spec import DataSettings, FastaPair, StudySpec, name_problem
 from tuner.spec.toml_lines import key_lines
 
-STUDIES = Path(__file__).resolve().parent.parent / "studies"
 SHIPPED = sorted(STUDIES.glob("*.toml"))
 
 same_every_time = settings(deadline=None, derandomize=True)

@@ -12,100 +12,31 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from folders import ROOT, TESTS
+from small_training import (
+    CONFIG,
+    DATA,
+    MAX_LENGTH,
+    PLAIN,
+    ROWS,
+    curve,
+    training_run,
+)
 
-from tuner.data.development import DevelopmentData
 from tuner.errors import TrialEndedError
 from tuner.metrics import cross_entropy
 from tuner.network import training
 from tuner.network.model import build_model, keras, load_weights, logit_model, tf
 from tuner.network.predict import logits
 from tuner.network.training import LocalTraining, TensorData, TrainingRun
-from tuner.spec.architecture import BlockConfig, DenseConfig, ModelConfig
+from tuner.spec.architecture import ModelConfig
 from tuner.spec.spec import TrainingSettings
 from tuner.train import EpochResult
-
-MAX_LENGTH = 24
-ROWS, VALIDATION_ROWS = 70, 30  # 70 rows leave a last batch of 6 at batch size 16
-
-CONFIG = ModelConfig(
-    embedding_dim=4,
-    embedding_dropout=0.1,
-    masking=True,
-    arrangement="stacked",
-    blocks=(
-        BlockConfig(
-            kernel_size=3,
-            filters=6,
-            padding="same",
-            normalization="batch",
-            activation="relu",
-            residual="none",
-            pooling="max",
-            pool_size=2,
-            conv_dropout=0.2,
-            conv_l1=0.0,
-            conv_l2=1e-3,
-        ),
-    ),
-    head="global_max",
-    dense=(
-        DenseConfig(units=8, activation="swish", dense_dropout=0.1, dense_l1=0.0, dense_l2=0.0),
-    ),
-    output_dropout=0.3,
-    bias_l2=0.0,
-    activity_l2=0.0,
-    optimizer="adam",
-    learning_rate=0.02,
-    batch_size=16,
-)
-# Neither dropout nor batch normalisation: what is trained does not depend on their random numbers.
-PLAIN = dataclasses.replace(
-    CONFIG,
-    embedding_dropout=0.0,
-    blocks=(dataclasses.replace(CONFIG.blocks[0], normalization="none", conv_dropout=0.0),),
-    dense=(dataclasses.replace(CONFIG.dense[0], dense_dropout=0.0),),
-    output_dropout=0.0,
-)
-
-
-def development_data() -> DevelopmentData:
-    """Random sequences; soluble are those with more lysine than leucine."""
-    rng = np.random.default_rng(5)
-    tokens = rng.integers(1, 21, (ROWS + VALIDATION_ROWS, MAX_LENGTH)).astype(np.uint8)
-    lengths = rng.integers(6, MAX_LENGTH + 1, len(tokens))
-    tokens[np.arange(MAX_LENGTH) >= lengths[:, None]] = 0
-    labels = ((tokens == 12).sum(1) > (tokens == 11).sum(1)).astype(np.uint8)
-    return DevelopmentData(
-        training_tokens=tokens[:ROWS],
-        training_labels=labels[:ROWS],
-        validation_tokens=tokens[ROWS:],
-        validation_labels=labels[ROWS:],
-    )
-
-
-DATA = development_data()
 
 
 @pytest.fixture(scope="module")
 def tensors() -> TensorData:
     return TensorData(DATA)
-
-
-def training_run(tensors: TensorData, config: ModelConfig = CONFIG, **changes: Any) -> TrainingRun:
-    settings: dict[str, Any] = {
-        "seed": 3,
-        "trial": 7,
-        "max_epochs": 4,
-        "patience": None,
-        "precision": "float32",
-        "max_trial_seconds": 600.0,
-    }
-    return TrainingRun(tensors, config, **(settings | changes))
-
-
-def curve(results: list[EpochResult]) -> list[EpochResult]:
-    """The results without their times, which no two runs share."""
-    return [dataclasses.replace(result, seconds=0.0) for result in results]
 
 
 def replay(results: list[EpochResult], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,12 +110,11 @@ def test_another_process_gives_the_same_curve(undisturbed: TrainingRun, tmp_path
     script = tmp_path / "train.py"
     threads = tf.config.threading.get_intra_op_parallelism_threads()
     script.write_text(
-        "import dataclasses, importlib.util, json\n"
-        f"spec = importlib.util.spec_from_file_location('here', {__file__!r})\n"
-        "here = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(here)\n"
-        f"if {threads}: here.training.configure_tensorflow({threads})\n"
-        "run = here.training_run(here.TensorData(here.DATA), max_epochs=2)\n"
+        "import dataclasses, json\n"
+        "from small_training import DATA, training_run\n"
+        "from tuner.network.training import TensorData, configure_tensorflow\n"
+        f"if {threads}: configure_tensorflow({threads})\n"
+        "run = training_run(TensorData(DATA), max_epochs=2)\n"
         "print(json.dumps([dataclasses.asdict(result) for result in run.epochs()]))\n"
     )
     done = subprocess.run(
@@ -192,8 +122,8 @@ def test_another_process_gives_the_same_curve(undisturbed: TrainingRun, tmp_path
         check=True,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).resolve().parent.parent,
-        env={"PYTHONPATH": ".", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{TESTS}", "CUDA_VISIBLE_DEVICES": ""},
     )
     results = [EpochResult(**result) for result in json.loads(done.stdout)]
     assert curve(results) == curve(undisturbed.history[:2])

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from fakes import make_study
+from folders import ROOT
 
 from tuner.cluster.scheduler import TlsFiles, worker_command
 from tuner.commands import command, password_hint
 from tuner.coordination.study_note import overview
 from tuner.search.status import status
 
-ROOT = Path(__file__).resolve().parent.parent
 SECRET = "s3cret/pw"
 QUOTED = "s3cret%2Fpw"
 

@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 import optuna
 import pytest
 from fakes import FakeWorkers, Notes, epoch_result, fake_train, make_study, small_spec
-from faults import assert_page_is_whole, drawn_epochs, hung
+from fault_runs import assert_page_is_whole, drawn_epochs, hung
 from optuna.trial import TrialState
 
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, dashboard_folder

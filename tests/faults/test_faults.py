@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from drive import Plan
-from faults import (
+from fault_runs import (
     Launch,
     Tuner,
     assert_gone,
@@ -28,6 +28,7 @@ from faults import (
     trained_by,
     worker,
 )
+from folders import TESTS
 from ports import free_port
 from postgres import Postgres
 from proxy import Cut, Proxy
@@ -171,7 +172,7 @@ def test_a_clock_that_jumps_an_hour(plan: MakePlan, tmp_path: Path) -> None:
     set_clock(clock, 0)
     mine = plan(spec={"trials": 10, "seed": 150, "hyperband": None})
     jumping = {
-        "PYTHONPATH": str(Path(__file__).parent / "clock"),
+        "PYTHONPATH": str(TESTS / "clock"),
         "PYTEST_TUNER_CLOCK": str(clock),
     }
     with Launch(mine, **jumping) as launch:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_model import block, dense, network, sequences
+from networks import block, dense, network, sequences
 
 from tuner.network import fast_layers
 from tuner.network.model import build_model, keras, logit_model, tf

@@ -19,6 +19,7 @@ from typing import Any, Self
 import psutil
 from drive import Plan
 from fakes import loss_of
+from folders import TESTS
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_store
@@ -34,7 +35,6 @@ STORY = "PYTEST_TUNER_STORY"
 _SILENT = re.compile(r"epoch |ended |ready$|ending |\d{4}-\d\d-\d\d |\s|$")
 
 PATIENCE = 90.0  # seconds that anything may take on a busy machine
-TESTS = Path(__file__).resolve().parent
 _MARK = "PYTEST_TUNER_LAUNCH"
 
 

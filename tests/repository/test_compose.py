@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 import yaml
 from command_lines import parse
+from folders import ROOT
 from lab import PASSWORDS, write_users
 from ports import free_port
 from postgres import postgres_server
@@ -33,7 +34,6 @@ from sqlalchemy import make_url
 
 from tuner.data.synthetic import synthetic_sequences
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")

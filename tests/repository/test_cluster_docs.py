@@ -24,8 +24,8 @@ import distributed.worker
 import pytest
 import yaml
 from command_lines import parse
+from folders import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "docs" / "clusters"
 GUIDE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
 MANIFESTS = sorted(FILES.glob("kubernetes*.yaml"))

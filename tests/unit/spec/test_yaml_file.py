@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import tomli_w
 import yaml
+from folders import STUDIES
 
 from tuner.coordination.queue import overrides_for
 from tuner.errors import Problem, SpecError
 from tuner.spec.reader import load_spec, spec_from_document
-
-STUDIES = Path(__file__).resolve().parent.parent / "studies"
 
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml", ".toml"])

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training import CONFIG, DATA, curve, training_run
+from folders import ROOT
+from small_training import CONFIG, DATA, curve, training_run
 
 from tuner.cluster.attempt import open_training_run
 from tuner.errors import SetupError
@@ -23,7 +24,6 @@ from tuner.network.predict import logits
 from tuner.network.training import TensorData, TrainingRun
 from tuner.train import EpochResult
 
-ROOT = Path(__file__).resolve().parent.parent
 # Flattened, pooled, normalised: what each layer takes for its channels matters.
 FLAT = dataclasses.replace(CONFIG, head="flatten")
 
@@ -45,10 +45,11 @@ def undisturbed(tensors: TensorData) -> TrainingRun:
 
 SCRIPT = """
 import dataclasses, json
-import test_training as here
+from tuner.network.training import TensorData, configure_tensorflow
+import small_training as here
 config = dataclasses.replace(here.CONFIG, head="flatten")
-if {threads}: here.training.configure_tensorflow({threads})
-run = here.training_run(here.TensorData(here.DATA), config, max_epochs=1)
+if {threads}: configure_tensorflow({threads})
+run = here.training_run(TensorData(here.DATA), config, max_epochs=1)
 print(json.dumps([dataclasses.asdict(result) for result in run.epochs()]))
 """
 

@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from fakes import small_spec
+from folders import ROOT
 
 from tuner.cluster.attempt import open_from_checkpoint
 from tuner.cluster.messages import TrainingTask
@@ -195,7 +195,7 @@ def leaver() -> Iterator[subprocess.Popen[str]]:
     """A process that hears signals as a training process does, and takes 1.5 s to leave."""
     process = subprocess.Popen(
         [sys.executable, "-c", LEAVER],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 import optuna
 import pytest
 from fakes import make_study, small_spec
+from folders import ROOT
 from optuna.trial import TrialState
 from rich.console import Console
 from typer.testing import CliRunner
@@ -26,8 +27,6 @@ from tuner.search.attributes import ERROR_KEY, RESUMED_KEY
 from tuner.search.status import StudyStatus, status
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import MAX_NAME_LENGTH
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

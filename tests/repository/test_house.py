@@ -21,11 +21,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+from folders import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LOCKS = ("cpu", "gpu", "dev", "compare")
 BENCHMARKS = ROOT / "benchmarks"
@@ -517,7 +517,7 @@ def test_every_test_that_a_page_names_exists() -> None:
     missing, named = [], 0
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         file = ""
-        for path, name in re.findall(r"(tests/\w+\.py)?::(test_\w+)", page.read_text("utf-8")):
+        for path, name in re.findall(r"(tests/[\w/]+\.py)?::(test_\w+)", page.read_text("utf-8")):
             file, named = path or file, named + 1
             if not re.search(rf"^def {name}\(", (ROOT / file).read_text("utf-8"), re.MULTILINE):
                 missing.append((page.name, file, name))

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
+from folders import TESTS
 from postgres import Postgres
 
 SHARED_MEMORY = Path("/proc/sysvipc/shm")  # of System V, where the system has it
@@ -73,7 +74,7 @@ with postgres_server() as server:
 def test_it_leaves_no_process_port_or_shared_memory(how: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, how],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
         check=False,
