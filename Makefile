@@ -10,7 +10,7 @@ MANIFESTS = docs/clusters/kubernetes.yaml docs/clusters/kubernetes-worker-job.ya
 SCRIPTS = .ci/run locks/install $(wildcard docs/clusters/*.sh docs/clusters/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format lock clean setup setup-dev
+.PHONY: help run test lint format docs lock clean setup setup-dev
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ lint: setup-dev ## check style, types, the layering of imports, containers, mani
 format: setup-dev ## format the code and fix what ruff can fix by itself
 	.venv/bin/ruff check --fix-only .
 	.venv/bin/ruff format .
+
+docs: setup-dev ## write docs/cli.md anew from the program
+	.venv/bin/python tests/cli_page.py
 
 lock: ## write locks/ anew from pyproject.toml (needs uv; LOCK_FLAGS=--upgrade takes newer versions)
 	$(UV_LOCK) pyproject.toml --extra cpu $(LOCK_FLAGS) -o locks/cpu.txt

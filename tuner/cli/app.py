@@ -10,10 +10,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tunes the network that predicts protein solubility; the test split stays sealed.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="The data: download.")
+data_app = typer.Typer(no_args_is_help=True, help="Downloads the data set.")
 
 
-storage_app = typer.Typer(no_args_is_help=True, help="The database: make its schema, look at it.")
+storage_app = typer.Typer(
+    no_args_is_help=True, help="Creates, upgrades and checks the database's schema."
+)
 
 
 dashboard_app = typer.Typer(

@@ -68,7 +68,7 @@ def check(
     ] = False,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
 ) -> None:
-    """Validates a study file and its data, and says what the study would do; trains nothing."""
+    """Validates a study file and its data, and shows what the study would do. Trains nothing."""
     from tuner.spec.schema import json_schema
 
     if schema:
@@ -205,7 +205,9 @@ def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
 @app.command(epilog="Example: tuner launch studies/quickstart.toml --workers 2")
 def launch(
     spec_path: SpecPath,
-    name: Annotated[str | None, typer.Option(help="Another name than the file's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the study, in place of the file's.")
+    ] = None,
     workers: Workers = None,
     threads: Threads = None,
     cluster: Annotated[str | None, ClusterPlace] = None,
@@ -213,10 +215,11 @@ def launch(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Another budget than the file's.")
+        int | None, typer.Option(min=1, help="Number of finished trials, in place of the file's.")
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Stop after so many seconds.")
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="Stop after this number of seconds."),
     ] = None,
     overrides: Overrides = None,
     export_to: Annotated[
@@ -232,7 +235,7 @@ def launch(
     _log_level: LogLevel = None,
     _log_format: LogFormat = None,
 ) -> None:
-    """Creates a study, or takes it up where it stopped, and runs it to its budget."""
+    """Creates or resumes a study, and runs it to its budget."""
     if detach:
         here: dict[str, object] = {"--workers": workers, "--threads": threads}
         here |= {"--timeout": timeout, "--export": export_to, "--cluster": cluster}
@@ -402,21 +405,23 @@ def worker(
         str,
         typer.Option(
             metavar="N|auto",
-            help="Training processes; auto: one for each GPU, else one for each --threads cores.",
+            help="Number of training processes; auto: one per GPU, else one per --threads cores.",
         ),
     ] = "1",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each training.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Number of threads of each training.")] = 1,
     memory_limit: Annotated[
         str,
         typer.Option(
             metavar="SIZE|auto",
-            help="Of each process, such as 4GB; one that needs more is ended and started again.",
+            help="Memory limit of each process, such as 4GB; one that exceeds it is restarted.",
         ),
     ] = "auto",
     lifetime: Annotated[
         float | None,
         typer.Option(
-            min=1, metavar="SECONDS", help="Leave after so long: before a batch queue kills."
+            min=1,
+            metavar="SECONDS",
+            help="Leave after this time, before the batch queue ends the job.",
         ),
     ] = None,
     host: Annotated[
@@ -429,7 +434,7 @@ def worker(
     _log_level: LogLevel = None,
     _log_format: LogFormat = None,
 ) -> None:
-    """Trains for the studies of a Dask scheduler; any number of these may come and go."""
+    """Trains for the studies of a Dask scheduler; workers may join and leave at any time."""
     from tuner.cluster.scheduler import SchedulerFileMissingError, tls_files
     from tuner.cluster.worker import WorkerSettings, serve
 

@@ -28,7 +28,7 @@ StorageUrl = Annotated[
         "--storage",
         envvar="TUNER_STORAGE",
         metavar="URL",
-        help="Where studies are kept: sqlite:///PATH or postgresql://USER@HOST/DATABASE.",
+        help="URL of the database: sqlite:///PATH or postgresql://USER@HOST/DATABASE.",
     ),
 ]
 ArtifactsRoot = Annotated[
@@ -37,36 +37,41 @@ ArtifactsRoot = Annotated[
         "--artifacts",
         envvar="TUNER_ARTIFACTS",
         metavar="DIR",
-        help="Where checkpoints, weights and development data are kept.",
+        help="Folder for checkpoints, weights and development data.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Worker processes; one for each core by default."),
+    typer.Option(
+        "--workers", min=1, help="Number of worker processes; one for each core by default."
+    ),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads of each training; 1 by default.")
+    int | None,
+    typer.Option("--threads", min=1, help="Number of threads of each training; 1 by default."),
 ]
 ClusterPlace = typer.Option(
     "--cluster",
     metavar="ADDRESS|FILE",
-    help="A Dask scheduler: tcp://host:8786, tls://host:8786, or the scheduler file it wrote.",
+    help="Dask scheduler: tcp://HOST:8786, tls://HOST:8786, or the scheduler file that it wrote.",
 )
 TlsCa = Annotated[
     Path | None,
-    typer.Option("--tls-ca", metavar="FILE", help="Who signed the cluster's certificates, PEM."),
+    typer.Option("--tls-ca", metavar="FILE", help="Certificate authority of the cluster, PEM."),
 ]
 TlsCert = Annotated[
-    Path | None, typer.Option("--tls-cert", metavar="FILE", help="This side's certificate, PEM.")
+    Path | None,
+    typer.Option("--tls-cert", metavar="FILE", help="Certificate of this process, PEM."),
 ]
 TlsKey = Annotated[
-    Path | None, typer.Option("--tls-key", metavar="FILE", help="Its private key, PEM.")
+    Path | None,
+    typer.Option("--tls-key", metavar="FILE", help="Private key of the certificate, PEM."),
 ]
-Host = Annotated[str, typer.Option("--host", help="The dashboard's address.")]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
 Port = Annotated[
     int,
-    typer.Option("--port", min=0, max=65535, help="The dashboard's port; 0 takes a free one."),
+    typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for any free one."),
 ]
 UsersFile = Annotated[
     Path | None,
@@ -74,14 +79,15 @@ UsersFile = Annotated[
         "--users",
         envvar="TUNER_USERS",
         metavar="FILE",
-        help=f"Who may log in; {DEFAULT_USERS_FILE} where there is one.",
+        help=f"File with the users; {DEFAULT_USERS_FILE} if it exists.",
         show_default=False,
     ),
 ]
 BehindProxy = Annotated[
     bool,
     typer.Option(
-        "--behind-proxy", help="A proxy that speaks TLS stands before it, and names who asks."
+        "--behind-proxy",
+        help="The server is behind a proxy that terminates TLS and forwards the client's address.",
     ),
 ]
 TrustProxies = Annotated[
@@ -98,31 +104,35 @@ TrustNetwork = Annotated[
     bool,
     typer.Option(
         "--trust-network",
-        help="Plain HTTP on another --host than loopback: nobody can listen on the way.",
+        help="Allow plain HTTP on a --host other than loopback, in a network that you trust.",
     ),
 ]
 AllowHosts = Annotated[
     list[str] | None,
     typer.Option(
-        "--allow-host", metavar="NAME", help="One more name that browsers may ask for; repeatable."
+        "--allow-host",
+        metavar="NAME",
+        help="Additional host name that requests may have; repeatable.",
     ),
 ]
 StudiesFolder = Annotated[
     Path,
     typer.Option(
-        "--studies", metavar="DIR", help="The study files that the page offers to launch."
+        "--studies", metavar="DIR", help="Folder with the study files that the page offers."
     ),
 ]
 DataFolder = Annotated[
     Path | None,
     typer.Option(
-        "--data", metavar="DIR", help="The data files that an uploaded study file may name."
+        "--data",
+        metavar="DIR",
+        help="Folder with the data files that an uploaded study file may name.",
     ),
 ]
 SourcePath = Annotated[
     Path | None,
     typer.Option(
-        "--data", metavar="PATH", help="Where the study's data is now: its file, or its folder."
+        "--data", metavar="PATH", help="Current place of the study's data: the file, or its folder."
     ),
 ]
 Overrides = Annotated[
@@ -147,7 +157,8 @@ LogLevel = Annotated[
         "--log-level",
         callback=_choose_log(logs.LEVEL_VARIABLE),
         is_eager=True,
-        help="Of the log on stderr, Dask's and Optuna's lines too; also $TUNER_LOG_LEVEL.",
+        help="Level of the log on stderr, which includes Dask's and Optuna's; also "
+        "$TUNER_LOG_LEVEL.",
     ),
 ]
 LogFormat = Annotated[
@@ -156,7 +167,7 @@ LogFormat = Annotated[
         "--log-format",
         callback=_choose_log(logs.FORMAT_VARIABLE),
         is_eager=True,
-        help="json: one object a line; also $TUNER_LOG_FORMAT.",
+        help="Format of the log; json is one object per line. Also $TUNER_LOG_FORMAT.",
     ),
 ]
 

@@ -73,7 +73,7 @@ def dashboard(
     _log_level: LogLevel = None,
     _log_format: LogFormat = None,
 ) -> None:
-    """Shows studies in the Optuna dashboard, with the pages to launch and export under /tuner."""
+    """Shows studies in the Optuna dashboard, with pages to launch, stop and export under /tuner."""
     if context.invoked_subcommand is not None:
         return
     from tuner.dashboard.server import serve
@@ -126,17 +126,19 @@ def _dashboard_settings(
 def add_user(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Letters, digits and . _ @ -")],
     role: Annotated[
-        Literal["viewer", "editor"], typer.Option(help="A viewer looks, an editor changes.")
+        Literal["viewer", "editor"],
+        typer.Option(help="A viewer can read, an editor can also change."),
     ] = "viewer",
     password_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Its first line is the password; - is stdin. Asked for otherwise."
+            metavar="FILE",
+            help="File whose first line is the password; - for stdin. By default you are asked.",
         ),
     ] = None,
     users: UsersFile = None,
 ) -> None:
-    """Adds a user of the dashboard, or gives one a new password and role."""
+    """Adds a user, or sets the password and role of an existing one."""
     from tuner.dashboard.users import write_user
 
     path = users or DEFAULT_USERS_FILE
@@ -158,7 +160,7 @@ def _password(file: Path | None) -> str:
 def remove_user(
     name: Annotated[str, typer.Argument(metavar="NAME")], users: UsersFile = None
 ) -> None:
-    """Removes a user of the dashboard; a running server ends that one's sessions at once."""
+    """Removes a user; a running server ends the user's sessions at once."""
     from tuner.dashboard.users import remove_user as remove
 
     remove(users or DEFAULT_USERS_FILE, name)
@@ -167,7 +169,7 @@ def remove_user(
 
 @dashboard_app.command("users", epilog="Example: tuner dashboard users")
 def list_users(users: UsersFile = None, as_json: AsJson = False) -> None:
-    """Lists who may log in, and as what."""
+    """Lists the users and their roles."""
     from tuner.dashboard.users import read_users
 
     found = {name: user.role for name, user in read_users(users or DEFAULT_USERS_FILE).items()}
@@ -180,11 +182,11 @@ def list_users(users: UsersFile = None, as_json: AsJson = False) -> None:
 
 @dashboard_app.command("log", epilog="Example: tuner dashboard log --last 20")
 def log(
-    last: Annotated[int, typer.Option(min=1, help="So many.")] = 100,
+    last: Annotated[int, typer.Option(min=1, help="Number of entries to show.")] = 100,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Shows who changed what through the dashboard, and when, newest first."""
+    """Shows the changes made through the dashboard, newest first."""
     import dataclasses
 
     with opened_storage(storage) as opened:
@@ -213,7 +215,7 @@ def serve(
         typer.Option(metavar="FILE", help="The dashboard's certificate, PEM."),
     ] = None,
     dashboard_tls_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Its private key, PEM.")
+        Path | None, typer.Option(metavar="FILE", help="Private key of the certificate, PEM.")
     ] = None,
     behind_proxy: BehindProxy = False,
     trust_proxy: TrustProxies = None,
@@ -226,7 +228,7 @@ def serve(
     _log_level: LogLevel = None,
     _log_format: LogFormat = None,
 ) -> None:
-    """Drives every study that was launched with --detach, and shows the dashboard."""
+    """Runs the studies that were launched with --detach, and shows the dashboard."""
     refuse_two_places(cluster, workers)
     tls = tls_given(tls_ca, tls_cert, tls_key, cluster)
     if cluster is None:

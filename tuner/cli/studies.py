@@ -36,13 +36,13 @@ from tuner.cli.terminal import (
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Follow it until it is neither queued nor running.")
+        bool, typer.Option("--watch", help="Refresh until the study is neither queued nor running.")
     ] = False,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
-    """Shows where studies stand: trials by state, best value, epochs spent and saved, disk."""
+    """Shows the progress of studies: trials by state, best value, epochs spent and saved, disk."""
     from tuner.cli.progress import status_details, status_table, watch_studies
     from tuner.search.status import status as read_status
     from tuner.search.study import list_names, load
@@ -82,7 +82,7 @@ def stop(
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
-    """Stops a running or queued study: its trials save a checkpoint; `launch` goes on."""
+    """Stops a running or queued study. Its trials save a checkpoint; `launch` resumes it."""
     from tuner.coordination import queue as orders
     from tuner.search.study import load
 
@@ -99,11 +99,11 @@ def stop(
 @app.command(epilog="Example: tuner delete quickstart --yes")
 def delete(
     name: Name,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
 ) -> None:
-    """Removes a study and its artifacts; the ledger keeps what it opened."""
+    """Removes a study and its artifacts; its entries in the ledger stay."""
     from tuner.search.study import delete as delete_study
     from tuner.search.study import load
 
@@ -123,25 +123,31 @@ def delete(
 def export(
     name: Name,
     top: Annotated[
-        int | None, typer.Option(min=1, metavar="K", help="How many, best first; 1 by default.")
+        int | None,
+        typer.Option(
+            min=1, metavar="K", help="Number of configurations, best first; 1 by default."
+        ),
     ] = None,
     trial: Annotated[
         int | None,
-        typer.Option(min=0, metavar="N", help="This trial, whatever became of it."),
+        typer.Option(min=0, metavar="N", help="Number of one trial to export, in any state."),
     ] = None,
     form: Annotated[
         Literal["toml", "json", "yaml"] | None,
-        typer.Option("--format", help="Of the study files; by the suffix of -o, else toml."),
+        typer.Option(
+            "--format",
+            help="Format of the study files; by default that of the suffix of -o, else TOML.",
+        ),
     ] = None,
     trials: Annotated[
-        Path | None, typer.Option(metavar="FILE.csv", help="Write all trials as CSV, too.")
+        Path | None, typer.Option(metavar="FILE.csv", help="Also write all trials as CSV.")
     ] = None,
     model: Annotated[
-        bool, typer.Option("--model", help="Write the trained networks, too.")
+        bool, typer.Option("--model", help="Also write the trained networks.")
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="PATH", help="A folder, or one file."),
+        typer.Option("-o", "--output", metavar="PATH", help="Folder, or file, to write to."),
     ] = None,
     data: SourcePath = None,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
@@ -201,14 +207,14 @@ def export(
 def report(
     name: Name,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write it.")
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
     ] = None,
     data: SourcePath = None,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
-    """Opens the test split, once, and writes the final report of a finished study."""
+    """Opens the test split once, and writes the final report of a finished study."""
     from tuner.results.report import write_report
 
     with opened_storage(storage) as opened:
@@ -231,7 +237,7 @@ def data_fetch() -> None:
 
 @storage_app.command("init", epilog="Example: tuner storage init --storage postgresql://lab@db/lab")
 def storage_init(storage: StorageUrl = DEFAULT_STORAGE_URL) -> None:
-    """Creates the schema, or brings an older one up to date; where it is right, does nothing."""
+    """Creates the schema, or upgrades an older one; if it is current, does nothing."""
     from tuner.storage.storage import Storage
 
     with Storage(storage, patience_seconds=60.0, say=print_note, upgrade=True) as opened:
@@ -240,7 +246,7 @@ def storage_init(storage: StorageUrl = DEFAULT_STORAGE_URL) -> None:
 
 @storage_app.command("check", epilog="Example: tuner storage check --json")
 def storage_check(storage: StorageUrl = DEFAULT_STORAGE_URL, as_json: AsJson = False) -> None:
-    """Says whether the storage is reachable, right in version, and how fast; changes nothing."""
+    """Checks whether the storage is reachable, its version, and its latency. Changes nothing."""
     import dataclasses
 
     from tuner.storage.check import check_storage
