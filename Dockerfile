@@ -16,7 +16,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip --python /opt/tuner/bin/python install --no-cache-dir --disable-pip-version-check \
     --require-hashes --no-deps --only-binary=:all: -r lock.txt
 # setuptools is in the lock, so that the project's own build asks no index.
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY tuner tuner
 RUN pip --python /opt/tuner/bin/python install --no-cache-dir --disable-pip-version-check \
     --no-index --no-deps --no-build-isolation .

@@ -33,6 +33,7 @@ lint: setup-dev ## check style, types, the layering of imports, containers, mani
 	check check-jsonschema --builtin-schema vendor.compose-spec $(COMPOSE_FILES); \
 	check compose-lint --strict-config --skip-suppressed --fail-on low docker-compose.yml; \
 	check kubernetes-validate --strict --quiet $(MANIFESTS); \
+	check check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml; \
 	check shellcheck $(SCRIPTS); \
 	[ -z "$$failed" ] || { echo "lint: failed: $${failed#, }" >&2; exit 1; }
 
