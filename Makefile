@@ -2,7 +2,7 @@
 
 LOCK ?= cpu# or gpu: export LOCK=gpu
 ARGS ?=#     more arguments for pytest: make test ARGS="-k split -x"
-JOBS ?= 0#   2: two tests at once, faster; not yet the default, see docs/development.md
+JOBS ?= 2#   tests at once; 0 runs them one after the other, in one process
 UV_LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes --no-strip-extras \
 	--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet
 COMPOSE_FILES = docker-compose.yml $(wildcard docs/clusters/compose.*.yml)
@@ -10,7 +10,7 @@ MANIFESTS = docs/clusters/kubernetes.yaml docs/clusters/kubernetes-worker-job.ya
 SCRIPTS = .ci/run locks/install $(wildcard docs/clusters/*.sh docs/clusters/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format docs lock clean setup setup-dev
+.PHONY: help run test test-unit coverage lint format docs lock clean setup setup-dev
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -18,8 +18,16 @@ help: ## list the targets
 run: setup ## run the quickstart study and export its best configuration to runs/export
 	.venv/bin/tuner launch studies/quickstart.toml --export runs/export
 
-test: setup-dev ## run the tests, with branch coverage (ARGS="..." is handed to pytest)
-	.venv/bin/python -m pytest --numprocesses=$(JOBS) --dist=worksteal --cov --cov-report=term $(ARGS)
+PYTEST = .venv/bin/python -m pytest --numprocesses=$(JOBS) --dist=worksteal
+
+test: setup-dev ## run all tests (ARGS="..." is handed to pytest)
+	$(PYTEST) $(ARGS)
+
+test-unit: setup-dev ## run the tests of single packages, which take about two minutes
+	$(PYTEST) tests/unit $(ARGS)
+
+coverage: setup-dev ## run all tests with branch coverage, also of the processes that they start
+	$(PYTEST) --cov --cov-report=term $(ARGS)
 
 # Every check runs, so that one call shows all problems.
 lint: setup-dev ## check style, types, the layering of imports, containers, manifests and scripts

@@ -20,6 +20,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TypeVar
 
+import optuna
 import pytest
 from folders import ROOT
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -109,15 +110,20 @@ def in_storage(folder: Path, look: Callable[[Storage], T]) -> T:
         return look(storage)
 
 
-def reported(folder: Path, study: str) -> int:
-    """Epochs that the storage holds, as `status` tells."""
-    done = tuner(folder, "status", study, "--json", check=False)
-    return json.loads(done.stdout)["epochs"]["spent"] if done.returncode == 0 else 0
+def trials_with_epochs(folder: Path, study: str) -> int:
+    """Trials of which the storage holds an epoch; 0 where there is no study yet."""
+    if tuner(folder, "status", study, check=False).returncode != 0:
+        return 0
+    trials = in_storage(
+        folder, lambda storage: optuna.load_study(study_name=study, storage=storage.optuna).trials
+    )
+    return sum(bool(trial.intermediate_values) for trial in trials)
 
 
-def wait_for_epochs(folder: Path, study: str, epochs: int, process: subprocess.Popen[str]) -> None:
+def wait_for_epochs(folder: Path, study: str, trials: int, process: subprocess.Popen[str]) -> None:
+    """Waits until so many trials have trained an epoch: each has begun, and has a checkpoint."""
     deadline = time.monotonic() + 120
-    while reported(folder, study) < epochs:
+    while trials_with_epochs(folder, study) < trials:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.3)
@@ -235,7 +241,7 @@ def test_kill_9_of_the_coordinator_costs_nothing_and_leaves_no_process(folder: P
                  "--set", "training.max_epochs=300", "--set", "training.patience=300",
                  "--set", "hyperband.min_epochs=200")  # fmt: skip
     process = start(folder, *arguments)
-    wait_for_epochs(folder, "killed", 3, process)
+    wait_for_epochs(folder, "killed", 2, process)
     process.kill()
     process.communicate()
     assert_all_end(process.pid)

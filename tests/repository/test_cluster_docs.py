@@ -77,7 +77,7 @@ def test_every_file_of_the_guide_is_there_and_named() -> None:
 def test_what_the_guide_quotes_is_what_is_said() -> None:
     said = {
         node.value
-        for path in (ROOT / "tuner").glob("*.py")
+        for path in (ROOT / "tuner").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
