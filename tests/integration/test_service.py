@@ -379,7 +379,8 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     monkeypatch.setattr("tuner.coordination.service._LOOK_SECONDS", 0.1)
     monkeypatch.setattr("tuner.coordination.service._NAP_SECONDS", 0.02)
     monkeypatch.setattr("tuner.coordination.service._RETRY_SECONDS", (0.1, 0.4))
-    monkeypatch.setattr("tuner.coordination.coordinator._HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.coordination.coordinator._TURN_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.coordination.lease._HEARTBEAT_SECONDS", 0.2)
     shop = Shop(tmp_path)
     yield shop
     shop.window.close()

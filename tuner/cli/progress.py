@@ -18,6 +18,7 @@ from rich.text import Text
 from tuner import logs
 from tuner.coordination.words import describe_end, duration
 from tuner.errors import counted
+from tuner.every import Every
 from tuner.search.attributes import ENDED_KEY
 from tuner.search.status import StudyStatus, status
 from tuner.search.tuned_study import TunedStudy
@@ -38,7 +39,7 @@ class ProgressWatcher:
         self._epochs = 0  # trained in this run
         self._ended = 0  # trials that ended in this run
         self._latest: dict[int, EpochResult] = {}
-        self._shown_at = 0.0
+        self._pause = Every(_REFRESH_SECONDS if console.is_terminal else _PLAIN_LINE_SECONDS)
         self._live: Live | None = None
 
     @contextmanager
@@ -73,10 +74,8 @@ class ProgressWatcher:
         self._console.print(message, soft_wrap=True)
 
     def tick(self, running: int) -> None:
-        pause = _PLAIN_LINE_SECONDS if self._live is None else _REFRESH_SECONDS
-        if time.monotonic() - self._shown_at < pause:
+        if not self._pause.is_due():
             return
-        self._shown_at = time.monotonic()
         now = status(self._tuned, driven=True)
         if self._live is None:
             self.say(self._line(now))

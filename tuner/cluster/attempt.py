@@ -26,6 +26,7 @@ from tuner.cluster.messages import TrainingOutcome, TrainingTask, metadata_keys
 from tuner.cluster.processes import THREADS_VARIABLE
 from tuner.data.delivery import development_file
 from tuner.errors import SetupError, TrialEndedError, is_outage
+from tuner.every import Every
 from tuner.train import EpochResult
 
 _SILENCE_SECONDS = 60.0  #: a worker that heard no orders for this long saves and ends
@@ -85,7 +86,7 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
         say(opened=len(run.history), trained_by=f"{socket.gethostname()}, process {os.getpid()}")
         for result in run.history:
             note(result)
-        saved_at = time.monotonic()
+        pause = Every(_CHECKPOINT_SECONDS, at_once=False)
         epochs = run.epochs()
         while True:
             order = orders.wait(task.attempt, len(curve), is_unwanted)
@@ -96,10 +97,10 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
                     ending="paused", curve=tuple(curve), checkpoint=in_flight.snapshot
                 )
             # A rung's verdict is in: who was pruned sends none.
-            due = len(curve) in task.rungs or time.monotonic() - saved_at > _CHECKPOINT_SECONDS
+            due = len(curve) in task.rungs or pause.is_due()
             if due and in_flight.snapshot is not None:
                 say(checkpoint=in_flight.snapshot)
-                saved_at = time.monotonic()
+                pause.begin_pause()
             following = next(epochs, None)
             if following is None:
                 break

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import queue
 import threading
-import time
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from tuner.errors import (
     is_outage,
     reason_of,
 )
+from tuner.every import Every
 from tuner.logs import about
 from tuner.search.attributes import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY
 from tuner.search.tuned_study import TunedStudy
@@ -388,18 +388,18 @@ class Cluster:
 
         Complete orders name every attempt that lives: one that is not named is to stop.
         """
-        complete_at = 0.0
+        pause = Every(_PULSE_SECONDS)  # between two complete orders
         while True:
             self._wake.wait(_PULSE_SECONDS)
             self._wake.clear()
             closed = self._closed.is_set()
-            complete = closed or self._pausing or time.monotonic() >= complete_at
+            complete = closed or self._pausing or pause.is_due()
             with self._lock:
                 orders, self._news = self._news, {}
                 if complete:
                     orders = {name: one.train_until for name, one in self._attempts.items()}
             if complete:
-                complete_at = time.monotonic() + _PULSE_SECONDS
+                pause.begin_pause()
             if self._connection.is_up:
                 message = {"pause": self._pausing, "attempts": orders, "complete": complete}
                 with contextlib.suppress(Exception):  # a scheduler that is away hears the next one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -13,24 +12,22 @@ from typing import Literal, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.coordination.lease import LeaseKeeper
+from tuner.coordination.losses import FAILURES_IN_A_ROW, Failures, Losses
 from tuner.coordination.study_note import begin_overview
 from tuner.coordination.trial_page import TrialPage
 from tuner.errors import (
-    StorageError,
     StudyError,
     TrainingPausedError,
     TunerError,
-    WorkerDiedEarlyError,
-    WorkerLeftError,
     WorkerLostError,
     counted,
 )
+from tuner.every import Every
 from tuner.logs import about
 from tuner.search.attributes import (
     DETAIL_KEY,
-    EARLY_LOSSES_KEY,
     ENDED_KEY,
-    LOSSES_KEY,
     RESUMED_KEY,
     WORKERS_KEY,
 )
@@ -46,13 +43,9 @@ from tuner.storage.storage import COORDINATOR_KEY, Decision
 from tuner.train import EpochResult, Train
 
 KEPT_WEIGHTS = 10  #: the best trials whose weights are kept
-POISON_LOSSES = 5  #: workers a trial may lose without a new epoch
-POISON_EARLY_LOSSES = 25  #: the same, of workers that died before they began to train
-FAILURES_IN_A_ROW = 10  #: failed trials after which the study stops: something is broken
-_HEARTBEAT_SECONDS = 1.0
+_TURN_SECONDS = 1.0  #: the longest that a turn of the loop waits for something to happen
 _WORKERS_SECONDS = 5.0  #: at most this often the number of workers is written down
 _OVERVIEW_SECONDS = 5.0  #: at least this long between two overviews of the study
-_PATIENCE_AFTER_STOP_SECONDS = 5.0  #: with a database that is away, once the study is to stop
 
 #: Why a run ended. All but "finished" are taken up again by the same command.
 Ending = Literal["finished", "stopped", "timeout", "interrupted"]
@@ -111,21 +104,20 @@ class Coordinator:
         self._running: dict[int, int] = {}  # trial number -> completed epochs
         self._ending: Ending = "finished"
         self._stopping = False
+        self._is_told_to_pause = False
         self._fatal: BaseException | None = None
-        self._failures_in_a_row = 0
+        self._failures = Failures()
         self._stop_rule: StopRule | None = None
         self._progress = _Progress()
         self._claimed: dict[int, optuna.Trial] = {}  # by number: what a thread drives
         self._pages: dict[int, TrialPage] = {}  # by number, from the first training on
         self._overview: Future[None] | None = None
-        self._overview_due = 0.0
+        self._overview_pause = Every(_OVERVIEW_SECONDS)
         self._slots = 0  # as the workers last said
         self._is_precision_decided = False
         self._told_workers: int | None = None
-        self._told_workers_at = 0.0
-        self._heartbeat: Future[bool] | None = None
-        self._silent_since = 0.0  # when the heartbeat began that is still awaited
-        self._stopping_since = 0.0
+        self._told_workers_pause = Every(_WORKERS_SECONDS)
+        self._lease = LeaseKeeper(tuned.storage)
 
     @property
     def running(self) -> int:
@@ -145,7 +137,7 @@ class Coordinator:
         """Ends the run soon: running trials save a checkpoint and stay open."""
         if not self._stopping:
             self._ending = why
-            self._stopping_since = time.monotonic()
+            self._lease.stop()
             self._stopping = True
             self._changed.set()
 
@@ -164,6 +156,33 @@ class Coordinator:
                 split of this study was opened.
             TunerError: The workers are unusable.
         """
+        self._begin(asked)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            while self._has_work():
+                if deadline is not None and time.monotonic() > deadline:
+                    self.stop("timeout")
+                self._changed.wait(_TURN_SECONDS)
+                self._changed.clear()
+                if self._lease.beat():
+                    self.stop("stopped")
+                self._refresh_overview()
+                self._watcher.tick(len(self._running))
+            self._begin_overview("finished" if self._ending == "finished" else "stopped")
+        except BaseException:
+            self.stop("interrupted")
+            self._workers.pause()
+            raise
+        finally:
+            # While a trial's thread lives, the fence must stand: it may still try to write.
+            if not self.running:
+                self._lease.release(has_failed=self._fatal is not None)
+        if self._fatal is not None:
+            raise self._fatal
+        return self._ending
+
+    def _begin(self, asked: StudySpec | None) -> None:
+        """Takes the lease and the settings, and what an earlier coordinator left."""
         self._tuned.storage.take_lease(self._tuned.id)
         try:
             refuse_a_reported_study(self._tuned)
@@ -178,92 +197,29 @@ class Coordinator:
         self._decide_as_recorded()
         if (settings := self._tuned.stop) is not None:
             self._stop_rule = StopRule(settings, self._tuned.trials(*FINISHED))
-        deadline = None if timeout is None else time.monotonic() + timeout
-        told_to_pause = False
-        try:
-            while True:
-                if deadline is not None and time.monotonic() > deadline:
-                    self.stop("timeout")
-                if self._stopping and not told_to_pause:
-                    self._workers.pause()
-                    told_to_pause = True
-                if not self._stopping:
-                    self._start_trials()
-                    self._note_workers()
-                # Without a slot there is nothing in flight, but a budget to wait for.
-                if not self.running and (self._stopping or not self.unfinished()):
-                    break
-                self._changed.wait(_HEARTBEAT_SECONDS)
-                self._changed.clear()
-                self._beat()
-                self._refresh_overview()
-                self._watcher.tick(len(self._running))
-            self._begin_overview("finished" if self._ending == "finished" else "stopped")
-        except BaseException:
-            self.stop("interrupted")
-            self._workers.pause()
-            raise
-        finally:
-            # While a trial's thread lives, the fence must stand: it may still try to write.
-            if not self.running:
-                self._release_lease()
-        if self._fatal is not None:
-            raise self._fatal
-        return self._ending
 
-    def _beat(self) -> None:
-        """Renews the lease about once a second, and never waits for a database that is away."""
-        now = time.monotonic()
-        if self._heartbeat is None:
-            if now - self._silent_since > _HEARTBEAT_SECONDS:
-                self._heartbeat = self._tuned.storage.begin_heartbeat()
-                self._silent_since = now
-        elif self._heartbeat.done():
-            heartbeat, self._heartbeat = self._heartbeat, None
-            if heartbeat.result():
-                self.stop("stopped")
-        elif self._stopping:
-            waited = now - max(self._silent_since, self._stopping_since)
-            if waited > _PATIENCE_AFTER_STOP_SECONDS:
-                self._tuned.storage.give_up()
-                raise StorageError(self._stopped_without_it())
+    def _has_work(self) -> bool:
+        """Starts what can be started, or ends what runs; whether anything is left to wait for."""
+        if self._stopping:
+            if not self._is_told_to_pause:
+                self._is_told_to_pause = True
+                self._workers.pause()
+            return self.running > 0
+        self._start_trials()
+        self._note_workers()
+        # Without a slot there is nothing in flight, but a budget to wait for.
+        return self.running > 0 or self.unfinished() > 0
 
     def _refresh_overview(self) -> None:
         """Brings the study's page up to date now and then, for 2 % of the time at most."""
-        began = time.monotonic()
         is_written = self._overview is None or self._overview.done()
-        if began > self._overview_due and is_written:
+        if is_written and self._overview_pause.is_due():
+            began = time.monotonic()
             self._begin_overview("running")
-            took = time.monotonic() - began
-            self._overview_due = began + max(_OVERVIEW_SECONDS, 50 * took)
+            self._overview_pause.begin_pause(at_least=50 * (time.monotonic() - began))
 
     def _begin_overview(self, state: State) -> None:
         self._overview = begin_overview(self._tuned, state)
-
-    def _stopped_without_it(self) -> str:
-        return (
-            f"{self._tuned.storage.masked_url} does not answer, so the study stopped without it. "
-            "Nothing that it holds is lost, and running trials keep their checkpoints: the same "
-            "command goes on once the database is back."
-        )
-
-    def _release_lease(self) -> None:
-        """Gives the lease back; where the database is away, the lease lapses by itself."""
-        storage, failing = self._tuned.storage, sys.exc_info()[0] is not None
-        patience = threading.Timer(_PATIENCE_AFTER_STOP_SECONDS, storage.give_up)
-        patience.daemon = True
-        if self._stopping:
-            patience.start()
-        try:
-            storage.release_lease()
-        except StorageError as error:
-            if self._fatal is None and not failing:
-                raise StorageError(self._stopped_without_it()) from error
-        except TunerError:
-            if self._fatal is None and not failing:
-                raise
-        finally:
-            patience.cancel()
 
     def _decide_as_recorded(self) -> None:
         """Lets rungs that were decided before, by a coordinator that died, stay as decided."""
@@ -284,7 +240,7 @@ class Coordinator:
 
     def _start_trials(self) -> None:
         """Starts a thread for each free slot; only those may wait for the database."""
-        until = time.monotonic() + _HEARTBEAT_SECONDS
+        until = time.monotonic() + _TURN_SECONDS
         while not self._stopping:
             if time.monotonic() > until:  # trials end as fast as they start
                 self._changed.set()
@@ -322,11 +278,10 @@ class Coordinator:
 
     def _note_workers(self) -> None:
         """Tells the storage on how many workers the study runs; they come and go."""
-        workers, now = max(self._slots, self.running), time.monotonic()
-        fresh = self._told_workers is None or now - self._told_workers_at > _WORKERS_SECONDS
-        if fresh and workers != self._told_workers:
+        workers = max(self._slots, self.running)
+        if workers != self._told_workers and self._told_workers_pause.is_due():
             self._tuned.storage.begin_note(self._tuned.id, WORKERS_KEY, workers)
-            self._told_workers, self._told_workers_at = workers, now
+            self._told_workers = workers
 
     def _claim(self) -> optuna.Trial | None:
         """The next trial to run; None where finished and running ones make up the budget."""
@@ -395,8 +350,11 @@ class Coordinator:
             except WorkerLostError as lost:
                 if self._stopping:  # we took the workers away ourselves: no fault of the trial
                     raise TrainingPausedError from lost
-                progressed = reported_epochs(trial) > before
-                if self._is_poison(trial, lost, progressed=progressed):
+                losses = Losses.of(trial.user_attrs).after(
+                    lost, progressed=reported_epochs(trial) > before
+                )
+                self._note_losses(trial, losses)
+                if losses.is_poison:
                     return TrialState.PRUNED, None
                 self._count_resumption(trial)
                 with about(trial=trial.number):
@@ -441,31 +399,22 @@ class Coordinator:
             self._count_failures(told)
 
     def _count_failures(self, told: FrozenTrial) -> None:
-        failed = told.state == TrialState.FAIL
-        self._failures_in_a_row = self._failures_in_a_row + 1 if failed else 0
-        if self._failures_in_a_row >= FAILURES_IN_A_ROW:
+        self._failures = self._failures.after(told.state)
+        if self._failures.are_too_many:
             raise StudyError(
                 f"{FAILURES_IN_A_ROW} trials in a row failed, so the study stops; the last "
                 f"reason, of trial {told.number}: {told.user_attrs.get(DETAIL_KEY)}. "
                 "Mend that and launch again: nothing that finished is lost."
             )
 
-    def _is_poison(self, trial: optuna.Trial, lost: WorkerLostError, *, progressed: bool) -> bool:
-        """Counts a lost worker; True once this trial has cost too many."""
-        if isinstance(lost, WorkerLeftError):
-            return False
-        early = isinstance(lost, WorkerDiedEarlyError)
-        key, most = (
-            (EARLY_LOSSES_KEY, POISON_EARLY_LOSSES) if early else (LOSSES_KEY, POISON_LOSSES)
-        )
-        losses = 1 if progressed else int(trial.user_attrs.get(key, 0)) + 1
-        trial.set_user_attr(key, losses)
-        if losses < most:
-            return False
-        trial.set_user_attr(ENDED_KEY, "worker_lost")
-        trial.set_user_attr(DETAIL_KEY, f"{losses} workers died of it without a new epoch")
-        trial.set_constraint(ENDED_KEY, 1.0)
-        return True
+    def _note_losses(self, trial: optuna.Trial, losses: Losses) -> None:
+        for key, count in losses.attributes().items():
+            if trial.user_attrs.get(key) != count:
+                trial.set_user_attr(key, count)
+        if losses.is_poison:
+            trial.set_user_attr(ENDED_KEY, "worker_lost")
+            trial.set_user_attr(DETAIL_KEY, f"{losses.most} workers died of it without a new epoch")
+            trial.set_constraint(ENDED_KEY, 1.0)
 
     def _count_resumption(self, trial: optuna.Trial) -> None:
         trial.set_user_attr(RESUMED_KEY, int(trial.user_attrs.get(RESUMED_KEY, 0)) + 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import time
 from collections.abc import Callable
 
 import optuna
@@ -19,6 +18,7 @@ from tuner.artifacts import CURVES_FILE, NETWORK_FILE
 from tuner.commands import password_hint
 from tuner.coordination.curve_drawing import draw_curves
 from tuner.coordination.words import ending, notes, train_again
+from tuner.every import Every
 from tuner.search.attributes import (
     AGAIN_KEY,
     AS_TRIAL_KEY,
@@ -42,7 +42,7 @@ class TrialPage:
         self._trial = trial
         self._config = config
         self._curve: list[EpochResult] = []
-        self._drawn_at = time.monotonic()
+        self._pause = Every(_DRAW_SECONDS, at_once=False)
 
     def begin(self) -> None:
         """Hangs up what is known before the first epoch."""
@@ -72,7 +72,7 @@ class TrialPage:
         """
         del self._curve[result.epoch - 1 :]
         self._curve.append(result)
-        if time.monotonic() - self._drawn_at > _DRAW_SECONDS:
+        if self._pause.is_due():
             self._draw(TrialState.RUNNING, may_draw)
 
     def end(self, state: TrialState, *, may_draw: Callable[[], bool]) -> dict[str, str]:
@@ -99,7 +99,7 @@ class TrialPage:
             rungs=() if bracket is None else spec.brackets[bracket],
         )
         self._hang(CURVES_FILE, drawing, may_draw)
-        self._drawn_at = time.monotonic()
+        self._pause.begin_pause()
 
     def _hang(self, name: str, text: str, only_if: Callable[[], bool] | None = None) -> None:
         number = self._trial.number

@@ -22,6 +22,7 @@ from tornado.httputil import HTTPConnection, HTTPMessageDelegate
 from tornado.iostream import IOStream
 
 from tuner.dashboard.addresses import counted_address
+from tuner.every import Every
 
 MOST = 512  #: connections at once; 50 browsers open 6 each
 MOST_OF_AN_ADDRESS = 128  #: of one IPv4 address, or of one /64 network of IPv6
@@ -100,7 +101,7 @@ class LimitedServer(HTTPServer):
         # that as many files are open, whoever opened them.
         self._first_kept_free = descriptors - descriptors // _SHARE
         self._say = say
-        self._told_at = -_TOLD_SECONDS
+        self._told_pause = Every(_TOLD_SECONDS)
         self._open: dict[IOStream, _Connection] = {}
         self._listening: socket.socket | None = None
 
@@ -208,9 +209,7 @@ class LimitedServer(HTTPServer):
                 loop.add_reader(listening, self._accept)
 
         loop.call_later(_PAUSE_SECONDS, resume)
-        now = time.monotonic()
-        if now - self._told_at >= _TOLD_SECONDS:
-            self._told_at = now
+        if self._told_pause.is_due():
             self._say(
                 f"The dashboard cannot accept connections ({error.strerror}); it tries again "
                 "every second. A higher limit of open files (ulimit -n) helps."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import OrderedDict
@@ -23,6 +22,7 @@ from tuner.dashboard.optuna_requests import (
     Route,
     Uploads,
 )
+from tuner.every import Every
 from tuner.search.attributes import RECORD_KEY
 from tuner.storage.storage import Storage
 
@@ -68,7 +68,7 @@ class Shown:
         self.uploads = Uploads(dashboard_folder(artifacts))
         self._checks = Checks(storage.optuna, artifacts, self._is_study)
         self._lock = threading.Lock()
-        self._looked = 0.0
+        self._pause = Every(1.0)  # between two looks for other studies
         self._identities: dict[int, tuple[str, str]] = {}
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._app = self._make()
@@ -80,7 +80,7 @@ class Shown:
     def check(self, environ: WSGIEnvironment, route: Route, parts: Mapping[str, str]) -> Asked:
         """See `Checks.check`."""
         if route.method != "GET":
-            self._looked = -math.inf  # what is changed is looked for now
+            self._pause.end_pause()  # what is changed is looked for now
         self._notice_other_studies()
         try:
             return self._checks.check(environ, route, parts)
@@ -89,7 +89,7 @@ class Shown:
 
     def _is_study(self, study_id: int) -> bool:
         if study_id not in self._identities:
-            self._looked = -math.inf  # it may be younger than the last look
+            self._pause.end_pause()  # it may be younger than the last look
             self._notice_other_studies()
         return study_id in self._identities
 
@@ -185,14 +185,13 @@ class Shown:
         """Something was changed: the next answer shows it."""
         with self._lock:
             self._kept.clear()
-            self._looked = 0.0
+            self._pause.end_pause()
             self._app = self._make()
 
     def _notice_other_studies(self) -> None:
         with self._lock:
-            if time.monotonic() - self._looked < 1.0:
+            if not self._pause.is_due():
                 return
-            self._looked = time.monotonic()
             found = {
                 one._study_id: (one.study_name, _key_of(one.user_attrs))
                 for one in self._storage.optuna.get_all_studies()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from tuner.dashboard.policy import Policy, Refusals
 from tuner.dashboard.sessions import Sessions, Visitor
 from tuner.dashboard.users import MAX_PASSWORD, LoginsBusyError
 from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
+from tuner.every import Every
 from tuner.results.export import Format, best_configs, render
 from tuner.search import overlap
 from tuner.search.attributes import RECORD_KEY
@@ -91,16 +91,17 @@ class Catalogue:
         self._storage = storage
         self._artifacts = artifacts
         self._lock = threading.Lock()
-        self._read_at = -_FRESH_SECONDS
+        self._pause = Every(_FRESH_SECONDS)  # between two looks at the storage
         self._open: dict[str, TunedStudy] = {}
         self._states: tuple[StudyStatus, ...] = ()
 
     def states(self) -> tuple[StudyStatus, ...]:
         """Every study of the tuner, by name."""
         with self._lock:
-            if time.monotonic() - self._read_at >= _FRESH_SECONDS:
+            if self._pause.is_due():
+                self._pause.end_pause()  # where reading fails, the next one tries again
                 self._states = tuple(self._read())
-                self._read_at = time.monotonic()
+                self._pause.begin_pause()
             return self._states
 
     def state(self, name: str) -> StudyStatus | None:
@@ -109,7 +110,7 @@ class Catalogue:
     def forget(self) -> None:
         """Something was changed: the next look sees it."""
         with self._lock:
-            self._read_at = -_FRESH_SECONDS
+            self._pause.end_pause()
 
     def _read(self) -> Iterable[StudyStatus]:
         ids = {one.study_name: one._study_id for one in self._storage.optuna.get_all_studies()}

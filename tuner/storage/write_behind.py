@@ -509,7 +509,13 @@ class Driven:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block whose changes, by this thread, are committed together, or none of them."""
+        """A block whose changes, by this thread, are committed together, or none of them.
+
+        A block inside another is a part of that one.
+        """
+        if getattr(self._own, "batch", None) is not None:
+            yield
+            return
         self._own.batch = _Batch()
         try:
             yield

@@ -12,12 +12,10 @@ from fakes import FakeWorkers, Notes, epoch_result, fake_train, make_study, smal
 from optuna.trial import TrialState
 
 from tuner.coordination.coordinator import (
-    FAILURES_IN_A_ROW,
     KEPT_WEIGHTS,
-    POISON_EARLY_LOSSES,
-    POISON_LOSSES,
     Coordinator,
 )
+from tuner.coordination.losses import FAILURES_IN_A_ROW, POISON_EARLY_LOSSES, POISON_LOSSES
 from tuner.errors import (
     LeaseLostError,
     StorageError,

@@ -202,6 +202,23 @@ def test_what_is_written_together_is_committed_together(
     assert (after.intermediate_values, after.user_attrs.get("a")) == ({1: 0.5}, 1)
 
 
+def test_a_block_inside_another_is_committed_with_that_one(
+    storage: Storage, study: optuna.Study
+) -> None:
+    trial = study.ask()
+    with storage.together():
+        trial.report(0.5, 1)
+        with storage.together():
+            trial.report(0.4, 2)
+        storage.flush()
+        (before,) = in_the_database(storage.url)
+        trial.report(0.3, 3)
+    storage.flush()
+    (after,) = in_the_database(storage.url)
+    assert before.intermediate_values == {}
+    assert after.intermediate_values == {1: 0.5, 2: 0.4, 3: 0.3}
+
+
 def test_a_verdict_that_was_committed_stands_though_its_coordinator_died(
     tmp_path: Path, database_url: str
 ) -> None:
@@ -249,7 +266,7 @@ def test_a_closed_storage_is_forgotten(tmp_path: Path) -> None:
 def test_a_stop_is_heard_while_the_database_is_away(
     tmp_path: Path, postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.coordination.coordinator._PATIENCE_AFTER_STOP_SECONDS", 0.5)
+    monkeypatch.setattr("tuner.coordination.lease._PATIENCE_AFTER_STOP_SECONDS", 0.5)
     tuned = make_study(tmp_path, small_spec(trials=50), url=postgres.database())
     tuned.storage._calls.patience_seconds = None
     coordinator: list[Coordinator] = []
