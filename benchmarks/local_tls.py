@@ -31,6 +31,7 @@ from fakes import FakeRun, make_study, small_spec  # noqa: E402
 from tuner.cluster.connection import local_connection  # noqa: E402
 from tuner.cluster.messages import TrainingTask  # noqa: E402
 from tuner.cluster.trainings import Cluster  # noqa: E402
+from tuner.coordination.study_trainings import StudyTrainings  # noqa: E402
 
 _CHECKPOINT_BYTES = 1 << 20
 
@@ -75,7 +76,11 @@ def measure(folder: Path, *, calls: int, trials: int) -> dict[str, float]:
         tuned = make_study(folder, small_spec(training={"max_epochs": 27}))
         config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
         with Cluster(
-            connection, tuned, development_file=Path("none"), threads=1, open_run=open_heavy
+            connection,
+            StudyTrainings(tuned),
+            development_file=Path("none"),
+            threads=1,
+            open_run=open_heavy,
         ) as cluster:
             began = time.monotonic()
             for number in range(trials):

@@ -31,6 +31,7 @@ from fakes import FakeRun, Notes, make_study, small_spec  # noqa: E402
 from tuner.cluster.connection import local_connection  # noqa: E402
 from tuner.cluster.trainings import Cluster  # noqa: E402
 from tuner.coordination.coordinator import Coordinator  # noqa: E402
+from tuner.coordination.study_trainings import StudyTrainings  # noqa: E402
 from tuner.search.attributes import curve_of  # noqa: E402
 
 
@@ -45,7 +46,11 @@ def sleeping(workers: int, epoch_ms: int) -> dict[str, object]:
         with local_connection(workers, say=print) as connection:
             wait_for(lambda: connection.slots() == workers)
             with Cluster(
-                connection, tuned, development_file=Path("none"), threads=1, open_run=FakeRun
+                connection,
+                StudyTrainings(tuned),
+                development_file=Path("none"),
+                threads=1,
+                open_run=FakeRun,
             ) as cluster:
                 began = time.monotonic()
                 Coordinator(tuned, cluster, notes).run()

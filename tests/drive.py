@@ -32,6 +32,7 @@ from tuner.cluster.connection import Connection, local_connection, remote_connec
 from tuner.cluster.messages import TrainingTask
 from tuner.cluster.trainings import Cluster
 from tuner.coordination.coordinator import Coordinator
+from tuner.coordination.study_trainings import StudyTrainings
 from tuner.errors import TunerError
 from tuner.search.study import create_or_resume
 from tuner.storage.storage import Storage
@@ -187,7 +188,7 @@ def drive(plan: Plan) -> None:
             connection.require_workers()
             with Cluster(
                 connection,
-                tuned,
+                StudyTrainings(tuned),
                 development_file=Path("none.npz"),
                 threads=1,
                 open_run=OpenHeld(plan),

@@ -40,6 +40,7 @@ from tuner.cluster.connection import Connection, local_connection
 from tuner.cluster.messages import TrainingOutcome
 from tuner.cluster.trainings import Cluster
 from tuner.coordination.coordinator import Coordinator
+from tuner.coordination.study_trainings import StudyTrainings
 from tuner.errors import (
     ClusterError,
     LeaseLostError,
@@ -62,7 +63,11 @@ def local() -> Iterator[Connection]:
 @contextmanager
 def cluster_of(connection: Connection, tuned: TunedStudy, open_run=FakeRun) -> Iterator[Cluster]:
     with Cluster(
-        connection, tuned, development_file=Path("none.npz"), threads=1, open_run=open_run
+        connection,
+        StudyTrainings(tuned),
+        development_file=Path("none.npz"),
+        threads=1,
+        open_run=open_run,
     ) as cluster:
         yield cluster
     tuned.storage.close()
@@ -210,13 +215,13 @@ def test_a_paused_study_resumes_from_its_checkpoints(tmp_path: Path, local: Conn
             if len(begun) == 2:
                 coordinator[0].stop("interrupted")
 
-        with Cluster(local, tuned, open_run=FakeRun, **settings) as cluster:
+        with Cluster(local, StudyTrainings(tuned), open_run=FakeRun, **settings) as cluster:
             coordinator.append(Coordinator(tuned, cluster, Notes(stop)))
             coordinator[0].run()
         running = tuned.trials(TrialState.RUNNING)
         assert {trial.number for trial in running} == begun
         assert all(tuned.artifacts.checkpoint(trial.number).exists() for trial in running)
-        with Cluster(local, tuned, open_run=QuickRun, **settings) as cluster:
+        with Cluster(local, StudyTrainings(tuned), open_run=QuickRun, **settings) as cluster:
             Coordinator(tuned, cluster, Notes()).run()
         assert_whole(tuned, 4)
         resumed = [trial for trial in tuned.trials() if trial.user_attrs.get(RESUMED_KEY)]

@@ -51,6 +51,7 @@ from tuner.cluster.scheduler import TlsFiles, exposure, is_loopback, scheduler_a
 from tuner.cluster.trainings import Cluster
 from tuner.cluster.worker import WorkerSettings, _environments
 from tuner.coordination.coordinator import Coordinator
+from tuner.coordination.study_trainings import StudyTrainings
 from tuner.data.delivery import development_file
 from tuner.errors import ClusterError, SetupError
 from tuner.search.attributes import RESUMED_KEY, curve_of
@@ -119,7 +120,11 @@ def test_a_worker_that_leaves_in_the_middle_of_an_epoch_gives_its_trial_back(
 
         notes = Clock(on_epoch)
         cluster = Cluster(
-            connection, tuned, development_file=tmp_path / "no", threads=1, open_run=LongEpochRun
+            connection,
+            StudyTrainings(tuned),
+            development_file=tmp_path / "no",
+            threads=1,
+            open_run=LongEpochRun,
         )
         with cluster:
             coordinator = Coordinator(tuned, cluster, notes)
@@ -298,7 +303,11 @@ def test_a_worker_over_its_memory_limit_is_started_again_and_the_trial_is_to_bla
     with program(*TUNER_WORKER, address, "--memory-limit", "500MB") as worker:
         connection.require_workers()
         with Cluster(
-            connection, tuned, development_file=tmp_path, threads=1, open_run=HungryRun
+            connection,
+            StudyTrainings(tuned),
+            development_file=tmp_path,
+            threads=1,
+            open_run=HungryRun,
         ) as cluster:
             Coordinator(tuned, cluster, notes).run()
         assert worker.process.poll() is None
@@ -327,7 +336,11 @@ def test_a_worker_that_cannot_train_ends_and_says_why(
     with program(*unfit, environment={"TESTS_UNFIT": "1"}) as worker:
         connection.require_workers()
         with Cluster(
-            connection, tuned, development_file=tmp_path, threads=1, open_run=UnfitRun
+            connection,
+            StudyTrainings(tuned),
+            development_file=tmp_path,
+            threads=1,
+            open_run=UnfitRun,
         ) as cluster:
             coordinator = threading.Thread(target=Coordinator(tuned, cluster, notes).run)
             coordinator.start()
@@ -363,7 +376,7 @@ def test_workers_join_die_and_fetch_data_over_an_external_scheduler(
         if Path("/proc/self/environ").exists():
             assert_memory_is_kept(connection)
         with Cluster(
-            connection, tuned, development_file=rows, threads=1, open_run=DataRun
+            connection, StudyTrainings(tuned), development_file=rows, threads=1, open_run=DataRun
         ) as cluster:
             rows.unlink()  # as if the workers were on another machine
             more: list[Program] = []
@@ -397,12 +410,14 @@ from pathlib import Path
 from fakes import FakeRun, make_study, small_spec
 from tuner.cluster.connection import remote_connection
 from tuner.cluster.trainings import Cluster
+from tuner.coordination.study_trainings import StudyTrainings
 
 folder = Path(sys.argv[1])
 tuned = make_study(folder, small_spec(seed=10))
 config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
 with remote_connection(sys.argv[2], say=print) as connection:
-    cluster = Cluster(connection, tuned, development_file=folder, threads=1, open_run=FakeRun)
+    trained = StudyTrainings(tuned)
+    cluster = Cluster(connection, trained, development_file=folder, threads=1, open_run=FakeRun)
     with cluster:
         epochs = cluster.train(config, seed=10, trial=0, rungs=(1,))
         next(epochs)
@@ -423,7 +438,11 @@ def test_a_worker_whose_coordinator_was_killed_is_free_within_seconds(
         tuned = make_study(tmp_path / "b", small_spec(seed=10))
         config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
         with Cluster(
-            connection, tuned, development_file=tmp_path, threads=1, open_run=FakeRun
+            connection,
+            StudyTrainings(tuned),
+            development_file=tmp_path,
+            threads=1,
+            open_run=FakeRun,
         ) as cluster:
             started = time.monotonic()
             assert next(cluster.train(config, seed=10, trial=0, rungs=(1,))).epoch == 1
@@ -458,7 +477,11 @@ def test_a_killed_scheduler_is_found_again_at_its_address_and_at_another(tmp_pat
         with remote_connection(str(file), say=said.append) as connection:
             connection.require_workers()
             with Cluster(
-                connection, tuned, development_file=tmp_path, threads=1, open_run=FakeRun
+                connection,
+                StudyTrainings(tuned),
+                development_file=tmp_path,
+                threads=1,
+                open_run=FakeRun,
             ) as cluster:
                 Coordinator(tuned, cluster, notes).run()
         assert_whole(tuned, 4)
@@ -486,7 +509,11 @@ def test_tls_protects_a_cluster(tmp_path: Path) -> None:
         with (
             remote_connection(address, tls=tls, say=print) as connection,
             Cluster(
-                connection, tuned, development_file=tmp_path, threads=1, open_run=FakeRun
+                connection,
+                StudyTrainings(tuned),
+                development_file=tmp_path,
+                threads=1,
+                open_run=FakeRun,
             ) as cluster,
         ):
             connection.require_workers()
@@ -711,7 +738,8 @@ print(sorted({{"optuna", "sqlalchemy", "tensorflow"}} & set(sys.modules)))
     [
         ("tuner.cluster.worker", []),
         ("tuner.cluster.attempt", []),
-        ("tuner.cluster.trainings", ["optuna", "sqlalchemy"]),  # the probe can see them
+        ("tuner.cluster.trainings", []),
+        ("tuner.search.study", ["optuna", "sqlalchemy"]),  # the probe can see them
     ],
 )
 def test_a_worker_needs_no_optuna_and_no_database(module: str, found: list[str]) -> None:
@@ -863,7 +891,11 @@ def test_training_processes_of_a_machine_with_two_gpus_have_one_each(
         worker.says("with 2 workers", timeout=60)
         assert eventually(lambda: connection.slots() == 2)
         with Cluster(
-            connection, tuned, development_file=tmp_path, threads=1, open_run=TellingRun
+            connection,
+            StudyTrainings(tuned),
+            development_file=tmp_path,
+            threads=1,
+            open_run=TellingRun,
         ) as cluster:
             Coordinator(tuned, cluster, Notes()).run()
         assert_whole(tuned, 4)

@@ -344,6 +344,7 @@ def _run(
     from tuner.cli.progress import ProgressWatcher
     from tuner.cluster.trainings import Cluster
     from tuner.coordination.coordinator import Coordinator
+    from tuner.coordination.study_trainings import StudyTrainings
 
     data = prepared.identity
     console = terminal(stderr=as_json)
@@ -360,7 +361,10 @@ def _run(
             f"identity {data.split_id[:12]}."
         )
         with Cluster(
-            connection, tuned, development_file=prepared.development_file, threads=threads
+            connection,
+            StudyTrainings(tuned),
+            development_file=prepared.development_file,
+            threads=threads,
         ) as cluster:
             coordinator = Coordinator(tuned, cluster, watcher)
             stop_on_signals(lambda: coordinator.stop("interrupted"))

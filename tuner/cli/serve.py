@@ -266,6 +266,7 @@ def serve(
     ):
         from tuner.cluster.trainings import Cluster
         from tuner.coordination.service import Service
+        from tuner.coordination.study_trainings import StudyTrainings
 
         log_line(f"Serving {shown.masked_url}; the dashboard is on {server.url} ({server.login})")
         with (
@@ -275,7 +276,12 @@ def serve(
             connections.append(connection)
 
             def open_workers(tuned: TunedStudy, file: Path) -> Cluster:
-                return Cluster(connection, tuned, development_file=file, threads=threads or 1)
+                return Cluster(
+                    connection,
+                    StudyTrainings(tuned),
+                    development_file=file,
+                    threads=threads or 1,
+                )
 
             service = Service(
                 open_storage=lambda: opened_storage(storage, patience_seconds=None, say=log_line),

@@ -14,11 +14,11 @@ import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from distributed import Future, KilledWorker
 
-from tuner.artifacts import publish
+from tuner.artifacts import StudyArtifacts, publish
 from tuner.cluster.attempt import OpenRun, open_training_run, train_on_worker
 from tuner.cluster.connection import (
     CONNECT_SECONDS,
@@ -40,9 +40,9 @@ from tuner.errors import (
 )
 from tuner.every import Every
 from tuner.logs import about
-from tuner.search.attributes import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY
-from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import ModelConfig
+from tuner.spec.precision import Precision
+from tuner.spec.spec import TrainingSettings
 from tuner.train import EpochResult
 
 _PULSE_SECONDS = 2.0  #: between two full sets of orders
@@ -51,13 +51,45 @@ _DISK_PAUSE_SECONDS = 5.0  #: between two attempts to read or write what the sys
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
+class TrainedStudy(Protocol):
+    """What trainings need of their study."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def training(self) -> TrainingSettings: ...
+
+    @property
+    def development_sha256(self) -> str:
+        """Of the development file."""
+        ...
+
+    @property
+    def artifacts(self) -> StudyArtifacts:
+        """Where checkpoints and weights are kept."""
+        ...
+
+    def precision_of(self, config: ModelConfig) -> Precision:
+        """In which precision a configuration is trained."""
+        ...
+
+    def renews_lease(self) -> bool:
+        """Whether this process still runs the study; raises LeaseLostError if another does."""
+        ...
+
+    def note_worker(self, trial: int, *, worker: str, after: int) -> None:
+        """Notes who trains a trial, and after which epoch it resumed (0: from the start)."""
+        ...
+
+
 class Cluster:
     """The trainings of one study on a connection; several studies may share one."""
 
     def __init__(
         self,
         connection: Connection,
-        tuned: TunedStudy,
+        study: TrainedStudy,
         *,
         development_file: Path,
         threads: int,
@@ -67,13 +99,13 @@ class Cluster:
 
         Args:
             connection: To the scheduler whose workers train.
-            tuned: The study.
+            study: What is trained.
             development_file: Its training and validation rows.
             threads: Threads of each training.
             open_run: What a worker trains with; the network where left out. Pickled.
         """
         self._connection = connection
-        self._tuned = tuned
+        self._study = study
         self._development_file = development_file
         self._threads = threads
         self._open_run = open_run or open_training_run
@@ -90,7 +122,7 @@ class Cluster:
         connection.subscribe(self._events, self._hear)
         connection.keep_short(self._topics)
         connection.on_loss(self._lose_everything)
-        connection.offer(tuned.record.development_sha256, development_file)
+        connection.offer(study.development_sha256, development_file)
         self._pulse = threading.Thread(target=self._keep_pulsing, name="orders", daemon=True)
         self._pulse.start()
 
@@ -136,7 +168,7 @@ class Cluster:
             WorkerLeftError: The same, but no fault of the trial's.
             ClusterError: No worker is left, and none will come.
         """
-        max_epochs = self._tuned.record.spec.training.max_epochs
+        max_epochs = self._study.training.max_epochs
         # Epochs at which a worker waits to be told more; nobody waits after the last one.
         stations = (*sorted(rungs), max_epochs + 1)
         attempt = _Attempt(train_until=stations[0])
@@ -149,7 +181,7 @@ class Cluster:
                     self._keep_checkpoint(trial, message)
                     continue
                 if isinstance(message, Opened):
-                    self._note_worker(trial, message)
+                    self._study.note_worker(trial, worker=message.worker, after=message.after)
                     continue
                 if isinstance(message, Unusable):
                     self._drop_checkpoint(trial, message.reason)
@@ -181,20 +213,19 @@ class Cluster:
         trial: int,
         rungs: tuple[int, ...],
     ) -> Future[Any]:
-        record = self._tuned.record
         task = TrainingTask(
             attempt=attempt.name,
             events=self._events,
             orders=self._orders_topic,
             config=config,
             seed=seed,
-            trial=record.spec.training.seeded_as(trial),
+            trial=self._study.training.seeded_as(trial),
             rungs=rungs,
-            training=record.spec.training,
-            precision=self._tuned.precision_of(config),
+            training=self._study.training,
+            precision=self._study.precision_of(config),
             threads=self._threads,
             development_file=str(self._development_file.absolute()),
-            development_sha256=record.development_sha256,
+            development_sha256=self._study.development_sha256,
             checkpoint=self._read_checkpoint(trial),
             train_until=attempt.train_until,
         )
@@ -257,17 +288,6 @@ class Cluster:
                     ) from error
                 raise error
 
-    def _note_worker(self, trial: int, opened: Opened) -> None:
-        """Writes down who trains the trial, and from where on."""
-        trials = self._tuned.trials()
-        if trial >= len(trials):  # a training by itself, of no trial
-            return
-        known = trials[trial]
-        storage = self._tuned.storage.optuna
-        storage.set_trial_user_attr(known._trial_id, WORKER_KEY, opened.worker)
-        if known.user_attrs.get(RESUMED_KEY):
-            storage.set_trial_user_attr(known._trial_id, RESUMED_FROM_KEY, opened.after)
-
     def _conclude(self, outcome: TrainingOutcome, trial: int) -> None:
         if outcome.ending == "paused":
             if outcome.checkpoint is not None:
@@ -289,7 +309,7 @@ class Cluster:
         Raises:
             TrainingPausedError: The study is stopped meanwhile; the trial stays open.
         """
-        path = self._tuned.artifacts.checkpoint(trial)
+        path = self._study.artifacts.checkpoint(trial)
         is_told = False
         while True:
             try:
@@ -300,7 +320,7 @@ class Cluster:
                 if not is_told:
                     is_told = True
                     self._say(
-                        f"Trial {trial} of {self._tuned.name}: {path} cannot be read "
+                        f"Trial {trial} of {self._study.name}: {path} cannot be read "
                         f"({reason_of(error)}); the trial waits until it can. Nothing is lost. "
                         "Without that file it would train again from epoch 1.",
                         trial,
@@ -321,23 +341,23 @@ class Cluster:
 
     def _drop_checkpoint(self, trial: int, reason: str) -> None:
         """A checkpoint that cannot be used costs epochs, never its trial."""
-        self._tuned.storage.renews_lease()
-        self._tuned.artifacts.drop_checkpoint(trial)  # else the next one takes its place
+        self._study.renews_lease()
+        self._study.artifacts.drop_checkpoint(trial)  # else the next one takes its place
         self._say(
-            f"Trial {trial} of {self._tuned.name}: its checkpoint cannot be used and was removed "
+            f"Trial {trial} of {self._study.name}: its checkpoint cannot be used and was removed "
             f"({reason.splitlines()[0][:200] if reason else 'no reason given'}). It trains again "
             "from epoch 1; what it reported stands.",
             trial,
         )
 
     def _say(self, message: str, trial: int | None = None) -> None:
-        with about(study=self._tuned.name, trial=trial):
+        with about(study=self._study.name, trial=trial):
             self._connection.say(message)
 
     def _keep_checkpoint(self, trial: int, content: bytes) -> None:
         """Writes a checkpoint; one that the disk has no room for is missed by nobody but time."""
         try:
-            self._publish(self._tuned.artifacts.checkpoint(trial), content)
+            self._publish(self._study.artifacts.checkpoint(trial), content)
         except OSError as error:
             self._say_cannot_be_written(error)
         else:
@@ -351,7 +371,7 @@ class Cluster:
         """
         while True:
             try:
-                self._publish(self._tuned.artifacts.weights(trial), content)
+                self._publish(self._study.artifacts.weights(trial), content)
             except OSError as error:
                 self._say_cannot_be_written(error)
             else:
@@ -365,14 +385,14 @@ class Cluster:
         Raises:
             LeaseLostError: Another coordinator took over; its file, or none, stays as it is.
         """
-        publish(path, content, only_if=self._tuned.storage.renews_lease)
+        publish(path, content, only_if=self._study.renews_lease)
 
     def _say_cannot_be_written(self, error: OSError) -> None:
         if not self._is_unwritable:
             self._is_unwritable = True
             remedy = " for room. Free some" if error.errno in _FULL else ""
             self._say(
-                f"{self._tuned.artifacts.folder} cannot be written ({reason_of(error)}): "
+                f"{self._study.artifacts.folder} cannot be written ({reason_of(error)}): "
                 f"checkpoints are skipped, and finished trials wait{remedy}; nothing is lost."
             )
 

@@ -1,0 +1,51 @@
+"""What a cluster needs of the study that it trains: a `tuner.cluster.trainings.TrainedStudy`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tuner.artifacts import StudyArtifacts
+from tuner.search.attributes import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY
+from tuner.search.tuned_study import TunedStudy
+from tuner.spec.architecture import ModelConfig
+from tuner.spec.precision import Precision
+from tuner.spec.spec import TrainingSettings
+
+
+@dataclass(frozen=True, slots=True)
+class StudyTrainings:
+    """The study's name, settings and files; and who trains which trial is noted with it."""
+
+    tuned: TunedStudy
+
+    @property
+    def name(self) -> str:
+        return self.tuned.name
+
+    @property
+    def training(self) -> TrainingSettings:
+        return self.tuned.record.spec.training
+
+    @property
+    def development_sha256(self) -> str:
+        return self.tuned.record.development_sha256
+
+    @property
+    def artifacts(self) -> StudyArtifacts:
+        return self.tuned.artifacts
+
+    def precision_of(self, config: ModelConfig) -> Precision:
+        return self.tuned.precision_of(config)
+
+    def renews_lease(self) -> bool:
+        return self.tuned.storage.renews_lease()
+
+    def note_worker(self, trial: int, *, worker: str, after: int) -> None:
+        trials = self.tuned.trials()
+        if trial >= len(trials):  # a training by itself, of no trial
+            return
+        known = trials[trial]
+        storage = self.tuned.storage.optuna
+        storage.set_trial_user_attr(known._trial_id, WORKER_KEY, worker)
+        if known.user_attrs.get(RESUMED_KEY):
+            storage.set_trial_user_attr(known._trial_id, RESUMED_FROM_KEY, after)
