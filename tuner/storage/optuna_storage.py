@@ -19,18 +19,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, orm
 
 from tuner.artifacts import make_folder
-from tuner.errors import StorageError
-from tuner.storage.engine import Calls, Watchdog, closed_engine, configure, engine_arguments
+from tuner.storage.engine import Calls, Watchdog, configure, engine_arguments
 from tuner.storage.lease import renew_lease
-from tuner.storage.schema import (
-    SCHEMA_LOCK,
-    create_tables,
-    init_command,
-    is_current,
-    publish_empty_database,
-    require_tables,
-)
-from tuner.storage.url import is_sqlite, shown
+from tuner.storage.schema import make_current, publish_empty_database, require_tables
+from tuner.storage.url import is_sqlite
 
 
 class FencedStorage(RDBStorage):
@@ -40,12 +32,15 @@ class FencedStorage(RDBStorage):
         self._calls = calls
         self.token: str | None = None
         self.fenced_study: int | None = None
-        super().__init__(
-            url.render_as_string(hide_password=False),
-            engine_kwargs=engine_arguments(url),
-            skip_table_creation=True,
-            skip_compatibility_check=True,  # `open_database` does, and says what to do
-        )
+        # What `RDBStorage` sets, but for the look at the schema's version: `open_database` had
+        # it, and Optuna's imports Alembic, a tenth of a second of each verb.
+        self.url = url.render_as_string(hide_password=False)
+        self.engine_kwargs = engine_arguments(url)
+        self.skip_compatibility_check = True
+        self.heartbeat_interval = self.grace_period = None
+        self.heartbeat_stale_trial_callback = self.failed_trial_callback = None
+        self.engine = sa.create_engine(self.url, **self.engine_kwargs)
+        self.scoped_session = orm.scoped_session(orm.sessionmaker(bind=self.engine))
         configure(self.engine)
         self._watchdog = None if is_sqlite(self.engine) else Watchdog(self.engine)
         event.listen(self.scoped_session, "after_flush", _note_flush)
@@ -193,12 +188,12 @@ def open_database(
     Args:
         url: Where it is.
         calls: Runs what the storage is asked.
-        upgrade: Brings a schema of an older Optuna up to date.
+        upgrade: Brings a schema of an older tuner or Optuna up to date.
         create: Makes what is missing: folder, file, tables.
 
     Raises:
         StorageMissingError: It holds no tables of the tuner, and none are to be made.
-        StorageError: The schema is of another version.
+        StorageError: The schema is of a newer version, or of an older one and is not to be changed.
     """
     if not create:
         require_tables(url)
@@ -207,38 +202,8 @@ def open_database(
         if not path.exists():
             make_folder(path.parent)
             publish_empty_database(path)
-    with closed_engine(url) as engine, engine.connect() as connection:
-        if upgrade or not is_current(connection):
-            connection.rollback()
-            if not is_sqlite(engine):
-                connection.execute(sa.select(sa.func.pg_advisory_lock(SCHEMA_LOCK)))
-                connection.commit()
-            create_tables(engine, url)
-            # The lock ends with the connection.
-    rdb = FencedStorage(url, calls)
-    try:
-        _check_optunas_version(rdb, url, upgrade=upgrade)
-    except BaseException:
-        rdb.dispose()
-        raise
-    return rdb
-
-
-def _check_optunas_version(rdb: FencedStorage, url: sa.URL, *, upgrade: bool) -> None:
-    version, known = rdb.get_current_version(), rdb.get_all_versions()
-    if version not in known:
-        raise StorageError(
-            f"{shown(url)}: a newer Optuna made its tables ({version}, this one knows {known[0]}); "
-            "use the tuner that wrote it, or another --storage."
-        )
-    if version == known[0]:
-        return
-    if not upgrade:
-        raise StorageError(
-            f"{shown(url)}: an older Optuna made its tables ({version}, this one needs "
-            f"{known[0]}). `{init_command(url)}` brings them up to date; make a copy first."
-        )
-    rdb.upgrade()
+    make_current(url, upgrade=upgrade)
+    return FencedStorage(url, calls)
 
 
 def _note_flush(session: orm.Session, _context: object) -> None:

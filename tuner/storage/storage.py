@@ -111,7 +111,7 @@ class Storage:
             patience_seconds: How long a call is tried again during an outage; None for ever
                 (a database that never answered is given up after ten seconds all the same).
             say: Takes the lines about outages.
-            upgrade: Brings a schema of an older Optuna up to date.
+            upgrade: Brings a schema of an older tuner or Optuna up to date, which else is refused.
             create: Makes the schema, its file and that one's folder where they are missing.
 
         Raises:

@@ -7,7 +7,17 @@ from typing import Any
 
 import sqlalchemy as sa
 
+OPTUNAS_VERSION_TABLE = "alembic_version"
+
 metadata = sa.MetaData()
+# What Alembic counts; as Alembic makes it, and beside Optuna's own `alembic_version`.
+revisions = sa.Table(
+    "tuner_alembic_version",
+    metadata,
+    sa.Column("version_num", sa.String(32), nullable=False),
+    sa.PrimaryKeyConstraint("version_num", name="tuner_alembic_version_pkc"),
+)
+# The count before Alembic's. It stays at 5: a tuner that knows no more than 4 refuses the database.
 schema = sa.Table("tuner_schema", metadata, sa.Column("version", sa.Integer, primary_key=True))
 lease = sa.Table(
     "tuner_lease",

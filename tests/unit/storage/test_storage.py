@@ -326,54 +326,6 @@ def test_a_file_that_is_no_database_is_left_as_it_is(tmp_path: Path) -> None:
     assert path.read_text() == "my thesis " * 200
 
 
-def test_a_schema_of_a_later_tuner_is_refused(empty_database_url: str) -> None:
-    open_and_close(empty_database_url)
-    execute(empty_database_url, "UPDATE tuner_schema SET version = 99")
-    assert check_storage(empty_database_url).schema == "newer"
-    with pytest.raises(StorageError, match="version 99"):
-        Storage(empty_database_url)
-
-
-def test_a_database_of_an_earlier_schema_is_upgraded(empty_database_url: str) -> None:
-    open_and_close(empty_database_url)
-    execute(
-        empty_database_url,
-        "UPDATE tuner_schema SET version = 1",
-        "ALTER TABLE tuner_lease DROP COLUMN batches",
-        "DROP TABLE tuner_queue",
-        "DROP TABLE tuner_split",
-        "DROP TABLE tuner_development",
-    )
-    assert check_storage(empty_database_url).schema == "outdated"
-    with Storage(empty_database_url) as storage:
-        assert storage.queued() == ()
-        storage.take_lease(new_study(storage)._study_id)
-        storage.release_lease()
-    assert check_storage(empty_database_url).schema == "current"
-
-
-def test_many_open_a_database_of_the_schema_before_at_once(empty_database_url: str) -> None:
-    open_and_close(empty_database_url)
-    execute(empty_database_url, "UPDATE tuner_schema SET version = 3", "DROP TABLE tuner_split")
-    barrier, failed = threading.Barrier(3), []
-
-    def open_together() -> None:
-        barrier.wait()
-        try:
-            with Storage(empty_database_url) as storage:
-                assert storage.splits() == {}
-        except BaseException as error:  # noqa: BLE001
-            failed.append(error)
-
-    threads = [threading.Thread(target=open_together) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
-    assert check_storage(empty_database_url).is_right
-
-
 def test_tables_of_a_newer_optuna_are_refused(empty_database_url: str) -> None:
     open_and_close(empty_database_url)
     execute(empty_database_url, "UPDATE alembic_version SET version_num = 'v9.0.0'")
@@ -381,18 +333,6 @@ def test_tables_of_a_newer_optuna_are_refused(empty_database_url: str) -> None:
     for upgrade in (False, True):
         with pytest.raises(StorageError, match="a newer Optuna"):
             Storage(empty_database_url, upgrade=upgrade)
-
-
-def test_tables_of_an_older_optuna_are_refused_until_they_are_upgraded(
-    empty_database_url: str,
-) -> None:
-    open_and_close(empty_database_url)
-    execute(empty_database_url, "UPDATE alembic_version SET version_num = 'v3.0.0.d'")
-    assert check_storage(empty_database_url).schema == "outdated"
-    with pytest.raises(StorageError, match="tuner storage init"):
-        Storage(empty_database_url)
-    Storage(empty_database_url, upgrade=True).close()
-    assert check_storage(empty_database_url).is_right
 
 
 def test_a_plain_optuna_database_gets_our_tables_beside_its_own(empty_database_url: str) -> None:
