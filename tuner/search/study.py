@@ -135,8 +135,11 @@ def _differing_settings(tuned: TunedStudy, spec: StudySpec) -> str:
     if tuned.stop != spec.stop:
         stop = spec.stop and spec.stop.model_dump()
         differing.append("no [stop]" if stop is None else f"[stop] {stop}")
-    if tuned.study.user_attrs[RECORD_KEY]["spec_folder"] != str(spec.folder):
+    known, source = tuned.study.user_attrs[RECORD_KEY], spec.to_document()["data"]["source"]
+    if known["spec_folder"] != str(spec.folder):
         differing.append(f"the data from {spec.folder}")
+    elif known["spec"]["data"]["source"] != source:
+        differing.append(f"the data from {source}")
     return " and ".join(differing) or "the same"
 
 

@@ -219,6 +219,20 @@ def test_a_service_without_its_scheduler_shows_its_pages_and_is_not_ready(
         assert ask(port, "/api/studies")[0] == 200
 
 
+def test_what_is_answered_without_the_pages_is_not_kept_and_says_when_to_ask_again(
+    storage: Storage, tmp_path: Path
+) -> None:
+    with served(storage, tmp_path, scheduler_is_up=lambda: False) as port:
+        for path, seconds in (("/readyz", "5"), ("/healthz", None)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            with contextlib.closing(connection):
+                connection.request("GET", path)
+                headers = connection.getresponse().headers
+            assert headers["Retry-After"] == seconds
+            assert headers["Cache-Control"] == "no-store"
+            assert headers["X-Content-Type-Options"] == "nosniff"
+
+
 # --- who asks which ---
 
 

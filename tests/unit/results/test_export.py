@@ -285,12 +285,23 @@ def where_nobody_writes(folder: Path) -> Path:
     return Path("/proc/tuner/best.toml")
 
 
+def in_a_folder_that_takes_no_file(folder: Path) -> Path:
+    return Path("/proc/best.toml")
+
+
 def a_name_that_is_too_long(folder: Path) -> Path:
     return folder / f"{'n' * 300}.toml"
 
 
 @pytest.mark.parametrize(
-    "where", [a_pipe, below_a_file, where_nobody_writes, a_name_that_is_too_long]
+    "where",
+    [
+        a_pipe,
+        below_a_file,
+        where_nobody_writes,
+        in_a_folder_that_takes_no_file,
+        a_name_that_is_too_long,
+    ],
 )
 def test_a_place_that_cannot_be_written_is_told_with_its_path(
     tuned: TunedStudy, tmp_path: Path, where: Callable[[Path], Path]

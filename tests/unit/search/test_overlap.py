@@ -223,6 +223,18 @@ def test_a_study_of_an_earlier_version_is_entered_where_its_data_is_at_hand(
     assert any("that 'other data' keeps sealed" in words for words in said)
 
 
+def test_a_launch_keeps_its_split_from_the_rows_that_it_prepared(
+    storage: Storage, tmp_path: Path
+) -> None:
+    write(tmp_path, "rows.csv", rows())
+    spec, prepared = prepared_study(tmp_path, "first")
+    tuned = made(storage, tmp_path, spec, prepared)
+    hashes = {hash_sequence(sequence) for sequence in sequences_of(tuned)["test"]}
+    (tmp_path / "rows.csv").unlink()  # what was read once need not be there a second time
+    assert overlap.enter(storage, spec, prepared) == ()
+    assert storage.splits() == {tuned.record.data.split_id: hashes}
+
+
 def test_many_splits_are_counted_and_many_studies_of_one_are_not_all_named(
     storage: Storage, tmp_path: Path
 ) -> None:

@@ -465,14 +465,24 @@ def in_a_folder(spec: StudySpec, folder: Path, source: str) -> StudySpec:
     return spec.model_copy(update={"folder": folder, "data": settings})
 
 
-def test_a_launch_elsewhere_renews_where_the_study_file_and_its_data_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "source", "told"),
+    [
+        ("new/studies", "../data/rows.csv", "from .*/new/studies"),
+        ("new", "rows.csv", "from .*/new"),
+        ("old", "data/rows.csv", "from data/rows.csv"),
+    ],
+)
+def test_a_launch_elsewhere_renews_where_the_study_file_and_its_data_are(
+    tmp_path: Path, folder: str, source: str, told: str
+) -> None:
     base = in_a_folder(small_spec(), tmp_path / "old", "rows.csv")
     made = make_study(tmp_path, base)
-    moved = in_a_folder(base, tmp_path / "new" / "studies", "../data/rows.csv")
+    moved = in_a_folder(base, tmp_path / folder, source)
     assert moved.spec_hash == base.spec_hash
     with Storage(made.storage.url) as running:
         running.take_lease(made.id)
-        with pytest.raises(StudyError, match=r"asks for the data from .*/new/studies"):
+        with pytest.raises(StudyError, match=rf"asks for the data {told}\."):
             again(made, moved)
         running.release_lease()
     assert load(made.storage, made.name, artifacts_root=tmp_path).record.spec == base
