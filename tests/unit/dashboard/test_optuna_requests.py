@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,21 @@ def test_a_body_of_another_kind_is_refused(ada: Browser) -> None:
         assert (answer.status_code, answer.json["reason"]) == (400, "Send application/json.")
     kind = "Application/JSON; charset=utf-8"
     assert ada.put(NOTE, data=note, headers={"Content-Type": kind}).status_code == 204
+
+
+def test_what_a_body_brings_along_besides_is_left_out() -> None:
+    sent = json.dumps({"version": 1, "body": "a", "x": 1}).encode()
+    environ = {
+        "CONTENT_TYPE": "application/json; charset=utf-8",
+        "CONTENT_LENGTH": str(len(sent)),
+        "wsgi.input": io.BytesIO(sent + b"more"),
+    }
+    route, _ = find_route("PUT", NOTE) or pytest.fail("no route")
+    optuna_requests.Checks._check_body(environ, route)
+    content = environ["wsgi.input"].read()
+    assert json.loads(content) == {"version": 1, "body": "a"}
+    assert environ["CONTENT_LENGTH"] == str(len(content))
+    assert environ["CONTENT_TYPE"] == "application/json"
 
 
 NO_UPLOADS = [
@@ -384,6 +401,34 @@ def test_what_people_hang_on_a_study_and_its_trials_has_a_limit(
     assert ada.post("/api/artifacts/1", json=upload).status_code == 201
 
 
+def test_of_two_uploads_at_once_one_takes_the_last_place(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optuna_requests, "MAX_UPLOADS", 1)
+    both_write = threading.Barrier(2)
+    write = optuna_requests.FileSystemArtifactStore.write
+
+    def write_beside_the_other(*given: Any) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_write.wait(0.5)  # the other one does not come: it waits for this one's end
+        write(*given)
+
+    monkeypatch.setattr(optuna_requests.FileSystemArtifactStore, "write", write_beside_the_other)
+    codes: list[int] = []
+
+    def upload(browser: Browser) -> None:
+        answer = browser.post("/api/artifacts/1", json={"file": FILE, "filename": "a.txt"})
+        codes.append(answer.status_code)
+
+    threads = [threading.Thread(target=upload, args=(lab.browser("ada"),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(codes) == [201, 413]
+    assert len(hanging(lab)) == 1
+
+
 def test_a_file_is_removed_only_where_it_hangs(ada: Browser, lab: Lab, tuned: TunedStudy) -> None:
     other = optuna.create_study(study_name="other", storage=lab.storage.optuna)._study_id
     trial = running_trial(tuned)
@@ -452,6 +497,19 @@ def test_what_a_query_says_besides_makes_no_other_answer(lab: Lab, ada: Browser)
         ada.get(f"/api/studies/1/plot/{n}")
         ada.get(f"/api/studies/1/plot/edf?{n}")
     assert list(kept) == ["/api/studies/1?after=2", "/api/studies?", "/api/studies/1/plot/edf?"]
+
+
+def test_an_answer_that_failed_is_not_kept(
+    lab: Lab, ada: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object, start_response: Any) -> list[bytes]:
+        start_response("500 Internal Server Error", [])
+        return [b""]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lab.app._shown, "_app", fail)
+        assert ada.get("/api/studies").status_code == 500
+    assert ada.get("/api/studies").status_code == 200
 
 
 @pytest.mark.parametrize(("limit", "most"), [("_KEPT_ANSWERS", 3), ("_KEPT_BYTES", 5000)])

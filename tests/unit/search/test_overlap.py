@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,22 @@ def test_a_launch_that_goes_on_says_it_again_and_a_look_writes_nothing(
     assert prepared.identity.split_id not in storage.splits()
     assert launch(storage, tmp_path, "second", **other)[1] == looked
     assert launch(storage, tmp_path, "second", **other)[1] == looked
+
+
+def test_a_study_over_rows_that_are_at_hand_already_is_told_the_same(
+    storage: Storage, tmp_path: Path
+) -> None:
+    # The service reads no published source whose training and validation rows it has.
+    write(tmp_path, "rows.csv", rows())
+    write(tmp_path, "fewer.csv", without_a_test_row(tmp_path))
+    open_split(launch(storage, tmp_path, "opened")[0])
+    launch(storage, tmp_path, "sealed", split=SPLIT | {"seed": 2})
+    launch(storage, tmp_path, "third", "fewer.csv")
+    spec, prepared = prepared_study(tmp_path, "third", "fewer.csv")
+    said = overlap.warnings(storage, spec, prepared)
+    assert any("that 'sealed' keeps sealed" in words for words in said)
+    assert any("opened" in words and "in this study's test split" in words for words in said)
+    assert overlap.warnings(storage, spec, replace(prepared, hashes=None)) == said
 
 
 def test_nothing_is_said_of_the_same_split_of_other_rows_or_of_rows_that_both_seal(
