@@ -8,7 +8,6 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
@@ -180,24 +179,34 @@ def test_a_private_file_is_private_before_its_first_byte(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-@pytest.mark.parametrize(("may", "uid", "mode"), [(True, 65534, 0o664), (False, 0, 0o644)])
+@pytest.mark.parametrize(
+    ("may", "uid", "gid", "mode"),
+    [
+        ("owner and group", 65534, 65534, 0o664),
+        ("group", 0, 65534, 0o664),
+        ("neither", 0, 0, 0o644),
+    ],
+)
 def test_a_file_keeps_its_owner_where_that_is_allowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, may: bool, uid: int, mode: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, may: str, uid: int, gid: int, mode: int
 ) -> None:
     file = tmp_path / "7.npz"
     file.write_bytes(b"old")
     file.chmod(0o664)
     os.chown(file, 65534, 65534)
 
-    def refuse(*_: int) -> NoReturn:
-        raise PermissionError(1, "Operation not permitted")
+    give = os.fchown
 
-    if not may:
-        monkeypatch.setattr(os, "fchown", refuse)
+    def give_or_refuse(descriptor: int, to_user: int, to_group: int) -> None:
+        if may == "neither" or (may == "group" and to_user != -1):
+            raise PermissionError(1, "Operation not permitted")
+        give(descriptor, to_user, to_group)
+
+    monkeypatch.setattr(os, "fchown", give_or_refuse)
     publish(file, b"new")
     found = file.stat()
     # What the group might do is for that group alone.
-    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (uid, uid, mode)
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (uid, gid, mode)
 
 
 # --- who may read what is new ---

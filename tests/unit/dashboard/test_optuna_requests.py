@@ -499,6 +499,13 @@ def test_what_a_query_says_besides_makes_no_other_answer(lab: Lab, ada: Browser)
     assert list(kept) == ["/api/studies/1?after=2", "/api/studies?", "/api/studies/1/plot/edf?"]
 
 
+def test_of_a_query_the_dashboard_sees_what_its_answer_is_kept_by(lab: Lab) -> None:
+    environ = {"REQUEST_METHOD": "GET", "QUERY_STRING": "x=1&after=%202&after=7"}
+    route, parts = find_route("GET", "/api/studies/1") or pytest.fail("no route")
+    asked = lab.app._shown.check(environ, route, parts)
+    assert environ["QUERY_STRING"] == asked.query == "after=2"
+
+
 def test_an_answer_that_failed_is_not_kept(
     lab: Lab, ada: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
