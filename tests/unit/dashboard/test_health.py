@@ -84,6 +84,16 @@ def test_a_database_that_is_silent_is_unavailable_too(
         assert eventually(lambda: known.outage is None)
 
 
+def test_the_pause_between_two_looks_is_not_silence(
+    looks_often: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_SILENCE_SECONDS", 0.0)
+    looked = threading.Event()
+    with Health(looked.set) as known:
+        assert looked.wait(60)
+    assert known.outage is None
+
+
 def test_a_scheduler_that_is_away_is_no_outage_of_the_pages() -> None:
     up: list[bool] = []
     known = Health(lambda: None, scheduler_is_up=lambda: any(up))

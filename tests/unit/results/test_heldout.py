@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import getpass
+import shutil
 import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from tuner.data.synthetic import synthetic_sequences
 from tuner.errors import DataError, StudyError
 from tuner.results import heldout
 from tuner.search import study
+from tuner.search.data_source import source_files
 from tuner.search.tuned_study import TunedStudy
 from tuner.storage.storage import Storage
 
@@ -208,7 +210,7 @@ def moved(tuned: TunedStudy, root: Path) -> TunedStudy:
 
 
 @pytest.mark.parametrize("source", ["rows.csv", "../data/rows.csv", "data/rows.csv"])
-@pytest.mark.parametrize("stand_in", ["the project", "elsewhere"])
+@pytest.mark.parametrize("stand_in", ["the project", "elsewhere", "the project, alone"])
 def test_a_project_that_was_moved_is_opened_where_it_is_now(
     storage: Storage,
     tmp_path: Path,
@@ -225,16 +227,37 @@ def test_a_project_that_was_moved_is_opened_where_it_is_now(
     now.parent.mkdir()
     project.rename(now)
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(now if stand_in == "the project" else tmp_path / "elsewhere")
-    artifacts = (
-        Path("studies/artifacts") if stand_in == "the project" else now / "studies/artifacts"
-    )
+    monkeypatch.chdir(tmp_path / "elsewhere" if stand_in == "elsewhere" else now)
+    artifacts = now / "studies/artifacts"
+    if stand_in == "the project":
+        artifacts = Path("studies/artifacts")
+    if stand_in == "the project, alone":  # its artifacts are on another disk
+        artifacts = artifacts.rename(tmp_path / "elsewhere" / "artifacts")
     tuned = moved(tuned, artifacts)
     settings = heldout.check_source(tuned)
     _, rows = heldout.open_test_split(
         tuned, trial=tuned.ranked()[0], config_hash="c" * 64, settings=settings
     )
     assert len(rows.labels) == tuned.record.data.test_rows
+
+
+def test_a_pair_of_which_one_file_is_left_is_looked_for_as_a_pair(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, now = tmp_path / "old", tmp_path / "now"
+    old.mkdir()
+    pair = {"soluble": "soluble.fasta", "insoluble": "insoluble.fasta"}
+    sequences, labels = synthetic_sequences()
+    for name, wanted in zip(pair.values(), (1, 0), strict=True):
+        found = [one for one, label in zip(sequences, labels, strict=True) if label == wanted]
+        lines = [f">{number}\n{one}\n" for number, one in enumerate(found[:200])]
+        (old / name).write_text("".join(lines))
+    tuned = finished_study(storage, old, data={"source": pair, "split": {"seed": 1}})
+    shutil.copytree(old, now)
+    monkeypatch.chdir(now)
+    assert source_files(tuned) == tuple(old / name for name in pair.values())
+    (old / "insoluble.fasta").unlink()
+    assert source_files(tuned) == tuple(now / name for name in pair.values())
 
 
 def test_other_data_of_the_same_name_is_not_taken_for_that_which_was_moved(
