@@ -95,7 +95,7 @@ def main() -> None:
                 launch.wait()
         log["seconds"] = round(time.monotonic() - began, 1)
         log["left_behind"] = left_behind(folder)
-        log["told"] = (folder / "launch.log").read_text().count("it goes on under its number")
+        log["told"] = (folder / "launch.log").read_text().count("it resumes under its number")
         with Storage(url) as storage:
             tuned = load(storage, "storm", artifacts_root=folder / "artifacts")
             log |= count(tuned)

@@ -265,7 +265,7 @@ def test_ctrl_c_stops_gracefully_says_how_to_resume_and_leaves_no_process(folder
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Stopping: running trials save a checkpoint" in output
-    assert "The same command goes on where it was" in output
+    assert "The same command resumes the study" in output
     assert "Traceback" not in output
     assert_all_end(process.pid)
     after = json.loads(tuner(folder, "status", "stopped", "--json").stdout)
@@ -590,6 +590,7 @@ def group_members(group: int) -> list[int]:
         (("serve", "--host", "0.0.0.0"), 1, "add-user NAME"),
         (("serve", "--users", "none.json"), 1, "no users file none.json"),
         (("dashboard", "add-user", "a b", "--password-file", "tiny.toml"), 1, "no user's name"),
+        (("dashboard", "add-user", "ada"), 1, "--password-file FILE; - is stdin"),
         (("launch", "tiny.toml", "--detach", "--workers", "2"), 2, "--workers"),
         (("dashboard", "log"), 1, "holds no study: there is no such file"),
         (("status", "--storage", "sqlite://runs/tuner.db"), 1, "after three slashes"),

@@ -253,7 +253,7 @@ def test_kill_9_of_workers_loses_no_trial_and_doubles_none(
         resumed = {trial.number for trial in tuned.trials() if trial.user_attrs.get(RESUMED_KEY)}
     assert sorted(killed) == [1, 4, 5]
     assert resumed >= {1, 4, 5}
-    assert any("its worker died; it goes on under its number" in line for line in notes.said)
+    assert any("its worker died; it resumes under its number" in line for line in notes.said)
 
 
 def test_sigterm_of_a_local_worker_gives_its_trial_back(tmp_path: Path, local: Connection) -> None:
@@ -276,7 +276,7 @@ def test_sigterm_of_a_local_worker_gives_its_trial_back(tmp_path: Path, local: C
         trained_by = [int(epoch.seconds) for epoch in curve_of(trial)]
         assert trained_by[:3] == signalled * 3
         assert signalled[0] not in trained_by[4:]
-    assert notes.said == ["Trial 1: its worker left and gave it back; it goes on under its number."]
+    assert notes.said == ["Trial 1: its worker left and gave it back; it resumes under its number."]
 
 
 @pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[: len(whole) // 2]])

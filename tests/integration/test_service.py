@@ -726,7 +726,7 @@ def test_a_service_ends_though_the_database_is_away(
     service.stop()
     thread.join(30)
     assert not thread.is_alive()
-    assert shop.said("The database is away, so studies stop without it")
+    assert shop.said("The database is unavailable, so studies stop without it")
     away.clear()
     monkeypatch.setattr(shop, "storage", connect)
     assert shop.state("a") in ("queued", "running")  # its lease may not have lapsed

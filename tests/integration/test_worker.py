@@ -132,7 +132,7 @@ def test_a_worker_that_leaves_in_the_middle_of_an_epoch_gives_its_trial_back(
             running.start()
             assert eventually(lambda: bool(said_at))
             assert notes.said == [
-                "Trial 0: its worker left and gave it back; it goes on under its number."
+                "Trial 0: its worker left and gave it back; it resumes under its number."
             ]
             if way != "lifetime":
                 assert said_at[0] - left_at[0] < 5  # seconds, of an epoch of sixty
@@ -312,7 +312,7 @@ def test_a_worker_over_its_memory_limit_is_started_again_and_the_trial_is_to_bla
             Coordinator(tuned, cluster, notes).run()
         assert worker.process.poll() is None
         assert_whole(tuned, 1)
-        assert notes.said == ["Trial 0: its worker ran out of memory; it goes on under its number."]
+        assert notes.said == ["Trial 0: its worker ran out of memory; it resumes under its number."]
         # Five of these in one epoch would end the trial.
         assert tuned.trials()[0].user_attrs["workers_lost"] == 1
     tuned.storage.close()
@@ -350,7 +350,7 @@ def test_a_worker_that_cannot_train_ends_and_says_why(
                 coordinator.join(timeout=60)
             assert not coordinator.is_alive()
         assert_whole(tuned, 2)
-    assert "Trial 0: its worker cannot train and left; it goes on under its number." in notes.said
+    assert "Trial 0: its worker cannot train and left; it resumes under its number." in notes.said
     tuned.storage.close()
 
 
@@ -397,7 +397,7 @@ def test_workers_join_die_and_fetch_data_over_an_external_scheduler(
         assert_whole(tuned, 8)
         assert len(pids) >= 2
         # Dask started the task again by itself; the trial went on as a new attempt.
-        assert f"Trial {killed[0]}: its worker died; it goes on under its number." in notes.said
+        assert f"Trial {killed[0]}: its worker died; it resumes under its number." in notes.said
         (copy,) = (tmp_path / "cache" / "development").glob("*.npz")
         assert copy.read_bytes() == b"rows"
         assert first.process.poll() is None
@@ -487,7 +487,7 @@ def test_a_killed_scheduler_is_found_again_at_its_address_and_at_another(tmp_pat
         assert_whole(tuned, 4)
     tuned.storage.close()
     assert [line.split(";")[0] for line in said if "scheduler" in line] == [
-        "The scheduler is away",
+        "The scheduler is unavailable",
         "The scheduler is back",
     ] * 2
     assert all("its scheduler dropped it" in line for line in notes.said)

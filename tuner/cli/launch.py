@@ -391,7 +391,7 @@ def _print_summary(
     if exported is not None:
         typer.echo(f"Best configuration: {exported}")
     if ending in ("interrupted", "timeout", "stopped"):
-        typer.echo(f"Stopped ({ending}); nothing is lost. The same command goes on where it was.")
+        typer.echo(f"Stopped ({ending}); nothing is lost. The same command resumes the study.")
         return
     suggested = {
         tuned.command("export", tuned.name): "the best configurations",

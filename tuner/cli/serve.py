@@ -48,7 +48,13 @@ from tuner.cli.options import (
     refuse_two_places,
     tls_given,
 )
-from tuner.cli.terminal import log_line, opened_storage, print_json, stop_on_signals
+from tuner.cli.terminal import (
+    log_line,
+    opened_storage,
+    print_json,
+    print_note,
+    stop_on_signals,
+)
 
 
 @dashboard_app.callback()
@@ -142,12 +148,20 @@ def add_user(
     from tuner.dashboard.users import write_user
 
     path = users or DEFAULT_USERS_FILE
+    is_first = not path.exists()
     fresh = write_user(path, name, role, _password(password_file))
     typer.echo(f"{'Added' if fresh else 'Changed'} {name}, {role}, in {path}.")
+    if is_first:
+        print_note("A dashboard that runs without a login asks for one after its next start.")
 
 
 def _password(file: Path | None) -> str:
     if file is None:
+        if not sys.stdin.isatty():
+            raise TunerError(
+                "No password was given, and there is no terminal to ask for one: name a file "
+                "whose first line it is (--password-file FILE; - is stdin)."
+            )
         return str(typer.prompt("Password", hide_input=True, confirmation_prompt=True))
     try:
         lines = (sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")).splitlines()

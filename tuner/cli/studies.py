@@ -111,7 +111,7 @@ def delete(
         tuned = load(opened, name, artifacts_root=artifacts)
         if not yes:
             trials = counted(len(tuned.trials()), "trial")
-            typer.confirm(f"Remove {name} with {trials} for good?", abort=True)
+            typer.confirm(f"Remove {name} with {trials} permanently?", abort=True)
         delete_study(tuned)
     typer.echo(f"Removed {name}.")
     rows = development_path(artifacts, tuned.record.development_sha256)
@@ -260,7 +260,7 @@ def storage_check(storage: StorageUrl = DEFAULT_STORAGE_URL, as_json: AsJson = F
             typer.echo(f"schema: {check.schema}")
         if check.milliseconds is not None:
             typer.echo(
-                f"a question takes {check.milliseconds:.1f} ms, "
+                f"a query takes {check.milliseconds:.1f} ms, "
                 f"a write {check.commit_milliseconds:.1f} ms (medians of 20)"
             )
         if check.detail:

@@ -132,7 +132,7 @@ def stop_on_signals(stop_gracefully: Callable[[], None], *, has_log: bool = Fals
             stop_gracefully()
             say("Stopping: running trials save a checkpoint. Again: stop at once.")
         elif time.monotonic() - asked_at[0] > SAME_SIGNAL_SECONDS:
-            say("Stopped at once. The same command goes on where it was.")
+            say("Stopped at once. The same command resumes the study.")
             raise KeyboardInterrupt  # the workers are ended on the way out
 
     signal.signal(signal.SIGINT, stop)

@@ -295,8 +295,8 @@ class Connection:
             tell()
         if is_silent:  # and it may take long until a new client finds that, too
             self.say(
-                "The scheduler is away; the study waits for it. (It has answered nothing for "
-                f"{_SILENCE_SECONDS:.0f} s.)"
+                "The scheduler is unavailable; the study waits for it. (It has answered nothing "
+                f"for {_SILENCE_SECONDS:.0f} s.)"
             )
         self._close_client()
         said = is_silent
@@ -307,7 +307,7 @@ class Connection:
             except Exception as error:  # noqa: BLE001 - it may go away again in the middle
                 if not said:
                     said = True
-                    self.say(f"The scheduler is away; the study waits for it. ({error})")
+                    self.say(f"The scheduler is unavailable; the study waits for it. ({error})")
                 self._closed.wait(pause)
                 pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.6)
                 continue

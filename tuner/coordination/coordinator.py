@@ -327,7 +327,7 @@ class Coordinator:
         self._running[trial.number] = trial.last_step or 0
         had = counted(trial.last_step or 0, "epoch")
         with about(trial=trial.number):
-            self._watcher.say(f"Trial {trial.number} goes on; it had {had}.")
+            self._watcher.say(f"Trial {trial.number} resumes; it had {had}.")
         return resumed
 
     def _drive(self, trial: optuna.Trial) -> None:
@@ -358,7 +358,7 @@ class Coordinator:
                     return TrialState.PRUNED, None
                 self._count_resumption(trial)
                 with about(trial=trial.number):
-                    self._watcher.say(f"Trial {trial.number}: {lost}; it goes on under its number.")
+                    self._watcher.say(f"Trial {trial.number}: {lost}; it resumes under its number.")
             except (TunerError, TrainingPausedError):
                 raise
             except Exception as error:
@@ -404,7 +404,7 @@ class Coordinator:
             raise StudyError(
                 f"{FAILURES_IN_A_ROW} trials in a row failed, so the study stops; the last "
                 f"reason, of trial {told.number}: {told.user_attrs.get(DETAIL_KEY)}. "
-                "Mend that and launch again: nothing that finished is lost."
+                "Fix that and launch again: nothing that finished is lost."
             )
 
     def _note_losses(self, trial: optuna.Trial, losses: Losses) -> None:

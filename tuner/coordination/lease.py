@@ -84,5 +84,5 @@ class LeaseKeeper:
         return (
             f"{self._storage.masked_url} does not answer, so the study stopped without it. "
             "Nothing that it holds is lost, and running trials keep their checkpoints: the same "
-            "command goes on once the database is back."
+            "command resumes the study once the database is available again."
         )

@@ -235,7 +235,9 @@ class Service:
             for drive in drives:
                 drive.storage = None
         if waiting:
-            self._say("The database is away, so studies stop without it; nothing it holds is lost.")
+            self._say(
+                "The database is unavailable, so studies stop without it; nothing it holds is lost."
+            )
         for storage in waiting:
             storage.give_up()
 

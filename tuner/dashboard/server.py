@@ -78,7 +78,7 @@ def serve(
                 while True:
                     time.sleep(3600)
             except KeyboardInterrupt:
-                say("The dashboard ended; studies go on.")
+                say("The dashboard ended; studies continue.")
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -66,7 +66,7 @@ class Users:
         # Unknown names are checked against this one, so that they take as long.
         self._nobody = generate_password_hash(secrets.token_hex(16))
         if not self._known:
-            raise TunerError(f"{path} holds no user, so nobody could log in. {_how_to_add(path)}")
+            raise TunerError(f"{path} has no user, so no one could log in. {_how_to_add(path)}")
 
     def _current(self) -> Mapping[str, _User]:
         with self._lock:
@@ -193,7 +193,7 @@ def remove_user(path: Path, name: str) -> None:
     """
     users = read_users(path)
     if name not in users:
-        listed = ", ".join(sorted(users)) or "nobody"
+        listed = ", ".join(sorted(users)) or "no user"
         raise TunerError(f"{path} holds no user {name!r}; it holds: {listed}.")
     del users[name]
     _write(path, users)

@@ -94,7 +94,7 @@ def best_configs(
     if not ranked:
         raise StudyError(
             f"Study {tuned.name!r} has no fully trained trial yet, so there is nothing to export; "
-            "launch it again to go on."
+            "launch it again to resume it."
         )
     files = _source_files(tuned, data)
     return tuple(
@@ -122,7 +122,7 @@ def config_of_trial(tuned: TunedStudy, number: int, *, data: Path | None = None)
     if trial.state == TrialState.WAITING:
         raise StudyError(
             f"Trial {number} of study {tuned.name!r} waits to be started, so its configuration "
-            "is not sampled yet; launch the study to go on."
+            "is not sampled yet; launch the study to resume it."
         )
     return _exported(tuned, None, trial, _source_files(tuned, data))
 
@@ -379,7 +379,8 @@ def write_model(tuned: TunedStudy, exported: ExportedConfig, path: Path) -> None
     except FileNotFoundError:
         raise StudyError(
             f"The weights of trial {exported.trial} are not in {kept.parent}: only those of the "
-            "best trials are kept. Ask for fewer (--top), or launch the exported study file."
+            "best trials are kept. Ask for fewer (--top) or another trial, or launch the exported "
+            "study file."
         ) from None
     except (OSError, MemoryError) as error:
         raise TunerError(

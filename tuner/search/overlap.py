@@ -46,23 +46,23 @@ class SharedRows:
         if len(self.studies) > _LISTED_NAMES:
             names += f" and {len(self.studies) - _LISTED_NAMES} more"
         counts = {"training": self.training, "validation": self.validation, "test": self.test}
-        places = " and ".join(
-            f"{count:,} in this study's {name} split" for name, count in counts.items() if count
+        *others, last = (
+            f"{count:,} in its {name} split" for name, count in counts.items() if count
         )
+        places = f"this study has {' and '.join(filter(None, (', '.join(others), last)))}"
         rows = counted(self.rows, "test row")
         if self.entries:
             plural = "entry" if len(self.entries) == 1 else "entries"
             return (
-                f"Of the {rows} that a report of {names} opened (ledger {plural} "
-                f"{', '.join(map(str, self.entries))}), {places}: what was learned from that "
-                "report is in this study, too, so its own report is not of rows that were never "
-                "looked at."
+                f"A report of {names} opened {rows} (ledger {plural} "
+                f"{', '.join(map(str, self.entries))}); of these, {places}. What was learned from "
+                "that report may be in this study, so its own report is not about unseen rows."
             )
         return (
-            f"Of the {rows} that {names} keep{'s' * (len(self.studies) == 1)} "
-            f"sealed, {places}: this search looks at them. Where anything that it finds is used "
-            "there, that study's report is not of rows that were never looked at; the same seed "
-            "and fractions in [data] split keep the same rows sealed."
+            f"{names} keep{'s' * (len(self.studies) == 1)} {rows} sealed; of these, {places}. "
+            f"This search uses {self.training + self.validation:,} of them. If its results are "
+            "used there, that study's report is not about unseen rows. The same seed and "
+            "fractions in [data] split keep the same rows sealed."
         )
 
 

@@ -29,7 +29,7 @@ from tuner.search.data_source import renew_folder
 from tuner.search.hyperband import make_pruner, pruner_document
 from tuner.search.record import StudyRecord, record_document, record_from_document, versions
 from tuner.search.sampler import make_sampler, sampler_document
-from tuner.search.tuned_study import TunedStudy
+from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import COORDINATOR_KEY, Storage
 
@@ -111,9 +111,10 @@ def take_settings(tuned: TunedStudy, spec: StudySpec) -> None:
 def _changed_settings(tuned: TunedStudy, spec: StudySpec) -> dict[str, Any]:
     """The study attributes by which a study differs from what a launch asks for."""
     asked: dict[str, Any] = {ERROR_KEY: None}
-    if (tuned.budget, tuned.stop) != (spec.trials, spec.stop):
+    trials = max(spec.trials, len(tuned.trials(*FINISHED)))  # what is finished was paid for
+    if (tuned.budget, tuned.stop) != (trials, spec.stop):
         asked |= {
-            BUDGET_KEY: spec.trials,
+            BUDGET_KEY: trials,
             STOP_KEY: spec.stop and spec.stop.model_dump(),
             ENDED_EARLY_KEY: None,
         }

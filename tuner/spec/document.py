@@ -9,6 +9,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
+from tuner.artifacts import DEFAULT_STUDIES_FOLDER
 from tuner.errors import Problem, SpecError
 from tuner.spec import yaml_file
 from tuner.spec.limits import (
@@ -83,11 +84,16 @@ def _read_text(path: Path) -> str:
 
 def _near_file(path: Path) -> str:
     try:
-        beside = [str(other) for other in path.parent.glob("*.toml")]
+        beside = [
+            str(other)
+            for folder in (path.parent, path.parent / DEFAULT_STUDIES_FOLDER)
+            for other in folder.glob("*.toml")
+            if other.name != "pyproject.toml"
+        ]
     except OSError:
         beside = []
     near = did_you_mean(str(path), beside) or did_you_mean(f"{path}.toml", beside)
-    return near or f"; {path.parent} holds {', '.join(sorted(beside)) or 'no .toml file'}"
+    return near or f"; there are {', '.join(sorted(beside)) or 'no study files'}"
 
 
 #: What `tomllib` says, and what to do about it.

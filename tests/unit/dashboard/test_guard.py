@@ -1119,4 +1119,4 @@ def test_a_signal_ends_it_without_a_traceback(
         rest = process.stderr.read()
     assert process.returncode == 0
     assert rest.count("\n") == 1
-    assert rest.endswith(" INFO The dashboard ended; studies go on.\n")
+    assert rest.endswith(" INFO The dashboard ended; studies continue.\n")

@@ -142,9 +142,9 @@ def test_sealed_rows_that_enter_another_study_are_counted_and_its_name_is_told(
     shared = {name: len(sealed & sequences) for name, sequences in splits.items()}
     assert shared["validation"] > 0
     (words,) = said
-    assert f"Of the {len(sealed)} test rows that 'first' keeps sealed" in words
+    assert f"'first' keeps {len(sealed)} test rows sealed; of these, this study has" in words
     for name, count in shared.items():
-        assert (f"{count} in this study's {name} split" in words) is (count > 0)
+        assert (f"{count} in its {name} split" in words) is (count > 0)
 
 
 def test_a_launch_that_goes_on_says_it_again_and_a_look_writes_nothing(
@@ -202,12 +202,13 @@ def test_rows_that_a_report_opened_are_told_though_another_row_was_dropped(
     shared = len(sequences_of(first)["test"] & sequences_of(second)["test"])
     assert 30 < shared < first.record.data.test_rows
     (words,) = said
-    assert f"that a report of 'first' opened (ledger entry {entry})" in words
-    assert f"{shared} in this study's test split" in words
+    rows_of_first = first.record.data.test_rows
+    assert f"A report of 'first' opened {rows_of_first} test rows (ledger entry {entry})" in words
+    assert f"{shared} in its test split" in words
     # Its own openings are no news to it; those of the same split by another study are.
     assert not any("opened" in words for words in launch(storage, tmp_path, "first")[1])
     said = launch(storage, tmp_path, "third")[1]
-    assert any("opened" in words and "40 in this study's test split" in words for words in said)
+    assert any("opened" in words and "40 in its test split" in words for words in said)
 
 
 def test_what_was_opened_outlives_its_study_and_what_was_only_sealed_does_not(
@@ -220,7 +221,7 @@ def test_what_was_opened_outlives_its_study_and_what_was_only_sealed_does_not(
     study.delete(opened)
     study.delete(sealed)
     (words,) = launch(storage, tmp_path, "next", split=SPLIT | {"seed": 3})[1]
-    assert "that a report of 'opened' opened" in words
+    assert "A report of 'opened' opened" in words
 
 
 def test_a_study_of_an_earlier_version_is_entered_where_its_data_is_at_hand(
@@ -233,11 +234,11 @@ def test_a_study_of_an_earlier_version_is_entered_where_its_data_is_at_hand(
         made(storage, tmp_path, spec, prepared)  # and no more, as that version did
     assert storage.splits() == {}
     (words,) = launch(storage, tmp_path, "new", split=SPLIT | {"seed": 2})[1]
-    assert "that 'same data' keeps sealed" in words
+    assert "'same data' keeps" in words
     launch(storage, tmp_path, "other data", "others.csv", max_length=250)  # it goes on
     said = launch(storage, tmp_path, "new", split=SPLIT | {"seed": 2})[1]
     assert len(said) == 2
-    assert any("that 'other data' keeps sealed" in words for words in said)
+    assert any("'other data' keeps" in words for words in said)
 
 
 def test_a_launch_keeps_its_split_from_the_rows_that_it_prepared(
@@ -260,7 +261,7 @@ def test_many_splits_are_counted_and_many_studies_of_one_are_not_all_named(
         launch(storage, tmp_path, name)
     fewer = SPLIT | {"validation": 0.35, "test": 0.05}
     (words,) = launch(storage, tmp_path, "z", split=fewer)[1]
-    assert "that 'a', 'b', 'c' and 2 more keep sealed" in words
+    assert "'a', 'b', 'c' and 2 more keep" in words
     for seed in range(2, 8):
         launch(storage, tmp_path, f"seed {seed}", split=SPLIT | {"seed": seed})
     said = launch(storage, tmp_path, "last", split=SPLIT | {"seed": 9})[1]

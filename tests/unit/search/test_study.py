@@ -109,6 +109,15 @@ def test_a_study_that_stands_there_is_found_unchanged(tmp_path: Path) -> None:
     made.storage.close()
 
 
+def test_a_budget_below_what_is_finished_is_what_is_finished(tmp_path: Path) -> None:
+    made = make_study(tmp_path, small_spec())
+    for number in range(4):
+        trial = made.study.ask()
+        made.study.tell(trial, 0.5 + number, TrialState.COMPLETE)
+    assert again(made, small_spec(trials=2)).budget == 4
+    assert again(made, small_spec(trials=5)).budget == 5
+
+
 def test_of_a_queued_study_that_runs_the_budget_is_raised_and_never_lowered(
     tmp_path: Path, database_url: str
 ) -> None:

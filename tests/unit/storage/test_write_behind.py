@@ -280,7 +280,7 @@ def test_a_stop_is_heard_while_the_database_is_away(
     stopped: list[int] = []
     coordinator.append(Coordinator(tuned, FakeWorkers(2), Notes(stop_the_server)))
     try:
-        with pytest.raises(StorageError, match="the same command goes on"):
+        with pytest.raises(StorageError, match="the same command resumes the study"):
             coordinator[0].run()
     finally:
         postgres.start()
