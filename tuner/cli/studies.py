@@ -15,7 +15,7 @@ from tuner.artifacts import (
     development_path,
 )
 from tuner.commands import command
-from tuner.errors import StorageMissingError, counted
+from tuner.errors import StorageMissingError, StudyError, counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,9 +47,20 @@ def status(
     from tuner.search.status import status as read_status
     from tuner.search.study import list_names, load
 
+    unreadable: set[str] = set()
+
     def look() -> list[StudyStatus]:
-        names = [name] if name else list_names(opened)
-        return [read_status(load(opened, one, artifacts_root=artifacts)) for one in names]
+        if name:
+            return [read_status(load(opened, name, artifacts_root=artifacts))]
+        found = []
+        for one in list_names(opened):
+            try:
+                found.append(read_status(load(opened, one, artifacts_root=artifacts)))
+            except StudyError as error:  # of a later version, say: it must not hide the others
+                if one not in unreadable:
+                    print_note(str(error))
+                unreadable.add(one)
+        return found
 
     def shown(found: list[StudyStatus]) -> RenderableType:
         if as_json:

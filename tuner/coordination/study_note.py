@@ -156,7 +156,7 @@ def _data(tuned: TunedStudy) -> str:
         ("data, sha256", f"`{data.sha256[:16]}`"),
         ("split", f"{_escaped(split.rule)}, seed {data.split_seed}"),
         ("split identity", f"`{data.split_id[:16]}`"),
-        ("study file", f"`{record.spec.spec_hash[:16]}`, seed {record.spec.seed}"),
+        ("study file", f"`{record.spec_hash[:16]}`, seed {record.spec.seed}"),
         ("precision", _precision(tuned)),
     ]
     lines = [f"| {name} | {value} |" for name, value in rows]

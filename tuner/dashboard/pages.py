@@ -122,7 +122,7 @@ class Catalogue:
             if tuned is None or not self._is_the_same(tuned, ids.get(name)):
                 try:
                     tuned = load(self._storage, name, artifacts_root=self._artifacts)
-                except TunerError:  # deleted a moment ago
+                except TunerError:  # deleted a moment ago, or stored by a later version
                     continue
                 self._open[name] = tuned
             try:
@@ -262,7 +262,7 @@ class Pages:
                     f"{data.test_rows:,} test rows ({seal})"
                 ),
             ),
-            ("Study file", tuned.record.spec.spec_hash[:12]),
+            ("Study file", tuned.record.spec_hash[:12]),
             ("Epochs", f"{state.epochs_spent:,} spent, {state.epochs_saved:,} saved by pruning"),
             ("On disk", f"{state.bytes_on_disk / 1e6:.1f} MB"),
         )

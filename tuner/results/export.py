@@ -158,7 +158,7 @@ def _exported(
         "state": trial.state.name,
         "epochs": trial.last_step or 0,
         "seed": spec.seed,
-        "spec_hash": spec.spec_hash,
+        "spec_hash": record.spec_hash,
         "config_hash": config_hash(config),
         "precision": tuned.precision_of(config),
         # A path of this machine says nothing on another: the data is known by its hash.

@@ -87,7 +87,7 @@ def open_test_split(
         study_key=tuned.key,
         trial=trial.number,
         config_hash=config_hash,
-        spec_hash=record.spec.spec_hash,
+        spec_hash=record.spec_hash,
         split_id=record.data.split_id,
     )
     identity, rows = read_held_out(settings or _settings(tuned), folder=record.spec.folder)

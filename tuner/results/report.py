@@ -252,7 +252,7 @@ def _study_document(tuned: TunedStudy) -> dict[str, Any]:
     record, status = tuned.record, status_of(tuned)
     return {
         "spec": record.spec.to_document(),
-        "spec_hash": record.spec.spec_hash,
+        "spec_hash": record.spec_hash,
         "budget": tuned.budget,
         "trials": {state: count for state, count in status.counts.items() if count},
         "epochs_spent": status.epochs_spent,

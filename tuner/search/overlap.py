@@ -7,6 +7,7 @@ read, and no test row leaves `tuner.data.prepare`.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from tuner.data.prepare import Prepared, read_hashes
 from tuner.data.split import SplitHashes
 from tuner.errors import DataError, counted
 from tuner.search.attributes import RECORD_KEY
+from tuner.search.formats import RecordError
+from tuner.search.record import checked_record
 from tuner.search.study import list_names, study_name
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import StudySpec
@@ -142,13 +145,14 @@ def _shared(
 
 
 def _records(storage: Storage) -> dict[str, Mapping[str, Any]]:
-    """The records of the tuner's studies, by name."""
+    """The stored records of the tuner's studies, by name; those of a later version left out."""
     names = set(list_names(storage))
-    return {
-        known.study_name: known.user_attrs[RECORD_KEY]
-        for known in storage.optuna.get_all_studies()
-        if known.study_name in names
-    }
+    found: dict[str, Mapping[str, Any]] = {}
+    for known in storage.optuna.get_all_studies():
+        if known.study_name in names:
+            with contextlib.suppress(RecordError):
+                found[known.study_name] = checked_record(known.user_attrs[RECORD_KEY])
+    return found
 
 
 def _enter_earlier_studies(storage: Storage, spec: StudySpec, prepared: Prepared) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tuner.data.identity import DataIdentity
+from tuner.errors import SpecError
+from tuner.search.formats import FORMAT, FORMAT_KEY, RecordError, completed
 from tuner.spec.reader import spec_from_document
 from tuner.spec.schedule import rungs_counted_up
 from tuner.spec.spec import StudySpec
@@ -24,6 +26,7 @@ class StudyRecord:
     """What a study was made of: written at its creation, never changed."""
 
     spec: StudySpec
+    spec_hash: str  #: as the version that made the study computed it: shown, never compared
     data: DataIdentity
     development_sha256: str  #: of the development file, under artifacts/development
     precision: Literal["auto", "float32", "bfloat16"]  #: see `TunedStudy.precision_of`
@@ -46,30 +49,79 @@ def versions() -> dict[str, str]:
 
 
 def record_document(record: StudyRecord) -> dict[str, Any]:
-    """What is stored of a record: JSON."""
+    """What is stored of a new study's record: JSON, of this version's format."""
     fields = {
         field.name: getattr(record, field.name)
         for field in dataclasses.fields(record)
         if field.name not in ("spec", "data")
     }
     return {
+        FORMAT_KEY: FORMAT,
         **fields,
         "spec": record.spec.to_document(),
-        "spec_hash": record.spec.spec_hash,
         "spec_folder": str(record.spec.folder),
         "data": record.data.to_document(),
     }
 
 
+#: The keys of a record, and of its data: `record_document` writes all of them.
+_RECORD_KEYS = frozenset(field.name for field in dataclasses.fields(StudyRecord)) | {"spec_folder"}
+_DATA_KEYS = frozenset(field.name for field in dataclasses.fields(DataIdentity))
+
+
 def record_from_document(document: Mapping[str, Any]) -> StudyRecord:
-    """The record that `record_document` stored, by this or an earlier version."""
-    fields = dict(document)
-    fields.pop("spec_hash")
+    """The record that `record_document` stored, of this or an earlier format.
+
+    Raises:
+        RecordError: It is of a later format, or damaged.
+    """
+    fields = checked_record(document)
     folder = Path(fields.pop("spec_folder"))
-    spec = _with_its_rungs(
-        spec_from_document(fields.pop("spec"), folder=folder), document["pruner"]
-    )
+    try:
+        read = spec_from_document(fields.pop("spec"), folder=folder)
+    except SpecError as error:
+        raise RecordError(f"is stored with a study file that cannot be read: {error}") from error
+    spec = _with_its_rungs(read, document["pruner"])
     return StudyRecord(spec=spec, data=DataIdentity.from_document(fields.pop("data")), **fields)
+
+
+def checked_record(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored record, completed, with the keys that it must have and no others.
+
+    Raises:
+        RecordError: It is of a later format, or damaged.
+    """
+    fields = completed(document)
+    fields.pop(FORMAT_KEY, None)
+    _check_keys(fields, _RECORD_KEYS, "")
+    for table in ("spec", "data", "pruner"):
+        if not isinstance(fields[table], dict):
+            raise RecordError(
+                f"has a damaged record: {table} is {fields[table]!r}, and no table. Restore the "
+                "storage from a copy, or launch the study under another name (--name)."
+            )
+    _check_keys(fields["data"], _DATA_KEYS, "data.")
+    return fields
+
+
+def _check_keys(table: Mapping[str, Any], known: frozenset[str], prefix: str) -> None:
+    if unknown := [f"{prefix}{key}" for key in table if key not in known]:
+        raise RecordError(
+            f"is stored with keys that this tuner does not know ({', '.join(unknown)}), so a later "
+            "version wrote them: upgrade tuner here to use the study. Nothing was changed."
+        )
+    if missing := sorted(f"{prefix}{key}" for key in known - table.keys()):
+        raise RecordError(
+            f"has a damaged record, without {', '.join(missing)}. Restore the storage from a copy, "
+            "or launch the study under another name (--name)."
+        )
+
+
+def moved_document(document: Mapping[str, Any], spec: StudySpec) -> dict[str, Any]:
+    """A stored record with study file and data where they lie now; all else as it was stored."""
+    stored = document["spec"]
+    data = {**stored["data"], "source": spec.to_document()["data"]["source"]}
+    return {**document, "spec_folder": str(spec.folder), "spec": {**stored, "data": data}}
 
 
 def _with_its_rungs(spec: StudySpec, pruner: Mapping[str, Any]) -> StudySpec:

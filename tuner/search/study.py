@@ -26,8 +26,15 @@ from tuner.search.attributes import (
     STOP_KEY,
 )
 from tuner.search.data_source import renew_folder
+from tuner.search.formats import RecordError, was_default
 from tuner.search.hyperband import make_pruner, pruner_document
-from tuner.search.record import StudyRecord, record_document, record_from_document, versions
+from tuner.search.record import (
+    StudyRecord,
+    moved_document,
+    record_document,
+    record_from_document,
+    versions,
+)
 from tuner.search.sampler import make_sampler, sampler_document
 from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.spec import StudySpec
@@ -121,7 +128,7 @@ def _changed_settings(tuned: TunedStudy, spec: StudySpec) -> dict[str, Any]:
     known = tuned.study.user_attrs
     folder, data = known[RECORD_KEY]["spec_folder"], known[RECORD_KEY]["spec"]["data"]
     if (folder, data["source"]) != (str(spec.folder), spec.to_document()["data"]["source"]):
-        asked[RECORD_KEY] = record_document(tuned.record)
+        asked[RECORD_KEY] = moved_document(known[RECORD_KEY], spec)
     return {key: value for key, value in asked.items() if known.get(key) != value}
 
 
@@ -159,6 +166,7 @@ def _create(
     )
     record = StudyRecord(
         spec=spec,
+        spec_hash=spec.spec_hash,
         data=data,
         development_sha256=development_sha256,
         precision=spec.training.precision,
@@ -212,7 +220,8 @@ def load(storage: Storage, name: str, *, artifacts_root: Path) -> TunedStudy:
     """Opens a study that exists, by its name in any Unicode normalisation.
 
     Raises:
-        StudyError: There is none of this name, or it is no study of the tuner.
+        StudyError: There is none of this name, it is no study of the tuner, or its record is of a
+            later version.
     """
     names = [known.study_name for known in storage.optuna.get_all_studies()]
     found = find_name(name, names)
@@ -230,7 +239,10 @@ def load(storage: Storage, name: str, *, artifacts_root: Path) -> TunedStudy:
             f"Study {name!r} in {storage.masked_url} was not made by `tuner launch`; give yours "
             "another name (--name)."
         )
-    record = record_from_document(document)
+    try:
+        record = record_from_document(document)
+    except RecordError as error:
+        raise StudyError(f"Study {name!r} in {storage.masked_url} {error}") from error
     study.sampler, study.pruner = make_sampler(record.spec), make_pruner(record.spec)
     return TunedStudy(
         study=study,
@@ -313,8 +325,7 @@ def _refuse_another_study(tuned: TunedStudy, spec: StudySpec, data: DataIdentity
         f"Give the new one another name (--name), or remove the old "
         f"(`{tuned.command('delete', tuned.name)}`)."
     )
-    if tuned.record.spec.spec_hash != spec.spec_hash:
-        keys = _differing_keys(tuned.record.spec.to_document(), spec.to_document())
+    if keys := _differing_keys(tuned.record.spec, spec):
         raise StudyError(
             f"Study {tuned.name!r} exists and was made from another study file: "
             f"{', '.join(keys)} differ. {advice}"
@@ -337,15 +348,28 @@ def _refuse_more_trials_after_the_report(tuned: TunedStudy, trials: int) -> None
         )
 
 
-def _differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, with both values."""
-    keys = []
+def _differing_keys(stored: StudySpec, asked: StudySpec) -> list[str]:
+    """Dotted keys of study files in which a study and a launch differ, with both values.
+
+    Never the hashes: another version may compute another one of the same file. A file that leaves
+    a key out continues a study that has what an earlier version did then.
+    """
+    return [
+        f"{key} ({before!r}, now {after!r})"
+        for key, before, after in _differences(
+            stored.identity_document(), asked.identity_document()
+        )
+        if not (was_default(key, before) and asked.leaves_out(key))
+    ]
+
+
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Each dotted key whose values differ, and both; None stands for a key that is absent."""
     for key in dict.fromkeys([*old, *new]):
-        if prefix == "" and key in ("name", "trials", "stop"):
-            continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            keys += _differing_keys(before, after, f"{prefix}{key}.")
+            yield from _differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            keys.append(f"{prefix}{key} ({before!r}, now {after!r})")
-    return keys
+            yield f"{prefix}{key}", before, after

@@ -122,7 +122,8 @@ def _check(document: Mapping[str, Any], folder: Path) -> tuple[StudySpec | None,
     known = read_known(document.get("known", []), space, mistakes, mistaken)
     if mistakes or settings is None:
         return None, mistakes
-    return StudySpec(**dict(settings), space=space, known=known, folder=folder), ()
+    given = {key: getattr(settings, key) for key in settings.model_fields_set}
+    return StudySpec(**given, space=space, known=known, folder=folder), ()
 
 
 def _valid(

@@ -324,22 +324,40 @@ class StudySpec(Settings):
         document["known"] = [_nested(configuration) for configuration in self.known]
         return document
 
-    @property
-    def spec_hash(self) -> str:
-        """SHA-256 (hex) of what makes the study what it is.
+    def identity_document(self) -> dict[str, Any]:
+        """What of the document makes the study what it is.
 
         Left out: its name and provenance; `trials` and `stop`, which may be changed later;
         `data.fallback`, which decides whether there is a study at all; and the folders of data
         files, whose content has an identity of its own (`tuner.data.identity.DataIdentity`).
         """
         document = self.to_document()
-        del document["name"], document["trials"]
-        for key in ("stop", "provenance"):
+        for key in ("name", "trials", "stop", "provenance"):
             document.pop(key, None)
         document["data"].pop("fallback", None)
         document["data"]["source"] = _without_folders(document["data"]["source"])
-        text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+        return document
+
+    @property
+    def spec_hash(self) -> str:
+        """SHA-256 (hex) of `identity_document`, to be shown and written down with results.
+
+        A version that adds a key computes another one of the same study file, so it does not
+        decide whether two studies are one: their documents do.
+        """
+        text = json.dumps(self.identity_document(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def leaves_out(self, key: str) -> bool:
+        """Whether the study file leaves out this dotted key of its settings, for the default."""
+        table: Any = self
+        for name in key.split("."):
+            if not isinstance(table, BaseModel):
+                return table is None
+            if name not in table.model_fields_set:
+                return True
+            table = getattr(table, name)
+        return False
 
 
 def _nested(configuration: Mapping[str, ParameterValue]) -> dict[str, Any]:

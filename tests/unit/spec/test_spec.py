@@ -288,10 +288,19 @@ def test_the_hash_changes_with_what_the_study_does(load, override):
     assert load(SMALL, override).spec_hash != load(SMALL).spec_hash
 
 
-def test_the_hash_is_the_same_on_every_machine_and_in_every_version(load):
-    # A study in a database is found again by it: change it with a migration or not at all.
-    # (Since the default of patience is 8 and no longer 5, this is how an older one goes on.)
+def test_the_hash_is_the_same_on_every_machine(load):
+    # It is written into reports and exports. A version that adds a key, or another default, has
+    # another hash, and no study is another one for that: see tests/unit/search/test_formats.py.
     assert load(SMALL, "training.patience=5").spec_hash[:16] == "ee63e11e0f7d2fef"
+
+
+def test_a_file_says_which_of_its_keys_are_left_out(load):
+    spec = load(SMALL + "[training]\nmax_epochs = 27\n[space]\nunits = 3")
+    left_out = ("seed", "hyperband", "training.patience", "data.split.seed", "hyperband.eta")
+    assert [spec.leaves_out(key) for key in left_out] == [True] * 5
+    written = ("trials", "training", "training.max_epochs", "data.source", "space.units")
+    assert [spec.leaves_out(key) for key in written] == [False] * 5
+    assert not load(SMALL, "training.patience=8").leaves_out("training.patience")
 
 
 # Hyperband.
