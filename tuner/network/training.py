@@ -331,7 +331,7 @@ class TrainingRun:
 
     def _resume(self, checkpoint: bytes) -> None:
         saved = _unpacked(checkpoint)
-        if str(saved["run"]) != self._identity():
+        if not _is_the_same_run(json.loads(str(saved["run"])), json.loads(self._identity())):
             raise ValueError(
                 f"the checkpoint is of another run: {saved['run']}; this one is {self._identity()}"
             )
@@ -342,6 +342,21 @@ class TrainingRun:
         for number, variable in enumerate(self._optimizer.variables):
             variable.assign(saved[f"optimizer/{number}"])
         self._best_weights = {name: saved[f"best/{name}"] for name in self._best_weights}
+
+
+def _is_the_same_run(saved: Any, own: Any) -> bool:
+    """Whether a checkpoint's identity is that of a run.
+
+    What the checkpoint lacks came with a later version, and the study says for it what the version
+    that wrote the checkpoint did (`tuner.search.formats`).
+    """
+    if isinstance(saved, dict) and isinstance(own, dict):
+        return saved.keys() <= own.keys() and all(
+            _is_the_same_run(value, own[key]) for key, value in saved.items()
+        )
+    if isinstance(saved, list) and isinstance(own, list):
+        return len(saved) == len(own) and all(map(_is_the_same_run, saved, own))
+    return bool(saved == own)
 
 
 class LocalTraining:

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,48 @@ def test_a_checkpoint_whose_history_lacks_a_field_or_has_one_more_is_resumed(
     second = training_run(tensors, checkpoint=training._packed(saved))
     assert second.history[0].validation_loss == first.history[0].validation_loss
     assert next(second.epochs()).epoch == 2
+
+
+def with_identity(checkpoint: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """The checkpoint of a version whose runs had another identity."""
+    saved = training._unpacked(checkpoint)
+    identity = json.loads(str(saved["run"]))
+    change(identity)
+    saved["run"] = np.array(json.dumps(identity))
+    return training._packed(saved)
+
+
+@pytest.mark.parametrize(
+    "lack",
+    [
+        lambda identity: identity["config"].pop("masking"),
+        lambda identity: identity["config"]["blocks"][0].pop("residual"),
+        lambda identity: identity.pop("precision"),
+    ],
+)
+def test_a_checkpoint_of_a_version_without_a_key_is_resumed(
+    tensors: TensorData, lack: Callable[[dict[str, Any]], object]
+) -> None:
+    first = training_run(tensors)
+    next(first.epochs())
+    second = training_run(tensors, checkpoint=with_identity(first.checkpoint(), lack))
+    assert len(second.history) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda identity: identity["config"].update(of_a_later_version=1),
+        lambda identity: identity["config"]["blocks"][0].update(residual="add"),
+        lambda identity: identity["config"]["blocks"].append(identity["config"]["blocks"][0]),
+    ],
+)
+def test_a_checkpoint_with_a_key_that_is_unknown_or_differs_is_refused(
+    tensors: TensorData, change: Callable[[dict[str, Any]], object]
+) -> None:
+    checkpoint = with_identity(training_run(tensors).checkpoint(), change)
+    with pytest.raises(ValueError, match="of another run"):
+        training_run(tensors, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(

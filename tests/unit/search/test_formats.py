@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from tuner.search.objective import Objective
 from tuner.search.record import record_document, record_from_document
 from tuner.search.study import create_or_resume, delete, load
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec import reader
+from tuner.spec import reader, space, tables
 from tuner.spec.spec import Settings, StudySpec, TrainingSettings
 
+SMALL_SPACE = small_spec().space.to_document()
 SPACE = {
     "embedding_dim": 8, "embedding_dropout": 0.0, "masking": True, "arrangement": "stacked",
     "blocks": {"low": 1, "high": 2}, "kernel_size": 3, "filters": {"choices": [2, 4]},
@@ -313,6 +315,31 @@ def test_a_new_key_may_have_another_default_than_what_its_absence_meant(
     assert resumed.record.spec.to_document()["training"]["warmup_epochs"] == 7
     with pytest.raises(StudyError, match=r"training\.warmup_epochs \(7, now 0\)"):
         launch(made, small_spec(training={"max_epochs": 9, "warmup_epochs": 0}))
+    made.storage.close()
+
+
+def test_a_new_hyperparameter_leaves_an_existing_study_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_study(tmp_path)
+    as_format_1(made)
+    added = {"spec.space.label_smoothing": 0.1}
+    table = {number: {**known, **added} for number, known in DEFAULTS_OF_FORMAT.items()}
+    monkeypatch.setattr(formats, "DEFAULTS_OF_FORMAT", table)
+    keys = {
+        **space.KEYS,
+        "label_smoothing": replace(
+            space.KEYS["embedding_dropout"], name="label_smoothing", default=0.1
+        ),
+    }
+    for module in (space, tables):
+        monkeypatch.setattr(module, "KEYS", keys)
+    resumed = launch(made, small_spec())
+    assert resumed.id == made.id
+    assert resumed.record.spec.space.to_document()["label_smoothing"] == 0.1
+    its_space = {**SMALL_SPACE, "label_smoothing": 0.2}
+    with pytest.raises(StudyError, match=r"space\.label_smoothing \(0\.1, now 0\.2\)"):
+        launch(made, small_spec(space=its_space))
     made.storage.close()
 
 
