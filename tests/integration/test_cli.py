@@ -337,7 +337,7 @@ def test_rows_that_another_study_keeps_sealed_are_told_loudly(
     assert not (tmp_path / "tuner.db").exists()
     assert run(app, ["launch", "tiny.toml", "--detach", *where]).exit_code == 0
     told = json.loads(run(app, [*check, *where]).stdout)["warnings"]
-    words = "that 'tiny' keeps sealed, 10 in this study's validation split and 10 in this study's"
+    words = "this study has 10 in its validation split and 10 in its test split"
     assert words in told[-1]
     launched = run(app, ["launch", "tiny.toml", "--name", "second", "--detach", *fewer, *where])
     assert "!" * 78 in launched.stderr

@@ -120,7 +120,7 @@ def test_rows_that_another_study_keeps_sealed_are_told_where_one_is_launched_or_
     write_study_file(lab.folder, "other")
     path = lab.folder / "studies" / "other.toml"
     path.write_text(path.read_text().replace("[training]", "split = { seed = 7 }\n[training]"))
-    words = "test rows that 'tiny' keeps sealed"
+    words = "test rows sealed; of these, this study has"
     checked = ada.post("/tuner/api/check", json={"file": "other.toml"}).json
     assert words in checked["warnings"][-1]
     page = ada.post("/tuner/launch", data={"file": "other.toml"})
