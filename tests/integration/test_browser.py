@@ -111,7 +111,7 @@ def test_a_person_s_round_through_the_dashboard(
     chrome.get(f"{server.url}tuner/studies/demo")
     assert "/tuner/login?next=" in chrome.current_url
     log_in(chrome, "ada", "a wrong password")
-    wait(chrome, shows("do not fit together"))
+    wait(chrome, shows("Wrong user name or password"))
     log_in(chrome, "ada", PASSWORDS["ada"])
     wait(chrome, lambda page: page.current_url.endswith("/tuner/studies/demo"))
     assert "ada (editor)" in text_of(chrome)

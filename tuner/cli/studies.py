@@ -271,8 +271,8 @@ def storage_check(storage: StorageUrl = DEFAULT_STORAGE_URL, as_json: AsJson = F
             typer.echo(f"schema: {check.schema}")
         if check.milliseconds is not None:
             typer.echo(
-                f"a query takes {check.milliseconds:.1f} ms, "
-                f"a write {check.commit_milliseconds:.1f} ms (medians of 20)"
+                f"a query takes {check.milliseconds:.2g} ms, "
+                f"a write {check.commit_milliseconds:.2g} ms (medians of 20)"
             )
         if check.detail:
             typer.echo(check.detail)

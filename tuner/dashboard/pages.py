@@ -457,7 +457,7 @@ class Pages:
                 limit.take_back(name, address)
                 raise _LoginRefused(503, str(error), 1.0) from error
             if not fits:
-                raise _LoginRefused(401, "User and password do not fit together.")
+                raise _LoginRefused(401, "Wrong user name or password.")
         except _LoginRefused as refused:
             self._refusals.add(
                 who=name, address=address, action=LOG_IN, status=refused.code, detail=refused.said

@@ -327,8 +327,8 @@ def _refuse_another_study(tuned: TunedStudy, spec: StudySpec, data: DataIdentity
     )
     if keys := _differing_keys(tuned.record.spec, spec):
         raise StudyError(
-            f"Study {tuned.name!r} exists and was made from another study file: "
-            f"{', '.join(keys)} differ. {advice}"
+            f"Study {tuned.name!r} exists and was made from another study file; what differs: "
+            f"{', '.join(keys)}. {advice}"
         )
     for field in ("sha256", "split_id"):
         old, new = getattr(tuned.record.data, field), getattr(data, field)

@@ -246,13 +246,13 @@ def test_a_file_that_leaves_a_key_out_continues_a_study_of_an_earlier_default(
     resumed = launch(made, small_spec())  # its default was 5
     assert resumed.id == made.id
     assert resumed.record.spec.training.patience == 5
-    with pytest.raises(StudyError, match=r"training\.patience \(5, now 8\) differ"):
+    with pytest.raises(StudyError, match=r"differs: training\.patience \(5, now 8\)\."):
         launch(made, small_spec(training={"max_epochs": 9, "patience": 8}))
     made.storage.close()
     other = make_study(
         tmp_path, small_spec(name="other", training={"max_epochs": 9, "patience": 4})
     )
-    with pytest.raises(StudyError, match=r"training\.patience \(4, now 8\) differ"):
+    with pytest.raises(StudyError, match=r"differs: training\.patience \(4, now 8\)\."):
         launch(other, small_spec(name="other"))
     other.storage.close()
 
@@ -298,7 +298,7 @@ def test_a_new_key_with_a_default_leaves_an_existing_study_what_it_is(
     assert resumed.record.spec.to_document()["training"]["warmup_epochs"] == 0
     assert resumed.record.spec_hash == today.spec_hash
     asked = small_spec(training={"max_epochs": 9, "warmup_epochs": 3})
-    with pytest.raises(StudyError, match=r"file: training\.warmup_epochs \(0, now 3\) differ\."):
+    with pytest.raises(StudyError, match=r"differs: training\.warmup_epochs \(0, now 3\)\."):
         launch(made, asked)
     made.storage.close()
 
