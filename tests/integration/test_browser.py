@@ -24,10 +24,12 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tuner.artifacts import artifact_store
 from tuner.coordination.curve_drawing import draw_curves
+from tuner.coordination.study_note import hang_page
 from tuner.dashboard.pages import Places
 from tuner.dashboard.server import DashboardServer, make_server
 from tuner.dashboard.settings import Settings
-from tuner.search.attributes import CURVE_KEY
+from tuner.search.attributes import AGAIN_KEY, CURVE_KEY
+from tuner.search.study import load
 from tuner.storage.storage import Storage
 
 #: What on Optuna's page changes something, by the names under which `dashboard.css` hides it.
@@ -227,6 +229,32 @@ def test_optuna_s_page_offers_no_button_that_is_refused_and_wraps_its_lines(
         chrome.get(f"{server.url}tuner")
         press(chrome, "Log out")
         wait(chrome, lambda page: page.find_element(By.ID, "password"))
+
+
+def test_the_overview_of_a_study_fits_optuna_s_page(
+    server: DashboardServer, chrome: Chrome, tmp_path: Path
+) -> None:
+    with Storage(ready_sqlite(tmp_path)) as storage:
+        tuned = load(storage, "demo", artifacts_root=tmp_path / "artifacts")
+        again = f"tuner export demo --trial 1 --storage sqlite:////{'long/' * 30}tuner.db"
+        tuned.study.add_trial(
+            optuna.create_trial(value=0.1, user_attrs={AGAIN_KEY: again, CURVE_KEY: []})
+        )
+        hang_page(tuned, "page.html", b"")
+    chrome.get(f"{server.url}tuner")
+    log_in(chrome, "vic", PASSWORDS["vic"])
+    wait(chrome, shows("vic ("))
+    chrome.get(f"{server.url}dashboard/studies/1/note")
+    wait(chrome, shows("Data and split"))
+    assert too_wide(chrome, 1280) <= 0
+
+
+def too_wide(chrome: Chrome, width: int) -> int:
+    """Pixels by which the page is wider than a window of this width."""
+    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    assert chrome.execute_script("return innerWidth") == width
+    return int(chrome.execute_script("return document.documentElement.scrollWidth")) - width
 
 
 def test_a_note_brings_no_script_frame_or_form_into_the_page(

@@ -179,7 +179,7 @@ def _next(tuned: TunedStudy, now: StudyStatus, state: State) -> str:
         say = "Nothing: it runs to its budget. This stops it, and what is trained is kept:"
         return f"### Next\n\n{say}\n\n{_code(tuned.command('stop', tuned.name))}{how}"
     if state in ("queued", "stopped"):
-        waits = "waits for a service" if state == "queued" else "goes on with its study file"
+        waits = "waits for a service" if state == "queued" else "resumes with its study file"
         again = ("launch", "STUDY.toml") if state == "stopped" else ("serve",)
         return f"### Next\n\nIt {waits}:\n\n{_code(tuned.command(*again))}{how}"
     lines = [tuned.command("export", tuned.name, "--top", 3)] if now.best is not None else []

@@ -89,13 +89,14 @@ def test_the_overview_is_fresh_while_the_study_runs(
     assert "tuner stop small" in seen[0]
 
 
-def test_a_stopped_study_says_how_it_goes_on(study: Make) -> None:
+def test_a_stopped_study_says_how_it_resumes(study: Make) -> None:
     tuned = study(trials=3)
     coordinators: list[Coordinator] = []
     stop = Notes(lambda *_: coordinators[0].stop("interrupted"))
     coordinators.append(Coordinator(tuned, FakeWorkers(1), stop))
     coordinators[0].run()
     assert "**Stopped** as of" in shown(tuned)
+    assert "It resumes with its study file" in shown(tuned)
     assert "tuner launch STUDY.toml" in shown(tuned)
 
 
