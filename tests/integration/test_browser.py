@@ -12,7 +12,7 @@ import optuna
 import pytest
 from browsers import headless
 from fakes import ready_sqlite
-from finished_study import finished_study
+from finished_study import finished_study, predict
 from lab import PASSWORDS, write_study_file, write_users
 from optuna.artifacts import upload_artifact
 from optuna.trial import TrialState
@@ -28,6 +28,7 @@ from tuner.coordination.study_note import hang_page
 from tuner.dashboard.pages import Places
 from tuner.dashboard.server import DashboardServer, make_server
 from tuner.dashboard.settings import Settings
+from tuner.results.report import write_report
 from tuner.search.attributes import AGAIN_KEY, CURVE_KEY
 from tuner.search.study import load
 from tuner.storage.storage import Storage
@@ -255,6 +256,31 @@ def too_wide(chrome: Chrome, width: int) -> int:
     chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     assert chrome.execute_script("return innerWidth") == width
     return int(chrome.execute_script("return document.documentElement.scrollWidth")) - width
+
+
+def tallest_row(chrome: Chrome) -> int:
+    script = "return Math.max(...[...document.querySelector('table').rows].map(r => r.offsetHeight))"
+    return int(chrome.execute_script(script))
+
+
+def test_our_pages_fit_a_phone(server: DashboardServer, chrome: Chrome, tmp_path: Path) -> None:
+    with Storage(ready_sqlite(tmp_path)) as storage:
+        finished_study(storage, tmp_path, name="full")
+        write_report(storage, "full", artifacts_root=tmp_path / "artifacts", evaluate=predict)
+        detail = "refused: " + "a sentence about a mistake in a study file; " * 8
+        storage.record_change(
+            who="ada", address="127.0.0.1", action="POST /tuner/launch", status=422, detail=detail
+        )
+    chrome.get(f"{server.url}tuner")
+    log_in(chrome, "ada", PASSWORDS["ada"])
+    wait(chrome, shows("ada (editor)"))
+    for path, tall in (
+        ("", 70), ("/launch", None), ("/studies/demo", None), ("/log", 350),
+        ("/studies/full/report", 80),
+    ):  # fmt: skip
+        chrome.get(f"{server.url}tuner{path}")
+        assert too_wide(chrome, 390) <= 0, path
+        assert tall is None or tallest_row(chrome) <= tall, path
 
 
 def test_a_note_brings_no_script_frame_or_form_into_the_page(

@@ -362,7 +362,6 @@ def _roc_figure(document: Document) -> Markup | None:
     )
     figure.update_xaxes(range=[-0.01, 1.01])
     figure.update_yaxes(range=[-0.01, 1.01])
-    figure.update_layout(width=460)
     return _figure(
         figure,
         "roc",
