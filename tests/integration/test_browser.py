@@ -259,8 +259,9 @@ def too_wide(chrome: Chrome, width: int) -> int:
 
 
 def tallest_row(chrome: Chrome) -> int:
-    script = "return Math.max(...[...document.querySelector('table').rows].map(r => r.offsetHeight))"
-    return int(chrome.execute_script(script))
+    """Pixels, of the rows of the page's first table."""
+    rows = "[...document.querySelector('table').rows]"
+    return int(chrome.execute_script(f"return Math.max(...{rows}.map(row => row.offsetHeight))"))
 
 
 def test_our_pages_fit_a_phone(server: DashboardServer, chrome: Chrome, tmp_path: Path) -> None:

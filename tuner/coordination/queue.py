@@ -326,7 +326,11 @@ def _as_named(error: SpecError, path: Path, name: str) -> SpecError:
     """The same mistakes under the name that the user knows."""
     return SpecError(
         [
-            replace(problem, file=name if problem.file == str(path) else problem.file)
+            replace(
+                problem,
+                file=name if problem.file == str(path) else problem.file,
+                key=problem.key.removeprefix("--set "),  # the pages and the API have fields
+            )
             for problem in error.problems
         ]
     )

@@ -29,7 +29,7 @@ from tuner.coordination import queue as orders
 from tuner.dashboard.policy import Policy, Refusals
 from tuner.dashboard.sessions import Sessions, Visitor
 from tuner.dashboard.users import MAX_PASSWORD, LoginsBusyError
-from tuner.errors import DataError, SpecError, StorageError, TunerError, counted
+from tuner.errors import DataError, Problem, SpecError, StorageError, TunerError, counted
 from tuner.every import Every
 from tuner.results.export import Format, best_configs, render
 from tuner.search import overlap
@@ -316,8 +316,9 @@ class Pages:
                 return self._launch_page(request, check=self._check(request, spec), **kept)
             placed = self._place(request, spec)
         except (SpecError, DataError) as error:
-            request.environ[DETAIL_KEY] = f"refused: {error}"
-            return self._launch_page(request, 422, problems=error.problems, **kept)
+            request.environ[DETAIL_KEY] = _refusal(error)
+            problems = [_of_the_form(problem) for problem in error.problems]
+            return self._launch_page(request, 422, problems=problems, **kept)
         except StorageError:
             raise
         except TunerError as error:
@@ -605,7 +606,7 @@ class Pages:
 
     def _place(self, request: Request, spec: StudySpec) -> orders.Placed:
         placed = orders.place(self._storage, spec, artifacts_root=self._places.artifacts)
-        request.environ[DETAIL_KEY] = f"launched {placed.queued.in_words}"
+        request.environ[DETAIL_KEY] = f"launched: {placed.queued.in_words}"
         return placed
 
     def _stop_it(self, request: Request, name: str) -> orders.Stopped:
@@ -648,10 +649,21 @@ class Pages:
     def _problems(
         self, request: Request, error: SpecError | DataError, *, is_api: bool
     ) -> Response:
-        request.environ[DETAIL_KEY] = f"refused: {error}"
+        request.environ[DETAIL_KEY] = _refusal(error)
         if is_api:
             return _json({"reason": str(error), "errors": error.to_document()}, 422)
         return self._message(request, "That cannot be done", str(error), 422)
+
+
+def _refusal(error: SpecError | DataError) -> str:
+    """For the record of changes, where an entry is one line."""
+    return f"refused: {'; '.join(map(str, error.problems))}"
+
+
+def _of_the_form(problem: Problem) -> str:
+    """A mistake as the launch page says it: what is in no file stands in a field of the form."""
+    text = str(problem)
+    return text if problem.file else text[:1].upper() + text[1:]
 
 
 def _rule(path: str, view: Callable[..., Response], method: str = "GET") -> Rule:
@@ -703,9 +715,9 @@ def _document(request: Request) -> Mapping[str, Any]:
     try:
         document = json.loads(request.get_data())
     except (ValueError, RecursionError):
-        raise BadRequest("The body is no JSON.") from None
+        raise BadRequest("The body is not JSON.") from None
     if not isinstance(document, dict):
-        raise BadRequest("The body is no JSON object.")
+        raise BadRequest("The body is not a JSON object.")
     return document
 
 

@@ -51,7 +51,8 @@ def name_problem(name: str) -> str | None:
         return f"must not begin or end with a space, as {shown(name)} does; remove it"
     if bad := sorted({letter for letter in name if letter in '/\\:*?"<>|' or not _prints(letter)}):
         listed = " ".join(letter if _prints(letter) else f"U+{ord(letter):04X}" for letter in bad)
-        return f"must not contain {listed}, as {shown(name)} does; use letters, digits, - _ and ."
+        them = "it" if len(bad) == 1 else "them"
+        return f"must not contain {listed}, as {shown(name)} does; remove {them}"
     if name[0] in ".-" or name[-1] == ".":
         return f"must not begin with . or -, or end with ., as {shown(name)} does"
     return None

@@ -61,7 +61,7 @@ def test_a_launched_study_waits_in_the_queue_with_its_rows(lab: Lab, ada: Browse
     assert lab.storage.queued() == (tuned.id,)
     assert tuned.budget == 5
     assert lab.storage.development(tuned.record.development_sha256)
-    assert lab.storage.changes()[0].detail.startswith("launched Study mine is queued")
+    assert lab.storage.changes()[0].detail.startswith("launched: Study mine is queued")
 
 
 def test_stop_and_resume_take_it_out_of_the_queue_and_back(lab: Lab, ada: Browser) -> None:
@@ -200,6 +200,29 @@ def test_mistakes_are_told_as_tuner_check_tells_them(ada: Browser) -> None:
     assert page.status_code == 422
     assert "mine.toml:2: trials:" in page.text
     assert "/tmp" not in page.text
+
+
+def test_a_mistake_in_a_field_is_told_by_the_field_and_several_are_told_apart(
+    lab: Lab, ada: Browser
+) -> None:
+    data = {"file": "tiny.toml", "name": "bad name!/../x", "trials": "0"}
+    page = ada.post("/tuner/launch", data=data)
+    assert page.status_code == 422
+    assert "Name: must not contain /, as " in page.text
+    assert "does; remove it" in page.text
+    assert "Trials: must be at least 1" in page.text
+    assert "--set" not in page.text
+    told = lab.storage.changes()[0].detail
+    assert told.startswith("refused: name: must not contain /")
+    assert "remove it; trials: must be at least 1" in told
+    answer = ada.post("/tuner/api/studies", json={"file": "tiny.toml", "trials": 0})
+    assert [(one["file"], one["key"]) for one in answer.json["errors"]] == [("", "trials")]
+    assert (
+        ada.post(
+            "/tuner/launch", data={"file": "tiny.toml", "name": "a name, with (other) signs!"}
+        ).status_code
+        == 303
+    )
 
 
 def test_markup_in_names_and_files_stays_text(ada: Browser) -> None:
