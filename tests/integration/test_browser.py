@@ -163,6 +163,12 @@ def test_a_person_s_round_through_the_dashboard(
     wait(chrome, lambda page: page.find_element(By.CSS_SELECTOR, ".state.queued"))
     with Storage(ready_sqlite(tmp_path)) as service:
         assert len(service.queued()) == 1
+        # What can be downloaded shows by itself, too.
+        assert "No trial is fully trained yet." in text_of(chrome)
+        trained = optuna.create_trial(value=0.5, user_attrs={CURVE_KEY: []})
+        optuna.load_study(study_name="tiny", storage=service.optuna).add_trial(trained)
+        wait(chrome, shows("Best configurations"))
+        assert "No trial is fully trained yet." not in text_of(chrome)
     press(chrome, "Stop")
     wait(chrome, lambda page: page.find_element(By.CSS_SELECTOR, ".state.stopped"))
 

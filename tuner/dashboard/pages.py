@@ -252,7 +252,7 @@ class Pages:
         data = tuned.record.data
         seal = "opened for the report" if state.state == "reported" else "sealed"
         facts = (
-            ("Made", tuned.record.created_at),
+            ("Made", f"{tuned.record.created_at[:19].replace('T', ' ')} UTC"),
             ("Data", f"{data.source}, sha256 {data.sha256[:12]}"),
             (
                 "Split",

@@ -446,6 +446,23 @@ def test_a_page_says_sealed_until_the_test_split_was_opened(lab: Lab, tuned: Tun
     assert "test rows (opened for the report)" in vic.get("/tuner/studies/demo").text
 
 
+def test_a_report_is_suggested_once_the_study_is_finished(
+    lab: Lab, ada: Browser, tuned: TunedStudy
+) -> None:
+    assert "tuner report demo" in ada.get("/tuner/studies/demo").text
+    ada.post("/tuner/launch", data={"file": "tiny.toml"})
+    page = ada.get("/tuner/studies/tiny").text
+    assert "No final report yet." in page
+    assert "tuner report" not in page
+    made = load(lab.storage, "tiny", artifacts_root=lab.places.artifacts).record.created_at
+    assert made not in page
+    assert f"<td>{made[:10]} {made[11:19]} UTC</td>" in page
+
+
+def test_the_form_takes_no_other_number_of_trials_than_the_server(ada: Browser) -> None:
+    assert 'name="trials" value="" type="number" min="1"' in ada.get("/tuner/launch").text
+
+
 def test_a_study_is_deleted_only_where_its_name_is_written_down(
     lab: Lab, tuned: TunedStudy
 ) -> None:
