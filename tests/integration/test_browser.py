@@ -288,6 +288,10 @@ def test_our_pages_fit_a_phone(server: DashboardServer, chrome: Chrome, tmp_path
         chrome.get(f"{server.url}tuner{path}")
         assert too_wide(chrome, 390) <= 0, path
         assert tall is None or tallest_row(chrome) <= tall, path
+    chrome.get(f"{server.url}tuner/launch")
+    press(chrome, "Check only")
+    wait(chrome, shows("tiny can be launched"))
+    assert too_wide(chrome, 390) <= 0
 
 
 def test_a_note_brings_no_script_frame_or_form_into_the_page(

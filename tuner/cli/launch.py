@@ -95,7 +95,7 @@ def check(
         "trials_of_brackets": list(spec.trials_of_brackets(spec.trials)),
         "rungs": list(spec.rungs),
         "max_epochs": spec.training.max_epochs,
-        "planned_epochs": _planned_epochs(spec),
+        "planned_epochs": spec.planned_epochs,
         "trials": spec.trials,
         "parameter_count": {"min": low, "max": high},
         "data": prepared.identity.check_document(),
@@ -151,23 +151,6 @@ def _invalid(path: Path, error: ProblemsError) -> dict[str, Any]:
         "valid": False,
         "errors": error.to_document(),
     }
-
-
-def _planned_epochs(spec: StudySpec) -> int:
-    """Epochs the study is expected to train: at each rung the best 1/eta of a bracket go on.
-
-    Early stopping and asynchronous promotion (a rung's first trials always pass) move it.
-    """
-    if spec.hyperband is None:
-        return spec.trials * spec.training.max_epochs
-    eta = spec.hyperband.eta
-    total = 0.0
-    for rungs, trials in zip(spec.brackets, spec.trials_of_brackets(spec.trials), strict=True):
-        alive, before = float(trials), 0
-        for rung in (*rungs, spec.training.max_epochs):
-            total += alive * (rung - before)
-            alive, before = alive / eta, rung
-    return round(total)
 
 
 def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:

@@ -169,6 +169,8 @@ class Pages:
             lstrip_blocks=True,
         )
         self._templates.filters["segment"] = lambda name: quote(name, safe="")
+        self._templates.filters["counted"] = counted
+        self._templates.filters["zip"] = zip
         self._routes = Map(
             [
                 _rule("/", self._show_studies),
@@ -286,7 +288,8 @@ class Pages:
         return self._launch_page(request)
 
     def _launch_page(self, request: Request, code: int = 200, /, **more: Any) -> Response:
-        given = {"file": "", "name": "", "trials": "", "problems": (), "check": None, "said": ""}
+        given = {"file": "", "name": "", "trials": "", "problems": (), "said": ""}
+        none = {"check": None, "existing": None}
         return self._page(
             request,
             "launch",
@@ -295,7 +298,7 @@ class Pages:
             folder=self._places.studies.name or str(self._places.studies),
             data_folder=self._places.data is not None,
             kilobytes=orders.MAX_UPLOAD_BYTES // 1024,
-            **(given | more),
+            **(given | none | more),
         )
 
     def _launch(self, request: Request) -> Response:
@@ -313,7 +316,10 @@ class Pages:
             else:
                 spec = orders.spec_of_a_file(self._places.studies, kept["file"], overrides)
             if form.get("action") == "check":
-                return self._launch_page(request, check=self._check(request, spec), **kept)
+                found = find_name(spec.name, list_names(self._storage))
+                existing = None if found is None else status(self._load(found))
+                check = self._check(request, spec) | {"split_seed": spec.data.split.seed}
+                return self._launch_page(request, check=check, existing=existing, **kept)
             placed = self._place(request, spec)
         except (SpecError, DataError) as error:
             request.environ[DETAIL_KEY] = _refusal(error)
@@ -597,6 +603,8 @@ class Pages:
             "trials": spec.trials,
             "max_epochs": spec.training.max_epochs,
             "brackets": [list(bracket) for bracket in spec.brackets],
+            "trials_of_brackets": list(spec.trials_of_brackets(spec.trials)),
+            "planned_epochs": spec.planned_epochs,
             "searched": list(spec.space.parameters),
             "parameter_count": {"min": low, "max": high},
             "data": identity.check_document(),

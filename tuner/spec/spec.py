@@ -306,6 +306,23 @@ class StudySpec(Settings):
         return tuple(counts[bracket] for bracket in range(self.bracket_count))
 
     @property
+    def planned_epochs(self) -> int:
+        """Epochs the study is expected to train: of each bracket, 1/eta pass each rung.
+
+        Early stopping and asynchronous promotion (a rung's first trials always pass) move it.
+        """
+        if self.hyperband is None:
+            return self.trials * self.training.max_epochs
+        total = 0.0
+        trials_of_brackets = self.trials_of_brackets(self.trials)
+        for bracket, trials in zip(self.brackets, trials_of_brackets, strict=True):
+            alive, before = float(trials), 0
+            for rung in (*bracket, self.training.max_epochs):
+                total += alive * (rung - before)
+                alive, before = alive / self.hyperband.eta, rung
+        return round(total)
+
+    @property
     def data_sha256(self) -> str | None:
         """The `DataIdentity.sha256` that an exported study file tells of; None of any other."""
         found = (self.provenance or {}).get("data") or {}

@@ -459,6 +459,26 @@ def test_a_report_is_suggested_once_the_study_is_finished(
     assert f"<td>{made[:10]} {made[11:19]} UTC</td>" in page
 
 
+def test_check_only_shows_what_tuner_check_shows(lab: Lab, ada: Browser) -> None:
+    path = lab.folder / "studies" / "tiny.toml"
+    path.write_text(path.read_text() + "[hyperband]\nmin_epochs = 1\neta = 3\n")
+    order = {"file": "tiny.toml", "trials": "8", "action": "check"}
+    page = ada.post("/tuner/launch", data=order).text
+    document = ada.post("/tuner/api/check", json={"file": "tiny.toml", "trials": 8}).json
+    many, few = document["trials_of_brackets"]
+    assert many + few == 8
+    assert many > few
+    assert "tiny can be launched." in page
+    assert f"{many} trials, which may be stopped after epoch 1</td>" in page
+    assert f"{few} trials, never stopped</td>" in page
+    assert f"about {document['planned_epochs']} planned, 24 without pruning" in page
+    assert f"identity {document['data']['split_id'][:12]}" in page
+    ada.post("/tuner/launch", data=order | {"action": "launch"})
+    page = ada.post("/tuner/launch", data=order).text
+    assert "can be launched" not in page
+    assert "exists already: it is queued, with 0 of 8 trials finished." in page
+
+
 def test_the_form_takes_no_other_number_of_trials_than_the_server(ada: Browser) -> None:
     assert 'name="trials" value="" type="number" min="1"' in ada.get("/tuner/launch").text
 
