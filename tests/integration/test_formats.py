@@ -127,7 +127,7 @@ def test_a_launch_of_another_study_file_is_refused_with_the_differing_key(lab: P
     before = stored(lab)
     done = verb("launch", "finished.toml", "--set", "training.max_epochs=9")
     assert done.exit_code == 1
-    assert "another study file; what differs: training.max_epochs (3, now 9)." in str(done.exception)
+    assert "what differs: training.max_epochs (3, now 9)." in str(done.exception)
     assert stored(lab) == before
 
 

@@ -248,11 +248,26 @@ class Pages:
     def _show_studies(self, request: Request) -> Response:
         return self._page(request, "studies", states=self._catalogue.states())
 
+    def _seal_in_words(self, tuned: TunedStudy, state: StudyStatus) -> str:
+        """Whether the study's test split was opened, and by whom."""
+        if state.state == "reported":
+            return "opened for the report"
+        opened = [
+            entry
+            for entry in self._storage.ledger()
+            if entry.split_id == tuned.record.data.split_id and entry.study_key != tuned.key
+        ]
+        if not opened:
+            return "sealed"
+        names = ", ".join(dict.fromkeys(entry.study for entry in opened))
+        numbers = ", ".join(str(entry.id) for entry in opened)
+        return f"opened before, for a report of {names}: ledger {numbers}"
+
     def _show_study(self, request: Request, name: str, **more: Any) -> Response:
         tuned = self._load(name)
         state = status(tuned)
         data = tuned.record.data
-        seal = "opened for the report" if state.state == "reported" else "sealed"
+        seal = self._seal_in_words(tuned, state)
         facts = (
             ("Made", f"{tuned.record.created_at[:19].replace('T', ' ')} UTC"),
             ("Data", f"{data.source}, sha256 {data.sha256[:12]}"),

@@ -446,6 +446,19 @@ def test_a_page_says_sealed_until_the_test_split_was_opened(lab: Lab, tuned: Tun
     assert "test rows (opened for the report)" in vic.get("/tuner/studies/demo").text
 
 
+def test_a_page_says_if_another_study_opened_the_same_split(lab: Lab, tuned: TunedStudy) -> None:
+    vic = lab.browser("vic")
+    split = tuned.record.data.split_id
+    entries = (("first", "f", split), ("other", "o", "i"), ("first", "g", split))
+    for study, key, its_split in entries:
+        lab.storage.open_ledger_entry(
+            opened_at="", opened_by="", study=study, study_key=key, trial=0,
+            config_hash="", spec_hash="", split_id=its_split,
+        )  # fmt: skip
+    page = vic.get("/tuner/studies/demo").text
+    assert "test rows (opened before, for a report of first: ledger 1, 3)" in page
+
+
 def test_a_report_is_suggested_once_the_study_is_finished(
     lab: Lab, ada: Browser, tuned: TunedStudy
 ) -> None:
