@@ -67,6 +67,8 @@ LOG_IN = "log in"  #: the action of a login in the record of changes
 
 HASH_BYTES = 32  #: of a SHA-256
 _RENEWAL_SECONDS = 1.0  #: between two renewals of a lease that `Storage.leased` holds
+#: A lease that was renewed while it was read is as much younger than the look at the clock.
+_SAME_MOMENT_SECONDS = 1.0
 _LAST_LOOK_SECONDS = 5.0  #: who renews it within this time is alive, whatever the clock says
 
 #: The system attributes that hold a study's note, as optuna_dashboard names them.
@@ -317,7 +319,7 @@ class Storage:
 
     def _watch_whether_it_lapsed(self, study_id: int, seen: Lease) -> None:
         """Clocks jump: whoever renews its lease while we look is alive, whatever its age says."""
-        if 0.0 <= seen.age_seconds < leases.LEASE_SECONDS:
+        if -_SAME_MOMENT_SECONDS <= seen.age_seconds < leases.LEASE_SECONDS:
             raise StudyInUseError(in_use(seen))
         looking = _LAST_LOOK_SECONDS if seen.age_seconds > 0 else leases.LEASE_SECONDS
         until = time.monotonic() + looking

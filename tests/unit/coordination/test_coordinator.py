@@ -112,7 +112,7 @@ def test_trials_of_a_dead_coordinator_go_on_under_their_number(study: Make) -> N
     assert tuned.record.spec.space.resolve(trials[0].params) == config
     assert trials[0].user_attrs[RESUMED_KEY] == 1
     assert trials[0].intermediate_values[1] == 1.0
-    assert "Trial 0 goes on" in notes.said[0]
+    assert "Trial 0 resumes" in notes.said[0]
 
 
 def test_a_budget_that_was_lowered_is_not_exceeded_by_trials_left_open(study: Make) -> None:

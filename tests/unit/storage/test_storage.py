@@ -421,10 +421,28 @@ def test_of_many_who_begin_at_once_one_gets_the_lease(database_url: str) -> None
         thread.join()
     for storage in storages:
         storage.close()
-    assert sorted("is being run by" in outcome for outcome in outcomes) == [False] + [True] * 5
+    assert sorted("is being run by" in outcome for outcome in outcomes) == [False] + [True] * 5, (
+        outcomes
+    )
 
 
 OF_ELSEWHERE = """UPDATE tuner_lease SET holder = '{"host": "elsewhere", "pid": 7}'"""
+
+
+def test_a_lease_that_is_renewed_while_it_is_looked_at_is_in_use(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watched(_: float) -> None:
+        raise AssertionError("it was watched, although it is as young as can be")
+
+    with Storage(database_url) as first, Storage(database_url) as second:
+        study_id = new_study(first)._study_id
+        first.take_lease(study_id)
+        execute(database_url, "UPDATE tuner_lease SET renewed_at = renewed_at + 0.5")
+        monkeypatch.setattr("tuner.storage.storage.time.sleep", watched)
+        with pytest.raises(StudyInUseError):
+            second.take_lease(study_id)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("clock", ["-31", "+3600"])
