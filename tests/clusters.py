@@ -11,14 +11,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 from folders import ROOT
 from ports import free_port
+from waiting import wait_until
 
 from tuner.cluster.connection import Connection
 
@@ -90,7 +90,7 @@ class Program:
             found.extend(line for line in self.lines if words in line)
             return bool(found)
 
-        assert eventually(look, timeout), f"{words!r} is not in {self.lines}"
+        wait_until(look, lambda: f"{words!r} is not in {self.lines}", seconds=timeout)
         return found[0]
 
 
@@ -161,12 +161,3 @@ def assert_memory_is_kept(connection: Connection) -> None:
     for environment in started_with.values():
         assert "MALLOC_TRIM_THRESHOLD_=1073741824" in environment
         assert "MALLOC_MMAP_THRESHOLD_=33554432" in environment
-
-
-def eventually(is_true: Callable[[], bool], timeout: float = 30) -> bool:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if is_true():
-            return True
-        time.sleep(0.05)
-    return is_true()

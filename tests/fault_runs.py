@@ -21,6 +21,7 @@ from drive import Plan
 from fakes import loss_of
 from folders import TESTS
 from optuna.trial import FrozenTrial, TrialState
+from waiting import wait_until
 
 from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_store
 from tuner.search.attributes import NOTE_KEY, RESUMED_FROM_KEY, RESUMED_KEY, curve_of
@@ -152,7 +153,7 @@ class Launch(Program):
 
     def held_worker(self, trial: int) -> int:
         """Waits until the trial has come to its hold; returns its worker's process."""
-        wait_until(self.plan.held(trial).exists, f"trial {trial} never came to its hold", self)
+        wait_in(self, self.plan.held(trial).exists, f"trial {trial} did not come to its hold")
         return int(self.plan.held(trial).read_text())
 
 
@@ -194,22 +195,25 @@ def marked(name: str, value: str) -> list[psutil.Process]:
 
 def assert_gone(processes: Callable[[], list[psutil.Process]]) -> None:
     """No worker outlives its coordinator by more than the seconds that a process takes to end."""
-    deadline = time.monotonic() + 30
-    while alive := processes():
-        if time.monotonic() > deadline:
-            words = [f"{process.pid} {' '.join(process.cmdline())}" for process in alive]
-            for process in alive:
-                process.kill()  # the mark in its environment proves that this launch started it
-            raise AssertionError(f"left behind: {words}")
-        time.sleep(0.1)
+
+    def left_behind() -> str:
+        words = [f"{process.pid} {' '.join(process.cmdline())}" for process in processes()]
+        for process in processes():
+            process.kill()  # the mark in its environment proves that this launch started it
+        return f"left behind: {words}"
+
+    wait_until(lambda: not processes(), left_behind, pause=0.1)
 
 
-def wait_until(condition: Callable[[], object], otherwise: str, launch: Launch) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > deadline or launch.process.poll() is not None:
-            raise AssertionError(f"{otherwise}:\n{launch.said}")
-        time.sleep(0.001)
+def wait_in(launch: Launch, condition: Callable[[], object], otherwise: str) -> None:
+    """Waits until a condition holds, while the launch runs."""
+    wait_until(
+        condition,
+        lambda: f"{otherwise}:\n{launch.said}",
+        seconds=PATIENCE,
+        pause=0.001,
+        alive=[launch.process],
+    )
 
 
 def assert_whole(plan: Plan) -> list[FrozenTrial]:

@@ -303,7 +303,7 @@ def test_kill_9_of_the_scheduler(plan_of_sqlite: MakePlan) -> None:
         first.kill()
         launch.wait_for("The scheduler is unavailable; the study waits for it")
         with scheduler(port):
-            launch.wait_for("The scheduler is back; trials go on from their last checkpoints")
+            launch.wait_for("The scheduler is back; trials resume from their last checkpoints")
             assert "ending finished" in launch.end()
             for each in (one, two):
                 each.wait_for("Joined again")

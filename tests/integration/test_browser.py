@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
+from waiting import wait_until
 
 from tuner.artifacts import artifact_store
 from tuner.coordination.curve_drawing import draw_curves
@@ -176,10 +176,10 @@ def test_a_person_s_round_through_the_dashboard(
     chrome.get(f"{server.url}tuner/studies/demo")
     press(chrome, "Download")
     file = tmp_path / "browser" / "demo-1-trial-6.toml"
-    deadline = time.monotonic() + SECONDS
-    while not file.exists() or file.with_suffix(".toml.crdownload").exists():
-        assert time.monotonic() < deadline, list(file.parent.iterdir())
-        time.sleep(0.1)
+    wait_until(
+        lambda: file.exists() and not file.with_suffix(".toml.crdownload").exists(),
+        lambda: list(file.parent.iterdir()),
+    )
     assert tomllib.loads(file.read_text())["provenance"]["trial"] == 6
 
     # What was done is written down; then out, and the way back is closed.

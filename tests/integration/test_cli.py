@@ -14,7 +14,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import pytest
 from folders import ROOT
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
+from waiting import wait_until
 
 from tuner.cli.main import app
 from tuner.data.synthetic import synthetic_sequences
@@ -122,11 +122,9 @@ def trials_with_epochs(folder: Path, study: str) -> int:
 
 def wait_for_epochs(folder: Path, study: str, trials: int, process: subprocess.Popen[str]) -> None:
     """Waits until so many trials have trained an epoch: each has begun, and has a checkpoint."""
-    deadline = time.monotonic() + 120
-    while trials_with_epochs(folder, study) < trials:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
+    wait_until(
+        lambda: trials_with_epochs(folder, study) >= trials, seconds=120, pause=0.3, alive=[process]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -386,11 +384,7 @@ def test_the_service_goes_on_after_a_restart_and_takes_turns_on_one_worker(folde
         said = process.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:(\d+)/", said)
         assert address, said
-        deadline = time.monotonic() + 120
-        while not until():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_until(until, seconds=120, pause=0.2, alive=[process])
         probe = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=30)
         probe.request("GET", "/healthz")
         assert probe.getresponse().read() == b"ok\n"
@@ -445,11 +439,7 @@ def test_kill_9_of_the_service_costs_nothing_and_the_next_one_goes_on(folder: Pa
 
     def serve(until: Callable[[], bool]) -> subprocess.Popen[str]:
         process = start(folder, "serve", "--workers", "1", "--port", "0")
-        deadline = time.monotonic() + 150
-        while not until():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(until, seconds=150, alive=[process])
         return process
 
     first = serve(lambda: epochs() >= 3)
@@ -544,10 +534,11 @@ def test_changes_through_the_dashboard_are_listed(tmp_path: Path, folder: Path) 
 
 def assert_all_end(group: int) -> None:
     """No worker outlives its coordinator by more than the seconds that a process takes to end."""
-    deadline = time.monotonic() + 20
-    while members := group_members(group):
-        assert time.monotonic() < deadline, f"{members} outlived their coordinator"
-        time.sleep(0.2)
+    wait_until(
+        lambda: not group_members(group),
+        lambda: f"{group_members(group)} outlived their coordinator",
+        pause=0.2,
+    )
 
 
 def group_members(group: int) -> list[int]:

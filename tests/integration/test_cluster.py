@@ -21,7 +21,7 @@ from typing import Any
 import dask
 import psutil
 import pytest
-from clusters import assert_memory_is_kept, eventually
+from clusters import assert_memory_is_kept
 from distributed import Client, Security
 from fakes import (
     FakeRun,
@@ -33,6 +33,7 @@ from fakes import (
     small_spec,
 )
 from optuna.trial import TrialState
+from waiting import wait_until
 
 from tuner.artifacts import publish
 from tuner.cluster.attempt import _Orders
@@ -100,7 +101,7 @@ def test_budgets_are_exact_with_any_number_of_worker_processes(
     tmp_path: Path, workers: int
 ) -> None:
     with local_connection(workers, say=print) as connection:
-        assert eventually(lambda: connection.slots() == workers)
+        wait_until(lambda: connection.slots() == workers)
         for budget in (1, workers + 1, 11):
             tuned = make_study(tmp_path / str(budget), small_spec(trials=budget, seed=2))
             notes = Notes()
@@ -150,7 +151,7 @@ def test_workers_that_cannot_train_leave_and_no_trial_fails(tmp_path: Path) -> N
     told: list[str] = []
     tuned = make_study(tmp_path, small_spec(trials=20))
     with local_connection(2, say=told.append) as connection:
-        assert eventually(lambda: connection.slots() == 2)
+        wait_until(lambda: connection.slots() == 2)
         with cluster_of(connection, tuned, UnfitRun) as cluster:
             with pytest.raises(ClusterError, match=r"can train: TensorFlow cannot be imported"):
                 Coordinator(tuned, cluster, Notes()).run()
@@ -171,11 +172,11 @@ def test_the_trial_of_a_worker_that_cannot_train_is_trained_by_another(tmp_path:
 
     tuned = make_study(tmp_path, small_spec(trials=4))
     with local_connection(2, say=print) as connection:
-        assert eventually(lambda: connection.slots() == 2)
+        wait_until(lambda: connection.slots() == 2)
         with cluster_of(connection, tuned, SometimesUnfitRun) as cluster:
             Coordinator(tuned, cluster, Notes()).run()
             assert_whole(tuned, 4)
-            assert eventually(lambda: connection.slots() == 1)
+            wait_until(lambda: connection.slots() == 1)
 
 
 class DivergingRun(FakeRun):
@@ -365,7 +366,7 @@ def test_a_stop_does_not_wait_for_a_checkpoint_that_cannot_be_opened(
     with cluster_of(local, tuned) as cluster:
         coordinator = Coordinator(tuned, cluster, Notes())
         stopper = threading.Thread(
-            target=lambda: eventually(lambda: bool(told)) and coordinator.stop("interrupted")
+            target=lambda: wait_until(lambda: bool(told)) and coordinator.stop("interrupted")
         )
         stopper.start()
         assert coordinator.run() == "interrupted"
@@ -443,7 +444,7 @@ def test_a_stop_does_not_wait_for_a_full_disk(
     with cluster_of(local, tuned) as cluster:
         coordinator = Coordinator(tuned, cluster, Notes())
         stopper = threading.Thread(
-            target=lambda: eventually(lambda: bool(attempts)) and coordinator.stop("interrupted")
+            target=lambda: wait_until(lambda: bool(attempts)) and coordinator.stop("interrupted")
         )
         stopper.start()
         assert coordinator.run() == "interrupted"
@@ -521,16 +522,16 @@ def test_a_worker_that_is_slow_to_start_again_is_not_given_up() -> None:
         dask.config.set({"distributed.deploy.lost-worker-timeout": "500ms"}),
         local_connection(1, say=lambda _: None) as connection,
     ):
-        assert eventually(lambda: connection.slots() == 1)
+        wait_until(lambda: connection.slots() == 1)
         (first,) = worker_processes() - before
         os.kill(first, signal.SIGKILL)
-        assert eventually(lambda: worker_processes() - before - {first})
+        wait_until(lambda: worker_processes() - before - {first})
         (second,) = worker_processes() - before - {first}
         os.kill(second, signal.SIGSTOP)
-        assert eventually(lambda: connection.slots() == 0)
+        wait_until(lambda: connection.slots() == 0)
         time.sleep(1.5)
         os.kill(second, signal.SIGCONT)
-        assert eventually(lambda: connection.slots() == 1)
+        wait_until(lambda: connection.slots() == 1)
 
 
 # --- who can reach the scheduler of this machine ---
@@ -573,8 +574,8 @@ def with_certificate_of(security: Security | None) -> ssl.SSLContext:
 
 @pytest.fixture(scope="module")
 def ports(local: Connection) -> set[int]:
-    assert eventually(lambda: local.slots() == 2)
-    assert eventually(lambda: len(ports_of_ours()) >= 5)  # scheduler, two nannies, two workers
+    wait_until(lambda: local.slots() == 2)
+    wait_until(lambda: len(ports_of_ours()) >= 5)  # scheduler, two nannies, two workers
     return ports_of_ours()
 
 

@@ -23,6 +23,7 @@ from fakes import IDENTITY, FakeWorkers, Notes, fake_train, ready_sqlite, small_
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
+from waiting import wait_until
 
 from tuner.artifacts import development_path
 from tuner.coordination.coordinator import Coordinator
@@ -365,13 +366,6 @@ class Shop:
 
     def said(self, *words: str) -> list[str]:
         return [line for line in self.lines if all(word in line for word in words)]
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ from clusters import (
     TUNER_WORKER,
     Program,
     assert_memory_is_kept,
-    eventually,
     program,
     scheduler,
     stranger,
@@ -43,6 +42,7 @@ from distributed.core import Server
 from distributed.utils import get_ip
 from fakes import FakeRun, Notes, assert_whole, make_study, small_spec
 from ports import free_port
+from waiting import wait_until
 
 from tuner.cluster.attempt import find_development_file
 from tuner.cluster.connection import Connection, remote_connection
@@ -66,7 +66,7 @@ def address() -> Iterator[str]:
 @pytest.fixture
 def connection(address: str) -> Iterator[Connection]:
     with remote_connection(address, say=print) as connection:
-        assert eventually(lambda: connection.slots() == 0)  # what the test before left is gone
+        wait_until(lambda: connection.slots() == 0)  # what the test before left is gone
         yield connection
 
 
@@ -130,7 +130,7 @@ def test_a_worker_that_leaves_in_the_middle_of_an_epoch_gives_its_trial_back(
             coordinator = Coordinator(tuned, cluster, notes)
             running = threading.Thread(target=coordinator.run)
             running.start()
-            assert eventually(lambda: bool(said_at))
+            wait_until(lambda: bool(said_at))
             assert notes.said == [
                 "Trial 0: its worker left and gave it back; it resumes under its number."
             ]
@@ -262,10 +262,10 @@ def test_a_running_study_says_that_what_answers_is_not_its_scheduler(
         with scheduler(port) as address:
             stack.enter_context(remote_connection(address, say=said.append))
         with stranger("silent", port):
-            assert eventually(lambda: bool(said), 60)
+            wait_until(lambda: bool(said), 60)
         assert f"(Something answers at {address}, but no Dask scheduler" in said[0]
         with scheduler(port):
-            assert eventually(lambda: "is back" in said[-1], 60)
+            wait_until(lambda: "is back" in said[-1], 60)
 
 
 @pytest.mark.parametrize("verb", ["launch", "serve"])
@@ -889,7 +889,7 @@ def test_training_processes_of_a_machine_with_two_gpus_have_one_each(
     tuned = make_study(tmp_path, small_spec(trials=4, seed=30, hyperband=None))
     with program(*TUNER_WORKER, address, "--workers", "auto", environment=environment) as worker:
         worker.says("with 2 workers", timeout=60)
-        assert eventually(lambda: connection.slots() == 2)
+        wait_until(lambda: connection.slots() == 2)
         with Cluster(
             connection,
             StudyTrainings(tuned),

@@ -25,6 +25,7 @@ import pytest
 import yaml
 from command_lines import parse
 from folders import ROOT
+from waiting import wait_until
 
 FILES = ROOT / "docs" / "clusters"
 GUIDE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
@@ -394,10 +395,7 @@ def test_the_slurm_job_hands_its_signal_to_the_launch_and_waits_for_it(node: Nod
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < deadline, path
-        time.sleep(0.05)
+    wait_until(path.exists, str(path))
 
 
 def test_a_slurm_worker_leaves_before_its_job_ends_and_hears_the_signals(node: Node) -> None:
@@ -469,7 +467,6 @@ def test_workers_start_and_end_over_ssh(tmp_path: Path) -> None:
 
 
 def wait_for_text(path: Path, text: str) -> None:
-    deadline = time.monotonic() + 20
-    while not path.exists() or text not in path.read_text():
-        assert time.monotonic() < deadline, f"{text!r} never came to {path}"
-        time.sleep(0.05)
+    wait_until(
+        lambda: path.exists() and text in path.read_text(), f"{text!r} did not come to {path}"
+    )

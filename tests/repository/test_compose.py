@@ -31,6 +31,7 @@ from lab import PASSWORDS, write_users
 from ports import free_port
 from postgres import postgres_server
 from sqlalchemy import make_url
+from waiting import wait_until
 
 from tuner.data.synthetic import synthetic_sequences
 
@@ -430,10 +431,9 @@ class Stack:
         self._running.append((name, self.start(name)))
 
     def wait_until_healthy(self, name: str) -> None:
-        deadline = time.monotonic() + 60
-        while not self.is_healthy(name):
-            assert time.monotonic() < deadline, (self.folder / f"{name}.log").read_text()
-            time.sleep(0.2)
+        wait_until(
+            lambda: self.is_healthy(name), (self.folder / f"{name}.log").read_text, pause=0.2
+        )
 
     def is_healthy(self, name: str) -> bool:
         kind, program, *words = COMPOSE["services"][name]["healthcheck"]["test"]
@@ -502,12 +502,13 @@ class Stack:
             return json.load(answer)
 
     def wait_for(self, study: str, what: Callable[[list[dict[str, Any]]], bool]) -> None:
-        deadline = time.monotonic() + 100
-        while not what(self.trials(study)):
-            for name, process in self._running:
-                assert process.poll() is None, (self.folder / f"{name}.log").read_text()
-            assert time.monotonic() < deadline, (self.folder / "service.log").read_text()
-            time.sleep(0.3)
+        wait_until(
+            lambda: what(self.trials(study)),
+            (self.folder / "service.log").read_text,
+            seconds=100,
+            pause=0.3,
+            alive=[process for _, process in self._running],
+        )
 
     def wait_for_workers(self, count: int) -> None:
         log, deadline = self.folder / "worker.log", time.monotonic() + 60

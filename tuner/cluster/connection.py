@@ -311,7 +311,7 @@ class Connection:
                 self._closed.wait(pause)
                 pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.6)
                 continue
-            self.say("The scheduler is back; trials go on from their last checkpoints.")
+            self.say("The scheduler is back; trials resume from their last checkpoints.")
             return
 
     def _take(self, client: Client) -> None:

@@ -249,7 +249,7 @@ class _Host:
             await asyncio.gather(serving, leaving, return_exceptions=True)
             await self._dismiss()
         became = (
-            "its trials were given back and go on elsewhere"
+            "its trials were given back and continue on other workers"
             if was_serving
             else "it had no scheduler, and trained nothing"
         )

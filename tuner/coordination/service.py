@@ -155,7 +155,7 @@ class Service:
                     away = False
                 except StorageError as error:
                     if not away:
-                        self._say(f"The queue cannot be read, so nothing new is taken up: {error}")
+                        self._say(f"The queue cannot be read, so no study is started: {error}")
                     away = True
                 if (slots := self._slots()) != told_slots:
                     told_slots = slots
@@ -290,7 +290,7 @@ class Service:
                 unfinished = coordinator.unfinished()
                 self._say_once(
                     drive.study_id,
-                    f"Study {drive.name}: taken up, {unfinished} of "
+                    f"Study {drive.name}: started, {unfinished} of "
                     f"{counted(tuned.budget, 'trial')} to go.",
                 )
                 ending = coordinator.run()

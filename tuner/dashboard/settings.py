@@ -55,8 +55,8 @@ def make_policy(settings: Settings) -> Policy:
             raise TunerError(
                 f"--host {host}: passwords would cross the network in the clear. Give a "
                 "certificate (--tls-cert and --tls-key), or say what protects it: --behind-proxy "
-                "(a proxy that speaks TLS stands before it), or --trust-network (nobody can "
-                "listen on the way: a container whose port is published on 127.0.0.1)."
+                "(a proxy with TLS is in front of it), or --trust-network (the network is "
+                "private: a container whose port is published on 127.0.0.1)."
             )
     if settings.behind_proxy and settings.users_file is None:
         raise TunerError(

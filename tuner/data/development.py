@@ -53,7 +53,7 @@ def load_development(path: Path, sha256: str | None = None) -> DevelopmentData:
         OSError: It cannot be opened or read.
         MemoryError: There is no room for it.
     """
-    remedy = "launch the study again: that writes the file anew"
+    remedy = "launch the study again: that writes the file again"
     problems = Problems()
     content = read_bytes(path, str(path), problems, outages=True)
     problems.raise_if_any()

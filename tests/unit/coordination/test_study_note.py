@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from fakes import IDENTITY, FakeWorkers, Notes, make_study, small_spec
 from optuna.trial import TrialState
 from optuna_dashboard._note import save_note_with_version
+from waiting import wait_until
 
 from tuner.coordination import coordinator
 from tuner.coordination.coordinator import Coordinator
@@ -76,11 +76,12 @@ def test_the_overview_is_fresh_while_the_study_runs(
     def look(trial: int, result: EpochResult) -> None:
         # Only while a trial runs: its thread waits here for the overview that tells of the others.
         if result.epoch == 9:
-            deadline = time.monotonic() + 30
-            while f"**{trial} of 3 trials**" not in shown(tuned):
-                assert time.monotonic() < deadline, shown(tuned)
-                time.sleep(0.05)
+
+            def is_told() -> bool:
                 tuned.storage.flush()
+                return f"**{trial} of 3 trials**" in shown(tuned)
+
+            wait_until(is_told, lambda: shown(tuned))
             seen.append(shown(tuned))
 
     Coordinator(tuned, FakeWorkers(1), Notes(look)).run()

@@ -11,7 +11,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 from fakes import ready_sqlite
 from lab import certificate, write_users
+from waiting import wait_until
 
 from tuner.dashboard import connections, optuna_app
 from tuner.dashboard import server as web_server
@@ -161,9 +161,7 @@ def test_a_connection_that_is_being_answered_gives_way_to_none(
         assert not is_answered(clients.open())  # there is no place that it could have
         go.set()
         assert b"200 OK" in asking.recv(1000)
-        deadline = time.monotonic() + 30
-        while not is_answered(clients.open()):  # now it waits, and gives way
-            assert time.monotonic() < deadline
+        wait_until(lambda: is_answered(clients.open()))  # now it waits, and gives way
 
 
 def test_descriptors_are_kept_free_whoever_holds_the_others(

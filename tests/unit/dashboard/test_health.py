@@ -14,12 +14,12 @@ import optuna_dashboard
 import pytest
 import sqlalchemy as sa
 import yaml
-from clusters import eventually
 from fakes import ready_sqlite
 from finished_study import finished_study
 from folders import ROOT
 from lab import Browser
 from sqlalchemy.exc import InterfaceError, OperationalError
+from waiting import wait_until
 
 from tuner.dashboard import health
 from tuner.dashboard import server as web_server
@@ -68,9 +68,9 @@ def test_an_outage_is_whatever_keeps_the_database_from_answering(
     with Health(look) as known:
         assert (known.outage, known.unready) == (None, None)
         failing.set()
-        assert eventually(lambda: known.outage == NO_DATABASE == known.unready)
+        wait_until(lambda: known.outage == NO_DATABASE == known.unready)
         failing.clear()
-        assert eventually(lambda: known.outage is None)
+        wait_until(lambda: known.outage is None)
 
 
 def test_a_database_that_is_silent_is_unavailable_too(
@@ -79,9 +79,9 @@ def test_a_database_that_is_silent_is_unavailable_too(
     monkeypatch.setattr(health, "_SILENCE_SECONDS", 0.05)
     answers = threading.Event()
     with Health(answers.wait) as known:
-        assert eventually(lambda: known.outage == NO_DATABASE)
+        wait_until(lambda: known.outage == NO_DATABASE)
         answers.set()
-        assert eventually(lambda: known.outage is None)
+        wait_until(lambda: known.outage is None)
 
 
 def test_the_pause_between_two_looks_is_not_silence(
@@ -142,7 +142,7 @@ def test_during_an_outage_every_route_answers_503_with_a_reason(
     with served(storage, tmp_path) as port:
         assert ask(port, "/readyz")[0] == 200
         file.rename(away)
-        assert eventually(lambda: ask(port, "/readyz")[0] == 503)
+        wait_until(lambda: ask(port, "/readyz")[0] == 503)
         assert not file.exists()  # looking makes none
         for method, path in routes(storage):
             status, body = ask(port, path, method)
@@ -150,7 +150,7 @@ def test_during_an_outage_every_route_answers_503_with_a_reason(
         assert ask(port, "/api/studies")[1].startswith(b'{"reason": ')
         assert ask(port, "/healthz") == (200, b"ok\n")
         away.rename(file)
-        assert eventually(lambda: ask(port, "/readyz")[0] == 200)
+        wait_until(lambda: ask(port, "/readyz")[0] == 200)
         assert ask(port, "/api/studies")[0] == 200
 
 

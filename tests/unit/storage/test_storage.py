@@ -17,6 +17,7 @@ import optuna
 import pytest
 import sqlalchemy as sa
 from postgres import Postgres
+from waiting import wait_until
 
 from tuner.errors import LeaseLostError, StorageError, StorageMissingError, StudyInUseError
 from tuner.storage import engine as database
@@ -550,13 +551,6 @@ def open_an_entry(storage: Storage) -> int:
     )
 
 
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60.0
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_lease_is_renewed_for_as_long_as_a_block_lasts(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -572,7 +566,7 @@ def test_a_lease_is_renewed_for_as_long_as_a_block_lasts(
             with one.leased(study_id):
                 for _ in range(2):
                     execute(database_url, "UPDATE tuner_lease SET renewed_at = renewed_at - 3600")
-                    eventually(is_fresh)
+                    wait_until(is_fresh)
                 raise RuntimeError("in the block")
 
         with pytest.raises(RuntimeError, match="in the block"):
@@ -590,7 +584,7 @@ def test_a_block_whose_lease_is_lost_writes_nothing_more(
         with one.leased(study_id):
             execute(database_url, "DELETE FROM tuner_lease")
             # The renewals end, and do not make a lease that is not there.
-            eventually(lambda: "lease" not in {each.name for each in threading.enumerate()})
+            wait_until(lambda: "lease" not in {each.name for each in threading.enumerate()})
             with pytest.raises(LeaseLostError):
                 open_an_entry(one)
             with two.leased(study_id):
