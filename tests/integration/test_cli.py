@@ -28,7 +28,7 @@ from waiting import wait_until
 
 from tuner.cli.main import app
 from tuner.data.synthetic import synthetic_sequences
-from tuner.errors import SetupError, TunerError
+from tuner.errors import SetupError, StorageMissingError, TunerError
 from tuner.search.attributes import AGAIN_KEY, ERROR_KEY, RESUMED_KEY, curve_of
 from tuner.search.study import list_names, load
 from tuner.search.tuned_study import FINISHED
@@ -112,19 +112,17 @@ def in_storage(folder: Path, look: Callable[[Storage], T]) -> T:
 
 def trials_with_epochs(folder: Path, study: str) -> int:
     """Trials of which the storage holds an epoch; 0 where there is no study yet."""
-    if tuner(folder, "status", study, check=False).returncode != 0:
+    try:
+        with Storage(f"sqlite:///{folder}/runs/tuner.db", create=False) as storage:
+            trials = optuna.load_study(study_name=study, storage=storage.optuna).trials
+    except (KeyError, StorageMissingError):
         return 0
-    trials = in_storage(
-        folder, lambda storage: optuna.load_study(study_name=study, storage=storage.optuna).trials
-    )
     return sum(bool(trial.intermediate_values) for trial in trials)
 
 
 def wait_for_epochs(folder: Path, study: str, trials: int, process: subprocess.Popen[str]) -> None:
     """Waits until so many trials have trained an epoch: each has begun, and has a checkpoint."""
-    wait_until(
-        lambda: trials_with_epochs(folder, study) >= trials, seconds=120, pause=0.3, alive=[process]
-    )
+    wait_until(lambda: trials_with_epochs(folder, study) >= trials, seconds=120, alive=[process])
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +234,8 @@ def test_a_launch_that_could_not_export_at_its_end_does_not_begin(folder: Path) 
 
 def test_kill_9_of_the_coordinator_costs_nothing_and_leaves_no_process(folder: Path) -> None:
     arguments = ("launch", "tiny.toml", "--name", "killed", "--workers", "2", "--trials", "2",
-                 "--set", "training.max_epochs=300", "--set", "training.patience=300",
-                 "--set", "hyperband.min_epochs=200")  # fmt: skip
+                 "--set", "training.max_epochs=900", "--set", "training.patience=900",
+                 "--set", "hyperband.min_epochs=600")  # fmt: skip
     process = start(folder, *arguments)
     wait_for_epochs(folder, "killed", 2, process)
     process.kill()
