@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Every:
-    """Says that something is due, at most once in so many seconds.
+    """Says that something is due, at most once in a number of seconds.
 
     Not safe for threads: its owner's lock, or its owner's only thread, guards it.
     """

@@ -121,7 +121,7 @@ def trials_with_epochs(folder: Path, study: str) -> int:
 
 
 def wait_for_epochs(folder: Path, study: str, trials: int, process: subprocess.Popen[str]) -> None:
-    """Waits until so many trials have trained an epoch: each has begun, and has a checkpoint."""
+    """Waits until this number of trials have trained an epoch, and so have a checkpoint."""
     wait_until(lambda: trials_with_epochs(folder, study) >= trials, seconds=120, alive=[process])
 
 

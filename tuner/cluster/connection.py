@@ -181,7 +181,7 @@ class Connection:
     def keep_short(self, topics: Sequence[str]) -> None:
         """The scheduler keeps what is said on a topic, checkpoints too; from now on, not for long.
 
-        Nobody will ask for it again.
+        It is not asked for again.
         """
         with self._lock:
             self._kept_short |= set(topics)

@@ -52,7 +52,7 @@ def metadata_keys(sha256: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """The checkpoint that an attempt was given cannot be taken up."""
+    """The checkpoint that an attempt was given cannot be used."""
 
     reason: str
 
@@ -62,4 +62,4 @@ class Opened:
     """A worker built the network."""
 
     worker: str
-    after: int  #: the epoch of the checkpoint from which it goes on; 0 where there was none
+    after: int  #: the epoch of the checkpoint from which it resumes; 0 if there was none

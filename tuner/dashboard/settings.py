@@ -31,7 +31,7 @@ class Settings:
     key: Path | None = None
     behind_proxy: bool = False  #: a proxy that speaks TLS stands before it and says who asks
     proxies: Sequence[str] = ()  #: its addresses or networks; by default this machine's
-    trust_network: bool = False  #: nobody listens on the way: plain HTTP although not loopback
+    trust_network: bool = False  #: plain HTTP beyond loopback: the network is private
     allow_hosts: Sequence[str] = ()  #: further names that browsers ask for
     places: pages.Places = field(default_factory=pages.Places)
 

@@ -158,7 +158,7 @@ NORMALIZATION_WEIGHTS = {"none": 0, "layer": 2, "batch": 4}  # per channel; batc
 
 
 def block_parameters(block: BlockConfig, channels: int) -> int:
-    """Parameters of a block behind so many channels."""
+    """Parameters of a block whose input has this number of channels."""
     convolution = (block.kernel_size * channels + 1) * block.filters
     projection = channels * block.filters if block.residual == "projected" else 0
     return convolution + projection + NORMALIZATION_WEIGHTS[block.normalization] * block.filters
