@@ -83,9 +83,8 @@ def check(
             raise
         print_json(_invalid(spec_path, error))
         raise typer.Exit(1) from None
-    from tuner.spec.bounds import parameter_count_range
+    from tuner.spec.bounds import parameter_counts
 
-    low, high = parameter_count_range(spec.space, spec.data.max_length)
     shared = _shared_rows(storage, spec, prepared)
     document = {
         "study": spec.name,
@@ -97,7 +96,7 @@ def check(
         "max_epochs": spec.training.max_epochs,
         "planned_epochs": spec.planned_epochs,
         "trials": spec.trials,
-        "parameter_count": {"min": low, "max": high},
+        "parameter_count": parameter_counts(spec.space, spec.data.max_length),
         "data": prepared.identity.check_document(),
         "warnings": [*prepared.all_warnings, *shared],
         "spec_hash": spec.spec_hash,
@@ -177,7 +176,11 @@ def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
             f"{counted(trials, 'trial')}; may stop one after epochs: {stops}",
         )
     table.add_row("epochs", f"about {document['planned_epochs']} planned, {full} without pruning")
-    table.add_row("parameters", f"{count['min']:,} to {count['max']:,} in a network")
+    table.add_row(
+        "parameters",
+        f"{count['min']:,} to {count['max']:,} in a network, median {count['median']:,} (of "
+        f"{counted(count['sampled'], 'sampled configuration')})",
+    )
     table.add_row("searched", ", ".join(spec.space.parameters) or "nothing")
     console = terminal()
     console.print(table)

@@ -37,7 +37,7 @@ from tuner.search.attributes import RECORD_KEY
 from tuner.search.status import StudyStatus, status
 from tuner.search.study import delete, find_name, list_names, load
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.bounds import parameter_count_range
+from tuner.spec.bounds import parameter_counts
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import LOG_IN, Storage
 
@@ -608,7 +608,6 @@ class Pages:
 
     def _check(self, request: Request, spec: StudySpec) -> dict[str, Any]:
         prepared = orders.prepare_here(self._storage, spec, artifacts_root=self._places.artifacts)
-        low, high = parameter_count_range(spec.space, spec.data.max_length)
         request.environ[DETAIL_KEY] = f"checked {spec.name}"
         identity = prepared.identity
         return {
@@ -621,7 +620,7 @@ class Pages:
             "trials_of_brackets": list(spec.trials_of_brackets(spec.trials)),
             "planned_epochs": spec.planned_epochs,
             "searched": list(spec.space.parameters),
-            "parameter_count": {"min": low, "max": high},
+            "parameter_count": parameter_counts(spec.space, spec.data.max_length),
             "data": identity.check_document(),
             "warnings": [*prepared.all_warnings, *overlap.warnings(self._storage, spec, prepared)],
             "spec_hash": spec.spec_hash,

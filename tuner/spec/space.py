@@ -10,9 +10,6 @@ from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias, cast, get_args
 
-import numpy as np
-import numpy.typing as npt
-
 from tuner.errors import StudyError
 from tuner.spec.architecture import (
     Activation,
@@ -30,7 +27,6 @@ from tuner.spec.architecture import (
 from tuner.spec.mistakes import same_value, toml_value
 
 ParameterValue: TypeAlias = int | float | str | bool
-Counts: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -465,21 +461,9 @@ def _override_order(dotted: str) -> tuple[str, int, int]:
     return layer.rstrip("0123456789"), layer_number(layer), list(KEYS).index(key)
 
 
-def values(entry: Entry) -> Sequence[ParameterValue]:
-    """All values of an entry that is no `Floats`."""
-    if isinstance(entry, Integers):
-        return range(entry.low, entry.high + 1, entry.step)
-    return entry.choices if isinstance(entry, Choices) else (cast(ParameterValue, entry),)
-
-
 def greatest(dimension: Dimension) -> ParameterValue:
     """The largest value of a dimension of numbers."""
     return max(dimension.choices) if isinstance(dimension, Choices) else dimension.high
-
-
-def least(dimension: Dimension) -> ParameterValue:
-    """The smallest value of a dimension of numbers."""
-    return min(dimension.choices) if isinstance(dimension, Choices) else dimension.low
 
 
 def space_of(config: ModelConfig) -> dict[str, Any]:
