@@ -36,9 +36,9 @@ from optuna.trial import TrialState
 from waiting import wait_until
 
 from tuner.artifacts import publish
-from tuner.cluster.attempt import _Orders
+from tuner.cluster.attempt import _Permits
 from tuner.cluster.connection import Connection, local_connection
-from tuner.cluster.messages import TrainingOutcome
+from tuner.cluster.messages import Left, Orders, Started, TrainingOutcome, to_wire
 from tuner.cluster.trainings import Cluster
 from tuner.coordination.coordinator import Coordinator
 from tuner.coordination.study_trainings import StudyTrainings
@@ -485,7 +485,7 @@ def test_a_training_that_dask_started_again_by_itself_is_given_up(
         epochs = cluster.train(config, seed=100, trial=0, rungs=(9,))
         next(epochs)
         (attempt,) = cluster._attempts
-        cluster._hear((0.0, {"attempt": attempt, "started": "again"}))
+        cluster._hear((0.0, to_wire(Started(attempt=attempt))))
         with pytest.raises(WorkerLostError) as lost:
             list(epochs)
         assert not isinstance(lost.value, WorkerLeftError)
@@ -501,7 +501,8 @@ def test_an_attempt_that_was_given_up_is_not_believed(tmp_path: Path, local: Con
         epochs.close()
         again = cluster.train(config, seed=20, trial=0, rungs=(1,))
         next(again)
-        cluster._hear((0.0, {"attempt": old, "checkpoint": b"of the old one", "left": "asked"}))
+        left = Left(attempt=old, reason="asked", checkpoint=b"of the old one")
+        cluster._hear((0.0, to_wire(left)))
         assert len(list(again)) == 8
         # The rung that the new one survived brought a checkpoint of its own.
         assert tuned.artifacts.checkpoint(0).read_bytes() != b"of the old one"
@@ -624,13 +625,13 @@ def test_the_key_of_a_local_cluster_is_in_no_command_line_environment_or_file(
 
 
 @pytest.fixture
-def orders(monkeypatch: pytest.MonkeyPatch) -> _Orders:
+def permits(monkeypatch: pytest.MonkeyPatch) -> _Permits:
     class Deaf:
         def subscribe_topic(self, topic: str, handler: object) -> None:
             pass
 
     monkeypatch.setattr("tuner.cluster.attempt.get_client", Deaf)
-    heard = _Orders("topic")
+    heard = _Permits("topic")
     heard.begin("attempt", 3)
     return heard
 
@@ -639,38 +640,38 @@ def wanted() -> bool:
     return False
 
 
-def hear(orders: _Orders, attempts: dict[str, int], *, pause=False, complete=False) -> None:
-    orders._hear((0.0, {"pause": pause, "attempts": attempts, "complete": complete}))
+def hear(permits: _Permits, attempts: dict[str, int], *, pause=False, complete=False) -> None:
+    permits._hear((0.0, to_wire(Orders(pause=pause, attempts=attempts, complete=complete))))
 
 
-def test_between_rungs_a_worker_runs_ahead(orders: _Orders) -> None:
-    assert orders.wait("attempt", 2, wanted) == "go"
-    threading.Timer(0.1, hear, (orders, {"attempt": 9})).start()
-    assert orders.wait("attempt", 3, wanted) == "go"
+def test_between_rungs_a_worker_runs_ahead(permits: _Permits) -> None:
+    assert permits.wait("attempt", 2, wanted) == "go"
+    threading.Timer(0.1, hear, (permits, {"attempt": 9})).start()
+    assert permits.wait("attempt", 3, wanted) == "go"
 
 
-def test_an_attempt_that_complete_orders_do_not_name_stops(orders: _Orders) -> None:
-    hear(orders, {"another": 9})
-    assert orders.wait("attempt", 1, wanted) == "go"
-    hear(orders, {"another": 9}, complete=True)
-    assert orders.wait("attempt", 1, wanted) == "stop"
+def test_an_attempt_that_complete_orders_do_not_name_stops(permits: _Permits) -> None:
+    hear(permits, {"another": 9})
+    assert permits.wait("attempt", 1, wanted) == "go"
+    hear(permits, {"another": 9}, complete=True)
+    assert permits.wait("attempt", 1, wanted) == "stop"
 
 
-def test_an_attempt_that_the_scheduler_forgot_stops_where_it_waits(orders: _Orders) -> None:
+def test_an_attempt_that_the_scheduler_forgot_stops_where_it_waits(permits: _Permits) -> None:
     asked: list[bool] = []
 
     def is_unwanted() -> bool:
         asked.append(len(asked) > 0)
         return asked[-1]
 
-    assert orders.wait("attempt", 3, is_unwanted) == "stop"  # it would wait for its verdict
+    assert permits.wait("attempt", 3, is_unwanted) == "stop"  # it would wait for its verdict
 
 
 def test_a_worker_without_a_coordinator_saves_and_ends(
-    orders: _Orders, monkeypatch: pytest.MonkeyPatch
+    permits: _Permits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tuner.cluster.attempt._SILENCE_SECONDS", 0.2)
-    assert orders.wait("attempt", 3, wanted) == "pause"
+    assert permits.wait("attempt", 3, wanted) == "pause"
 
 
 # --- files, and the lease that fences them ---

@@ -1,9 +1,9 @@
 """One attempt at training one trial, on a Dask worker.
 
-Two topics join a coordinator to its workers. On the *events* topic workers say what they
-did: epochs and checkpoints, each with the attempt that they belong to. On the *orders* topic
-the coordinator says how far each attempt may train, again and again, so that a lost message
-costs seconds. The task's result repeats the whole curve, because events may be lost.
+Two topics join a coordinator to its workers (`tuner.cluster.messages`). On the *events* topic
+workers say what they did: epochs and checkpoints, each with the attempt that they belong to. On
+the *orders* topic the coordinator says how far each attempt may train, again and again, so that a
+lost message costs seconds. The task's result repeats the whole curve, because events may be lost.
 
 A worker needs neither Optuna nor a database: nothing here imports them.
 """
@@ -14,15 +14,28 @@ import os
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from distributed import get_client, get_worker
 
 from tuner.cluster.leaving import IN_FLIGHT, InFlight, give_back_on_leaving, leave_unfit
-from tuner.cluster.messages import TrainingOutcome, TrainingTask, metadata_keys
+from tuner.cluster.messages import (
+    STOP,
+    CheckpointSaved,
+    CheckpointUnusable,
+    EpochTrained,
+    Opened,
+    Orders,
+    Started,
+    TrainingOutcome,
+    TrainingTask,
+    WorkerMessage,
+    from_wire,
+    metadata_keys,
+    to_wire,
+)
 from tuner.cluster.processes import THREADS_VARIABLE
 from tuner.data.delivery import development_file
 from tuner.errors import SetupError, TrialEndedError, is_outage
@@ -56,50 +69,49 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
     """Trains one attempt on a Dask worker; see `tuner.cluster.trainings.Cluster.train`."""
     worker = get_worker()
     give_back_on_leaving(worker)
-    orders = _Orders.of(task.orders)
-    orders.begin(task.attempt, task.train_until)
+    permits = _Permits.of(task.orders)
+    permits.begin(task.attempt, task.train_until)
     in_flight = InFlight(events=task.events, snapshot=task.checkpoint)
     IN_FLIGHT[task.attempt] = in_flight
 
-    def say(**message: Any) -> None:
-        worker.log_event(task.events, {"attempt": task.attempt, **message})
+    def say(message: WorkerMessage) -> None:
+        worker.log_event(task.events, to_wire(message))
 
     def is_unwanted() -> bool:
         # The scheduler takes a task back when its client is gone, for instance killed.
         known = worker.state.tasks.get(task.attempt)
         return known is None or known.state == "cancelled"
 
-    # Dask starts a task again whose worker died; the coordinator tells by this that it did.
-    say(started=uuid.uuid4().hex)
+    say(Started(attempt=task.attempt))
     curve: list[EpochResult] = []
 
     def note(result: EpochResult) -> None:
         curve.append(result)
-        say(epoch=asdict(result))
+        say(EpochTrained(attempt=task.attempt, result=result))
 
     try:
         run, unusable = open_from_checkpoint(task, open_run)
         if unusable is not None:
             in_flight.snapshot = None
-            say(unusable=unusable)
-        # If this worker dies from now on, the trial may be why. (Dask adds a "worker" of its own.)
-        say(opened=len(run.history), trained_by=f"{socket.gethostname()}, process {os.getpid()}")
+            say(CheckpointUnusable(attempt=task.attempt, reason=unusable))
+        process = f"{socket.gethostname()}, process {os.getpid()}"
+        say(Opened(attempt=task.attempt, worker=process, after=len(run.history)))
         for result in run.history:
             note(result)
         pause = Every(_CHECKPOINT_SECONDS, at_once=False)
         epochs = run.epochs()
         while True:
-            order = orders.wait(task.attempt, len(curve), is_unwanted)
-            if order == "stop":
+            permit = permits.wait(task.attempt, len(curve), is_unwanted)
+            if permit == "stop":
                 return TrainingOutcome(ending="stopped", curve=tuple(curve))
-            if order == "pause":
+            if permit == "pause":
                 return TrainingOutcome(
                     ending="paused", curve=tuple(curve), checkpoint=in_flight.snapshot
                 )
             # A rung's verdict is in: who was pruned sends none.
             due = len(curve) in task.rungs or pause.is_due()
             if due and in_flight.snapshot is not None:
-                say(checkpoint=in_flight.snapshot)
+                say(CheckpointSaved(attempt=task.attempt, content=in_flight.snapshot))
                 pause.begin_pause()
             following = next(epochs, None)
             if following is None:
@@ -113,7 +125,7 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
         worker.loop.add_callback(leave_unfit, worker, task, str(error))
         return TrainingOutcome(ending="stopped", curve=())
     finally:
-        orders.end(task.attempt)
+        permits.end(task.attempt)
         IN_FLIGHT.pop(task.attempt, None)
     return TrainingOutcome(ending="finished", curve=tuple(curve), best_weights=run.best_weights())
 
@@ -140,16 +152,16 @@ def open_from_checkpoint(task: TrainingTask, open_run: OpenRun) -> tuple[Run, st
 # --- orders ---
 
 
-class _Orders:
-    """What this worker process heard from a coordinator."""
+class _Permits:
+    """How far the attempts of this worker process may train, as a coordinator ordered."""
 
-    _heard: ClassVar[dict[str, _Orders]] = {}
+    _of_topics: ClassVar[dict[str, _Permits]] = {}
 
     @classmethod
-    def of(cls, topic: str) -> _Orders:
-        if topic not in cls._heard:
-            cls._heard[topic] = cls(topic)
-        return cls._heard[topic]
+    def of(cls, topic: str) -> _Permits:
+        if topic not in cls._of_topics:
+            cls._of_topics[topic] = cls(topic)
+        return cls._of_topics[topic]
 
     def __init__(self, topic: str) -> None:
         self._changed = threading.Condition()
@@ -168,13 +180,18 @@ class _Orders:
             self._until.pop(attempt, None)
 
     def _hear(self, event: tuple[float, Mapping[str, Any]]) -> None:
-        _, orders = event
+        _, document = event
+        orders = from_wire(document)
+        if isinstance(orders, Orders):
+            self.receive(orders)
+
+    def receive(self, orders: Orders) -> None:
         with self._changed:
             self._heard_at = time.monotonic()
-            self._pause = orders["pause"]
+            self._pause = orders.pause
             for attempt in self._until:
-                if orders["complete"] or attempt in orders["attempts"]:
-                    self._until[attempt] = orders["attempts"].get(attempt, -1)
+                if orders.complete or attempt in orders.attempts:
+                    self._until[attempt] = orders.attempts.get(attempt, STOP)
             self._changed.notify_all()
 
     def wait(
@@ -183,7 +200,7 @@ class _Orders:
         """Waits at the end of an epoch until the attempt may go on, or may not."""
         with self._changed:
             while True:
-                if self._until[attempt] < 0 or is_unwanted():
+                if self._until[attempt] == STOP or is_unwanted():
                     return "stop"
                 if self._pause or time.monotonic() - self._heard_at > _SILENCE_SECONDS:
                     return "pause"

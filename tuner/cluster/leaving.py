@@ -10,17 +10,14 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import dask
 import psutil
 from distributed import Status, Worker, WorkerPlugin
 
-from tuner.cluster.messages import TrainingTask
+from tuner.cluster.messages import LeaveReason, Left, TrainingTask, to_wire
 from tuner.cluster.processes import SAME_SIGNAL_SECONDS, UNFIT, silence_dask
-
-#: Why a worker gave a trial back: somebody wants its machine, or the trial its memory.
-Leaving = Literal["asked", "too large"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,19 +83,20 @@ class GiveBack(WorkerPlugin):
 def leave_unfit(worker: Worker, task: TrainingTask, reason: str) -> None:
     """Leaves permanently and gives the trial back: the next one would fail here, too."""
     worker.status = Status.closing_gracefully  # first of all: no other trial is to come here
-    worker.log_event(task.events, {"attempt": task.attempt, "left": "unfit", "reason": reason})
+    message = Left(attempt=task.attempt, reason="unfit", detail=reason)
+    worker.log_event(task.events, to_wire(message))
     leaving = worker.close(executor_wait=False, reason=f"{UNFIT}{reason}")
     _LEAVING.add(asyncio.get_running_loop().create_task(leaving))
 
 
 def _give_back(worker: Worker) -> None:
     # Dask's nanny asks a process that takes too much memory to leave like any other.
-    why: Leaving = "too large" if _is_too_large(worker) else "asked"
+    why: LeaveReason = "too large" if _is_too_large(worker) else "asked"
     for attempt in list(IN_FLIGHT):
         in_flight = IN_FLIGHT.pop(attempt, None)
         if in_flight is not None:
-            message = {"attempt": attempt, "left": why, "checkpoint": in_flight.snapshot}
-            worker.log_event(in_flight.events, message)
+            message = Left(attempt=attempt, reason=why, checkpoint=in_flight.snapshot)
+            worker.log_event(in_flight.events, to_wire(message))
 
 
 def _is_too_large(worker: Worker) -> bool:

@@ -24,7 +24,22 @@ from tuner.cluster.connection import (
     CONNECT_SECONDS,
     Connection,
 )
-from tuner.cluster.messages import Opened, TrainingOutcome, TrainingTask, Unusable
+from tuner.cluster.messages import (
+    STOP,
+    CheckpointSaved,
+    CheckpointUnusable,
+    EpochTrained,
+    LeaveReason,
+    Left,
+    Opened,
+    Orders,
+    Started,
+    TrainingOutcome,
+    TrainingTask,
+    WorkerMessage,
+    from_wire,
+    to_wire,
+)
 from tuner.cluster.processes import (
     SLOT,
 )
@@ -177,16 +192,17 @@ class Cluster:
         try:
             future = self._submit(attempt, config, seed, trial, tuple(rungs))
             for message in self._messages(attempt, future):
-                if isinstance(message, bytes):
-                    self._keep_checkpoint(trial, message)
+                if isinstance(message, CheckpointSaved):
+                    self._keep_checkpoint(trial, message.content)
                     continue
                 if isinstance(message, Opened):
                     self._study.note_worker(trial, worker=message.worker, after=message.after)
                     continue
-                if isinstance(message, Unusable):
+                if isinstance(message, CheckpointUnusable):
                     self._drop_checkpoint(trial, message.reason)
                     continue
-                fresh = [message] if isinstance(message, EpochResult) else message.curve
+                is_epoch = isinstance(message, EpochTrained)
+                fresh = [message.result] if is_epoch else message.curve
                 for result in fresh:
                     if result.epoch != seen + 1:  # told before, or a gap the outcome will fill
                         continue
@@ -199,7 +215,7 @@ class Cluster:
         finally:
             with self._lock:
                 self._attempts.pop(attempt.name, None)
-                self._news[attempt.name] = -1
+                self._news[attempt.name] = STOP
             self._wake.set()
             if future is not None:
                 with contextlib.suppress(Exception):  # its client may be closed
@@ -252,15 +268,13 @@ class Cluster:
         future.add_done_callback(attempt.inbox.put)
         return future
 
-    def _messages(
-        self, attempt: _Attempt, future: Future[Any]
-    ) -> Iterator[EpochResult | bytes | Opened | Unusable | TrainingOutcome]:
+    def _messages(self, attempt: _Attempt, future: Future[Any]) -> Iterator[Any]:
         """What the attempt says, its outcome last."""
         while True:
             try:
                 message = attempt.inbox.get(timeout=1.0)
             except queue.Empty:
-                if self._pausing and attempt.started is None:  # it waits for a worker
+                if self._pausing and not attempt.started:  # it waits for a worker
                     raise TrainingPausedError from None
                 if self._connection.is_hopeless:
                     raise ClusterError(self._connection.why_hopeless()) from None
@@ -404,10 +418,7 @@ class Cluster:
             self._wake.set()
 
     def _keep_pulsing(self) -> None:
-        """Tells workers how far each attempt may train; -1 stops it.
-
-        Complete orders name every attempt that lives: one that is not named is to stop.
-        """
+        """Sends news at once, and complete orders again and again."""
         pause = Every(_PULSE_SECONDS)  # between two complete orders
         while True:
             self._wake.wait(_PULSE_SECONDS)
@@ -421,9 +432,9 @@ class Cluster:
             if complete:
                 pause.begin_pause()
             if self._connection.is_up:
-                message = {"pause": self._pausing, "attempts": orders, "complete": complete}
+                message = Orders(pause=self._pausing, attempts=orders, complete=complete)
                 with contextlib.suppress(Exception):  # a scheduler that is away hears the next one
-                    self._connection.client.log_event(self._orders_topic, message)
+                    self._connection.client.log_event(self._orders_topic, to_wire(message))
             if closed:
                 return
 
@@ -434,34 +445,39 @@ class Cluster:
             attempt.inbox.put(WorkerLeftError(_SCHEDULER_WENT))
 
     def _hear(self, event: tuple[float, Mapping[str, Any]]) -> None:
-        _, message = event
+        _, document = event
+        message = from_wire(document)
+        if not isinstance(message, WorkerMessage):
+            return
         with self._lock:
-            attempt = self._attempts.get(message["attempt"])
+            attempt = self._attempts.get(message.attempt)
         if attempt is None:  # a worker that was given up, and goes on: not believed
             return
-        if "started" in message:
-            if attempt.started is not None:  # Dask started it again on its own
+        if isinstance(message, Started):
+            if attempt.started:  # Dask started it again on its own
                 attempt.inbox.put(_death(attempt))
-            attempt.started = message["started"]
-        if "unusable" in message:
-            attempt.inbox.put(Unusable(message["unusable"]))
-        if "opened" in message:
-            attempt.opened = True
-            attempt.inbox.put(Opened(worker=message["trained_by"], after=message["opened"]))
-        if "epoch" in message:
-            attempt.inbox.put(EpochResult.from_document(message["epoch"]))
-        if message.get("checkpoint") is not None:
-            attempt.inbox.put(message["checkpoint"])
-        if message.get("left") == "asked":
-            attempt.inbox.put(WorkerLeftError("its worker left and gave it back"))
-        elif message.get("left") == "unfit":
-            self._connection.note_unfit(message["reason"])
-            attempt.inbox.put(WorkerLeftError("its worker cannot train and left"))
-        elif message.get("left") == "too large":
-            attempt.inbox.put(WorkerLostError("its worker ran out of memory"))
+            attempt.started = True
+        elif isinstance(message, Left):
+            if message.checkpoint is not None:
+                attempt.inbox.put(
+                    CheckpointSaved(attempt=message.attempt, content=message.checkpoint)
+                )
+            if message.reason == "unfit":
+                self._connection.note_unfit(message.detail)
+            kind, what = _LEFT[message.reason]
+            attempt.inbox.put(kind(what))
+        else:
+            if isinstance(message, Opened):
+                attempt.opened = True
+            attempt.inbox.put(message)
 
 
 _SCHEDULER_WENT = "its scheduler dropped it"
+_LEFT: Mapping[LeaveReason, tuple[type[WorkerLostError], str]] = {
+    "asked": (WorkerLeftError, "its worker left and gave it back"),
+    "unfit": (WorkerLeftError, "its worker cannot train and left"),
+    "too large": (WorkerLostError, "its worker ran out of memory"),
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -470,7 +486,7 @@ class _Attempt:
 
     train_until: int
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    started: str | None = None  #: by which run of its task
+    started: bool = False  #: a worker began its task
     opened: bool = False  #: the network was built, and began to train
     inbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
 
