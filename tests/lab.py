@@ -15,9 +15,9 @@ from cryptography.x509.oid import NameOID
 from werkzeug.security import generate_password_hash
 from werkzeug.test import Client
 
-from tuner.dashboard.pages import Places
 from tuner.dashboard.policy import Policy
 from tuner.dashboard.server import make_app
+from tuner.dashboard.settings import Folders
 from tuner.dashboard.users import Users, write_user
 from tuner.storage.storage import Storage
 
@@ -72,8 +72,8 @@ class Lab:
         self.folder = folder
         self.users_file = write_users(folder)
         self.policy = Policy(users=Users(self.users_file), **policy)
-        self.places = Places(artifacts=folder / "artifacts", studies=folder / "studies")
-        self.app = make_app(storage, self.policy, self.places)
+        self.folders = Folders(artifacts=folder / "artifacts", studies=folder / "studies")
+        self.app = make_app(storage, self.policy, self.folders)
 
     def browser(self, name: str | None = None) -> Browser:
         browser = Browser(self.app)

@@ -25,9 +25,8 @@ from waiting import wait_until
 from tuner.artifacts import artifact_store
 from tuner.coordination.curve_drawing import draw_curves
 from tuner.coordination.study_note import hang_page
-from tuner.dashboard.pages import Places
 from tuner.dashboard.server import DashboardServer, make_server
-from tuner.dashboard.settings import Settings
+from tuner.dashboard.settings import Folders, Settings
 from tuner.results.report import write_report
 from tuner.search.attributes import AGAIN_KEY, CURVE_KEY
 from tuner.search.study import load
@@ -50,8 +49,8 @@ SECONDS = 60  # longest wait for a page; the browser itself takes long on a busy
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[DashboardServer]:
     write_study_file(tmp_path)
-    places = Places(artifacts=tmp_path / "artifacts", studies=tmp_path / "studies")
-    settings = Settings(port=0, users_file=write_users(tmp_path), places=places)
+    folders = Folders(artifacts=tmp_path / "artifacts", studies=tmp_path / "studies")
+    settings = Settings(port=0, users_file=write_users(tmp_path), folders=folders)
     with Storage(ready_sqlite(tmp_path)) as storage:
         finished_study(storage, tmp_path, trials=9)
         with make_server(storage, settings) as server:

@@ -114,8 +114,7 @@ def _dashboard_settings(
     artifacts: Path,
     **others: Any,
 ) -> Settings:
-    from tuner.dashboard.pages import Places
-    from tuner.dashboard.settings import Settings
+    from tuner.dashboard.settings import Folders, Settings
 
     if users is None and DEFAULT_USERS_FILE.exists():
         users = DEFAULT_USERS_FILE
@@ -123,7 +122,7 @@ def _dashboard_settings(
         users_file=users,
         proxies=tuple(proxies or ()),
         allow_hosts=tuple(allow_hosts or ()),
-        places=Places(artifacts=artifacts, studies=studies, data=data),
+        folders=Folders(artifacts=artifacts, studies=studies, data=data),
         **others,
     )
 

@@ -18,29 +18,36 @@ from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.http import parse_cookie
 
 from tuner import logs
-from tuner.dashboard import pages
+from tuner.dashboard.application import Application
+from tuner.dashboard.catalogue import Catalogue
 from tuner.dashboard.health import NO_DATABASE
-from tuner.dashboard.http import FROM_PROXY, Secured, is_api, request_path
-from tuner.dashboard.optuna_app import Shown
-from tuner.dashboard.optuna_requests import (
-    DELETE_STUDY,
-    Refused,
-    Route,
-    find_route,
+from tuner.dashboard.http import (
+    DETAIL_KEY,
+    FROM_PROXY,
+    LOGIN,
+    LOGOUTS,
+    PUBLIC,
+    ROOT,
+    VISITOR_KEY,
+    RequestError,
+    SecureResponse,
+    is_api,
+    is_ours,
+    request_path,
 )
+from tuner.dashboard.optuna_app import OptunaDashboard
+from tuner.dashboard.optuna_requests import DELETE_STUDY, Route, find_route
 from tuner.dashboard.policy import READING, WRITING, Policy, Refusals
 from tuner.dashboard.sessions import Sessions, Visitor
-from tuner.errors import StorageError, TunerError, counted
-from tuner.search.study import delete as delete_study
+from tuner.dashboard.settings import Folders
+from tuner.dashboard.verbs import delete_study
+from tuner.dashboard.web import Site
+from tuner.errors import StorageError, TunerError
 from tuner.search.study import load
 from tuner.storage.storage import Storage
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
-
-
-# --- the guard ---
-
 
 #: In the WSGI environment: the request has its entry in the record of changes.
 _RECORDED = "tuner.recorded"
@@ -49,14 +56,22 @@ _RECORDED = "tuner.recorded"
 class Guard:
     """What `make_app` makes."""
 
-    def __init__(self, storage: Storage, policy: Policy, places: pages.Places) -> None:
+    def __init__(self, storage: Storage, policy: Policy, folders: Folders) -> None:
         self._storage = storage
         self._policy = policy
-        self._places = places
+        self._artifacts = folders.artifacts
         self._sessions = None if policy.users is None else Sessions(policy.users)
         self._refusals = Refusals(storage.record_change)
-        self._shown = Shown(storage, places.artifacts)
-        self._pages = pages.Pages(storage, policy, self._sessions, places, self._refusals)
+        self._optuna = OptunaDashboard(storage, folders.artifacts)
+        site = Site(
+            storage=storage,
+            policy=policy,
+            sessions=self._sessions,
+            folders=folders,
+            refusals=self._refusals,
+            catalogue=Catalogue(storage, folders.artifacts),
+        )
+        self._pages = Application(site)
         if policy.users is not None:
             for name, address in storage.login_places():
                 policy.limit.remember(name, address)
@@ -67,65 +82,67 @@ class Guard:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = request_path(environ)
-        answer = Secured(start_response, path, environ, secure=self._policy.secure)
+        answer = SecureResponse(start_response, path, environ, secure=self._policy.secure)
         try:
             body = self._answer(environ, answer, path)
             self._record_a_refusal(environ, answer, path)
             return body
-        except Refused as refused:
-            body = answer.refuse(refused)
-            self._record_a_refusal(environ, answer, path, refused.message)
+        except RequestError as error:
+            body = answer.refuse(error)
+            self._record_a_refusal(environ, answer, path, error.message)
             return body
         except (StorageError, OSError) as error:
-            return answer.refuse(Refused("503 Service Unavailable", str(error)))
+            return answer.refuse(RequestError("503 Service Unavailable", str(error)))
         except (StorageInternalError, SQLAlchemyError):  # the driver's own words, with SQL
-            return answer.refuse(Refused("503 Service Unavailable", NO_DATABASE))
+            return answer.refuse(RequestError("503 Service Unavailable", NO_DATABASE))
         except TunerError as error:
-            return answer.refuse(Refused("409 Conflict", str(error)))
+            return answer.refuse(RequestError("409 Conflict", str(error)))
         except Exception as error:  # noqa: BLE001 - a request without an answer hangs the browser
             what = f"{environ.get('REQUEST_METHOD')} {path!r}: {type(error).__name__}: {error}"
             logging.getLogger(logs.OURS).error(what)
-            return answer.refuse(Refused("500 Internal Server Error", "Something broke here."))
+            return answer.refuse(RequestError("500 Internal Server Error", "Something broke here."))
 
-    def _answer(self, environ: WSGIEnvironment, answer: Secured, path: str) -> Iterable[bytes]:
+    def _answer(
+        self, environ: WSGIEnvironment, answer: SecureResponse, path: str
+    ) -> Iterable[bytes]:
         method = environ["REQUEST_METHOD"]
         if not environ.get(FROM_PROXY, True):
-            raise Refused(
+            raise RequestError(
                 "403 Forbidden",
                 "This dashboard stands behind a proxy and answers to that alone; --trust-proxy "
                 "names one more.",
             )
         if not self._policy.names_host(environ):
-            raise Refused(
+            raise RequestError(
                 "421 Misdirected Request",
                 "This dashboard does not answer to that name; --allow-host gives it one more.",
             )
         if method not in READING | WRITING:
             allow = ", ".join(sorted(READING | WRITING))
-            raise Refused("405 Method Not Allowed", f"Use {allow}.", [("Allow", allow)])
+            raise RequestError("405 Method Not Allowed", f"Use {allow}.", [("Allow", allow)])
         if method in WRITING and not self._policy.is_same_origin(environ):
-            raise Refused("403 Forbidden", "That came from another site's page.")
-        if path in pages.PUBLIC or path.startswith(f"{pages.ROOT}/static/"):
+            raise RequestError("403 Forbidden", "That came from another site's page.")
+        if path in PUBLIC or path.startswith(f"{ROOT}/static/"):
             return self._pages(environ, answer)
         visitor = self._visitor(environ)
         if visitor is None:
             raise self._login_first(environ, path)
-        environ[pages.VISITOR_KEY] = visitor
+        environ[VISITOR_KEY] = visitor
         if method in WRITING:
             return self._change(environ, answer, path, visitor)
-        if pages.is_ours(path):
+        if is_ours(path):
             return self._pages(environ, answer)
         found = find_route(method, path)
         if found is None:
-            raise Refused("404 Not Found", "There is no such page.")
-        return self._shown.read(environ, answer, path, self._shown.check(environ, *found))
+            raise RequestError("404 Not Found", "There is no such page.")
+        return self._optuna.read(environ, answer, path, self._optuna.check(environ, *found))
 
     def _record_a_refusal(
-        self, environ: WSGIEnvironment, answer: Secured, path: str, detail: str = ""
+        self, environ: WSGIEnvironment, answer: SecureResponse, path: str, detail: str = ""
     ) -> None:
         if answer.status != 403 or _RECORDED in environ:
             return
-        visitor = environ.get(pages.VISITOR_KEY)
+        visitor = environ.get(VISITOR_KEY)
         with contextlib.suppress(StorageError):  # refused all the same
             self._refusals.add(
                 who="" if visitor is None else visitor.name,
@@ -141,33 +158,33 @@ class Guard:
         token = parse_cookie(environ).get(self._policy.cookie(environ))
         return self._sessions.visitor(token) if token else None
 
-    def _login_first(self, environ: WSGIEnvironment, path: str) -> Refused:
-        message = f"Log in first: {pages.ROOT}/login"
+    def _login_first(self, environ: WSGIEnvironment, path: str) -> RequestError:
+        message = f"Log in first: {ROOT}/login"
         if environ["REQUEST_METHOD"] in READING and not is_api(path):
             query = environ.get("QUERY_STRING", "")
             # Quoted as it was asked for, then as a part of another address.
             asked = quote(path.encode("latin-1", "replace"))
             there = quote(asked + (f"?{query}" if query else ""), safe="/")
-            return Refused("303 See Other", message, [("Location", f"{pages.LOGIN}?next={there}")])
-        return Refused("401 Unauthorized", message)
+            return RequestError("303 See Other", message, [("Location", f"{LOGIN}?next={there}")])
+        return RequestError("401 Unauthorized", message)
 
     def _change(
-        self, environ: WSGIEnvironment, answer: Secured, path: str, visitor: Visitor
+        self, environ: WSGIEnvironment, answer: SecureResponse, path: str, visitor: Visitor
     ) -> Iterable[bytes]:
         """A request that changes something: only an editor's, only a known one, and recorded."""
         method = environ["REQUEST_METHOD"]
-        if path in pages.LOGOUTS:
+        if path in LOGOUTS:
             return self._pages(environ, answer)
         if visitor.role != "editor":
-            raise Refused(
+            raise RequestError(
                 "403 Forbidden", f"{visitor.name} is a viewer: only an editor may change things."
             )
-        ours, found = pages.is_ours(path), find_route(method, path)
+        ours, found = is_ours(path), find_route(method, path)
         if not ours and found is None:
-            raise Refused(
+            raise RequestError(
                 "403 Forbidden",
                 "The dashboard must not change that: it would break the study. Use the pages "
-                f"under {pages.ROOT} or the `tuner` command.",
+                f"under {ROOT} or the `tuner` command.",
             )
         entry = self._storage.begin_change(
             who=visitor.name,
@@ -179,12 +196,12 @@ class Guard:
         try:
             if found is None:
                 body = list(self._pages(environ, answer))
-                detail = str(environ.get(pages.DETAIL_KEY, ""))
+                detail = str(environ.get(DETAIL_KEY, ""))
             else:
                 detail, body = self._change_a_study(environ, answer, *found)
             status = answer.status
-        except Refused as refused:
-            status, detail = int(refused.status[:3]), refused.message
+        except RequestError as error:
+            status, detail = int(error.status[:3]), error.message
             raise
         except StorageError as error:
             status, detail = 503, str(error)
@@ -193,32 +210,30 @@ class Guard:
             status, detail = 409, str(error)
             raise
         finally:
-            self._shown.forget()
+            self._optuna.forget()
             self._storage.end_change(entry, status=status, detail=detail)
         return body
 
     def _change_a_study(
-        self, environ: WSGIEnvironment, answer: Secured, route: Route, parts: Mapping[str, str]
+        self,
+        environ: WSGIEnvironment,
+        answer: SecureResponse,
+        route: Route,
+        parts: Mapping[str, str],
     ) -> tuple[str, list[bytes]]:
         """Does what Optuna's dashboard is asked for; what was changed, and the answer."""
         with (
-            self._shown.uploads.one_at_a_time
+            self._optuna.uploads.one_at_a_time
             if route.method == "POST"
             else contextlib.nullcontext()
         ):
-            asked = self._shown.check(environ, route, parts)
+            asked = self._optuna.check(environ, route, parts)
             assert asked.study is not None
-            name = self._shown.name(asked.study)
+            name = self._optuna.name(asked.study)
             if route is DELETE_STUDY:
-                return self._delete(name), answer.nothing()
-            return name, self._shown.write(environ, answer)
-
-    def _delete(self, name: str) -> str:
-        """Deletes as `tuner delete` does: the ledger's rows stay, a running study is refused."""
-        tuned = load(self._storage, name, artifacts_root=self._places.artifacts)
-        trials = counted(len(tuned.trials()), "trial")
-        delete_study(tuned)
-        return f"deleted {name} with {trials}"
+                tuned = load(self._storage, name, artifacts_root=self._artifacts)
+                return delete_study(tuned), answer.nothing()
+            return name, self._optuna.write(environ, answer)
 
 
 def _action(environ: WSGIEnvironment, path: str) -> str:

@@ -9,20 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tuner import logs
-from tuner.dashboard import pages
 from tuner.dashboard.addresses import LOOPBACK_NAMES
-from tuner.dashboard.optuna_requests import (
-    Refused,
-)
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
 
+ROOT = "/tuner"  #: of the tuner's own pages
+LOGIN = f"{ROOT}/login"
+PUBLIC = frozenset((LOGIN, f"{ROOT}/api/login"))  #: paths that are answered without a session
+LOGOUTS = frozenset((f"{ROOT}/logout", f"{ROOT}/api/logout"))
+
+VISITOR_KEY = "tuner.visitor"  #: in the WSGI environment: who asks
+DETAIL_KEY = "tuner.detail"  #: in the WSGI environment: what was changed, for the record
+
 #: A browser that saw this asks in the clear no more, for so long.
 _HSTS = f"max-age={365 * 24 * 3600}"
-
-
 #: Optuna's dashboard draws with WebGL, which compiles functions, and styles its elements inline.
 _DASHBOARD_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -49,7 +51,15 @@ FROM_PROXY = "tuner.from_proxy"
 OWN_PAGE = "tuner.own_page"
 
 
-class Secured:
+class RequestError(Exception):
+    """Ends a request with a status and a reason."""
+
+    def __init__(self, status: str, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, list(headers)
+
+
+class SecureResponse:
     """A `start_response` that adds the security headers, and remembers the status."""
 
     def __init__(
@@ -70,7 +80,7 @@ class Secured:
         return self._start(status, [*self._kept(headers), *self._added(headers)], exc_info)
 
     def _kept(self, headers: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-        ours = pages.is_ours(self._path)
+        ours = is_ours(self._path)
         for name, value in headers:
             lower = name.lower()
             # Optuna lets every site read the artifacts; its policy has no frame-ancestors.
@@ -100,22 +110,22 @@ class Secured:
         else:
             yield "X-Frame-Options", "DENY"
             yield "Cross-Origin-Resource-Policy", "same-origin"
-            if not pages.is_ours(self._path) or "content-security-policy" not in given:
+            if not is_ours(self._path) or "content-security-policy" not in given:
                 yield "Content-Security-Policy", _DASHBOARD_POLICY
-        static = self._path.startswith(("/static/", f"{pages.ROOT}/static/"))
+        static = self._path.startswith(("/static/", f"{ROOT}/static/"))
         if not static and "cache-control" not in given:
             # What one user saw must not come out of a shared machine's cache.
             yield "Cache-Control", "no-store"
 
-    def refuse(self, refused: Refused) -> Iterable[bytes]:
+    def refuse(self, error: RequestError) -> Iterable[bytes]:
         if is_api(self._path):
-            body = json.dumps({"reason": refused.message})
+            body = json.dumps({"reason": error.message})
             kind = "application/json"
         else:
-            body, kind = f"{refused.message}\n", "text/plain; charset=utf-8"
+            body, kind = f"{error.message}\n", "text/plain; charset=utf-8"
         content = body.encode()
         headers = [("Content-Type", kind), ("Content-Length", str(len(content)))]
-        self(refused.status, [*headers, *refused.headers])
+        self(error.status, [*headers, *error.headers])
         return [] if self._environ.get("REQUEST_METHOD") == "HEAD" else [content]
 
     def nothing(self) -> list[bytes]:
@@ -131,9 +141,14 @@ def request_path(environ: WSGIEnvironment) -> str:
     return path or "/"
 
 
+def is_ours(path: str) -> bool:
+    """Whether a path is one of the tuner's own pages, and not of Optuna's dashboard."""
+    return path == ROOT or path.startswith(f"{ROOT}/")
+
+
 def is_api(path: str) -> bool:
     """Whether a path is one of the two APIs, Optuna's and ours."""
-    return path.startswith(("/api/", f"{pages.ROOT}/api/"))
+    return path.startswith(("/api/", f"{ROOT}/api/"))
 
 
 def log_line(message: str) -> None:

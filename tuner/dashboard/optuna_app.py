@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import optuna_dashboard
 
 from tuner.artifacts import artifact_store, dashboard_folder
-from tuner.dashboard import pages
+from tuner.dashboard.http import OWN_PAGE, ROOT, VISITOR_KEY, RequestError, SecureResponse
 from tuner.dashboard.optuna_requests import (
-    Asked,
+    CheckedRequest,
     Checks,
     ReadableStudies,
-    Refused,
     Route,
     Uploads,
 )
@@ -28,7 +27,6 @@ from tuner.storage.storage import Storage
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
-from tuner.dashboard.http import OWN_PAGE, Secured
 
 #: Answers that many browsers ask for again and again are given out for a moment.
 _LONGEST_KEPT_SECONDS = 10.0  #: what took long to answer is given out for up to so long
@@ -54,7 +52,7 @@ class _Kept:
     body: bytes = b""
 
 
-class Shown:
+class OptunaDashboard:
     """Optuna's dashboard, asked once for what many browsers want at once.
 
     Fifty browsers that poll a study cost as much as one. Its caches, and Optuna's, know a study
@@ -77,7 +75,9 @@ class Shown:
         studies = ReadableStudies(self._storage.optuna)
         return optuna_dashboard.wsgi(studies, artifact_store=self.uploads)
 
-    def check(self, environ: WSGIEnvironment, route: Route, parts: Mapping[str, str]) -> Asked:
+    def check(
+        self, environ: WSGIEnvironment, route: Route, parts: Mapping[str, str]
+    ) -> CheckedRequest:
         """See `Checks.check`."""
         if route.method != "GET":
             self._pause.end_pause()  # what is changed is looked for now
@@ -85,7 +85,7 @@ class Shown:
         try:
             return self._checks.check(environ, route, parts)
         except KeyError:  # deleted a moment ago
-            raise Refused("404 Not Found", "There is no such study (any more).") from None
+            raise RequestError("404 Not Found", "There is no such study (any more).") from None
 
     def _is_study(self, study_id: int) -> bool:
         if study_id not in self._identities:
@@ -94,7 +94,7 @@ class Shown:
         return study_id in self._identities
 
     def read(
-        self, environ: WSGIEnvironment, answer: Secured, path: str, asked: Asked
+        self, environ: WSGIEnvironment, answer: SecureResponse, path: str, asked: CheckedRequest
     ) -> Iterable[bytes]:
         # The dashboard fails on a request that does not say what encodings it takes.
         environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
@@ -123,15 +123,17 @@ class Shown:
             answer(kept.status, list(kept.headers))
             return [kept.body]
 
-    def _page_with_a_link(self, environ: WSGIEnvironment, answer: Secured) -> Iterable[bytes]:
+    def _page_with_a_link(
+        self, environ: WSGIEnvironment, answer: SecureResponse
+    ) -> Iterable[bytes]:
         """Optuna's one page, with the way to ours on it."""
         for header in ("HTTP_IF_MODIFIED_SINCE", "HTTP_IF_NONE_MATCH", "HTTP_RANGE"):
             environ.pop(header, None)
         page = _Kept()
         self._ask(environ, page)
-        role = environ[pages.VISITOR_KEY].role
+        role = environ[VISITOR_KEY].role
         text = "launch and export" if role == "editor" else "progress and export"
-        added = _ADDED.format(root=pages.ROOT, role=role, text=text)
+        added = _ADDED.format(root=ROOT, role=role, text=text)
         body = page.body.replace(b"</body>", added.encode(), 1)
         other = ("content-length", "last-modified", "etag", "accept-ranges")
         headers = [(name, value) for name, value in page.headers if name.lower() not in other]
@@ -166,13 +168,13 @@ class Shown:
             while size > _KEPT_BYTES or len(self._kept) > _KEPT_ANSWERS:
                 size -= len(self._kept.popitem(last=False)[1].body)
 
-    def _pass(self, environ: WSGIEnvironment, answer: Secured) -> list[bytes]:
+    def _pass(self, environ: WSGIEnvironment, answer: SecureResponse) -> list[bytes]:
         passed = _Kept()
         self._ask(environ, passed)
         answer(passed.status, passed.headers)
         return [passed.body]
 
-    def write(self, environ: WSGIEnvironment, answer: Secured) -> list[bytes]:
+    def write(self, environ: WSGIEnvironment, answer: SecureResponse) -> list[bytes]:
         """What Optuna's dashboard answers to a change; a failed upload leaves no file."""
         with self.uploads.whole_or_nothing(lambda: answer.status < 400):
             return self._pass(environ, answer)

@@ -15,7 +15,7 @@ import json
 import mimetypes
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tuner.artifacts import HUNG_PREFIX, HUNG_PREFIXES, StudyArtifacts, dashboard_folder
+from tuner.dashboard.http import RequestError
 from tuner.errors import counted
 from tuner.search.attributes import RECORD_KEY
 from tuner.storage.storage import MOST_NOTE_VERSIONS, note_version
@@ -54,14 +55,6 @@ _NOTE_KEY = re.compile(r"dashboard:(?:[0-9]+:)?note_(ver|str:[0-9]+)")
 #: answered with 4.46 GB after 107 s.
 _PLOTS_OF_PAIRS = ("contour", "rank")
 _PLOTS = (*_PLOTS_OF_PAIRS, "slice", "parallel_coordinate", "edf", "timeline", "pareto_front")
-
-
-class Refused(Exception):  # noqa: N818 - an answer, no error
-    """Ends a request with a status and a reason."""
-
-    def __init__(self, status: str, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, list(headers)
 
 
 # --- bodies ---
@@ -160,7 +153,7 @@ ROUTES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class CheckedRequest:
     """A request that was checked."""
 
     route: Route
@@ -201,17 +194,19 @@ class Checks:
         self._artifacts = artifacts
         self._is_study = is_study
 
-    def check(self, environ: WSGIEnvironment, route: Route, parts: Mapping[str, str]) -> Asked:
+    def check(
+        self, environ: WSGIEnvironment, route: Route, parts: Mapping[str, str]
+    ) -> CheckedRequest:
         """Checks a request, and leaves in it what its route declares.
 
         Raises:
-            Refused: It is for nothing that there is, or does not fit the declaration.
+            RequestError: It is for nothing that there is, or does not fit the declaration.
         """
         study = trial = None
         if "study" in parts:
             study = _number(parts["study"])
             if study is None or not self._is_study(study):
-                raise Refused("404 Not Found", "There is no such study (any more).")
+                raise RequestError("404 Not Found", "There is no such study (any more).")
         if "trial" in parts:
             assert study is not None
             trial = self._trial(study, parts["trial"])
@@ -229,7 +224,7 @@ class Checks:
         if is_upload:
             assert study is not None
             self._check_room(study, int(environ["CONTENT_LENGTH"]))
-        return Asked(
+        return CheckedRequest(
             route=route, study=study, query=query, may_run_scripts=is_ours, is_upload=is_upload
         )
 
@@ -238,7 +233,7 @@ class Checks:
         for trial in self._storage.get_all_trials(study, deepcopy=False):
             if trial._trial_id == number:
                 return trial
-        raise Refused("404 Not Found", "The study has no such trial.")
+        raise RequestError("404 Not Found", "The study has no such trial.")
 
     @staticmethod
     def _query(environ: WSGIEnvironment, route: Route) -> str:
@@ -250,21 +245,21 @@ class Checks:
             return ""
         numbers = [_number(one.strip()) for one in values[0].split(",")]
         if None in numbers or len(numbers) > (_MAX_SELECTED if route.query == "trial_ids" else 1):
-            raise Refused("400 Bad Request", f"{route.query} has numbers from 0.")
+            raise RequestError("400 Bad Request", f"{route.query} has numbers from 0.")
         unique = ",".join(str(one) for one in dict.fromkeys(numbers))
         return urlencode({route.query: unique}, safe=",")
 
     def _check_plot(self, study: int, plot: str) -> None:
         if plot not in _PLOTS:
-            raise Refused("404 Not Found", f"The plots are {', '.join(_PLOTS)}.")
+            raise RequestError("404 Not Found", f"The plots are {', '.join(_PLOTS)}.")
         if plot in _PLOTS_OF_PAIRS and is_too_large(self._storage, study):
-            raise Refused(
+            raise RequestError(
                 "413 Content Too Large",
                 f"The {plot} plot of this study would be too large to draw: it shows every "
                 "pair of parameters. The other plots are there.",
             )
         if plot == "pareto_front" and len(self._storage.get_study_directions(study)) not in (2, 3):
-            raise Refused("404 Not Found", "A Pareto front needs two or three objectives.")
+            raise RequestError("404 Not Found", "A Pareto front needs two or three objectives.")
 
     def _is_ours(self, study: int, trial: FrozenTrial | None, artifact: str) -> bool:
         """Whether the tuner itself hung a file there; refuses one that does not hang there."""
@@ -277,7 +272,7 @@ class Checks:
         described = _described(found)
         file = dashboard_folder(self._artifacts) / artifact
         if described is None or not _ARTIFACT.fullmatch(artifact) or not file.is_file():
-            raise Refused("404 Not Found", "No such file hangs there (any more).")
+            raise RequestError("404 Not Found", "No such file hangs there (any more).")
         record = self._storage.get_study_user_attrs(study).get(RECORD_KEY)
         if not isinstance(record, dict):
             return False
@@ -291,18 +286,18 @@ class Checks:
         content = b""
         if route.body is not None:
             if route.max_bytes and length > route.max_bytes:
-                raise Refused(
+                raise RequestError(
                     "413 Content Too Large",
                     f"A note has at most {route.max_bytes // 1024} KB; hang a file on the study "
                     "instead (Artifacts).",
                 )
             kind = str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip().lower()
             if kind != "application/json":
-                raise Refused("400 Bad Request", "Send application/json.")
+                raise RequestError("400 Bad Request", "Send application/json.")
             try:
                 parsed = route.body.model_validate_json(environ["wsgi.input"].read(length))
             except ValidationError as error:
-                raise Refused("400 Bad Request", _in_words(error)) from None
+                raise RequestError("400 Bad Request", _in_words(error)) from None
             content = parsed.model_dump_json().encode()
             environ["CONTENT_TYPE"] = "application/json"
         environ["wsgi.input"] = io.BytesIO(content)
@@ -312,7 +307,7 @@ class Checks:
         files = self._uploads(study)
         taken = sum(path.stat().st_size for path in files if path.is_file())
         if len(files) >= MAX_UPLOADS or taken + length * 3 // 4 > MAX_UPLOAD_BYTES:
-            raise Refused(
+            raise RequestError(
                 "413 Content Too Large",
                 f"People may hang {counted(MAX_UPLOADS, 'file')} on a study and its trials, of "
                 f"{MAX_UPLOAD_BYTES // 2**20} MB together. Remove one first.",

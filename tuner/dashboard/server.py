@@ -30,18 +30,17 @@ from tornado.httputil import (
 from tornado.netutil import is_valid_ip
 from tornado.wsgi import WSGIContainer
 
-from tuner.dashboard import pages
 from tuner.dashboard.connections import MOST_OF_AN_ADDRESS, LimitedServer, raise_descriptor_limit
+from tuner.dashboard.guard import Guard
 from tuner.dashboard.health import ALIVE, READY, Health
+from tuner.dashboard.http import FROM_PROXY, is_api, log_line
 from tuner.dashboard.policy import Policy
+from tuner.dashboard.settings import Folders, Settings, make_policy
 from tuner.errors import TunerError
 from tuner.storage.storage import Storage
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
-from tuner.dashboard.guard import Guard
-from tuner.dashboard.http import FROM_PROXY, is_api, log_line
-from tuner.dashboard.settings import Settings, make_policy
 
 _MAX_BODY_BYTES = 16 * 1024 * 1024
 _MAX_HEADER_BYTES = 32 * 1024
@@ -98,7 +97,7 @@ def make_server(
     """
     policy = make_policy(settings)
     context = _tls_context(settings)
-    app = make_app(storage, policy, settings.places)
+    app = make_app(storage, policy, settings.folders)
     health = Health(storage.look, scheduler_is_up=scheduler_is_up)
     try:
         return DashboardServer(app, settings, context, policy, health)
@@ -136,11 +135,10 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def make_app(
-    storage: Storage, policy: Policy | None = None, places: pages.Places | None = None
+    storage: Storage, policy: Policy | None = None, folders: Folders | None = None
 ) -> Guard:
     """Optuna's dashboard and the tuner's pages behind their guard, as a WSGI application."""
-    policy, places = policy or Policy(), places or pages.Places()
-    return Guard(storage, policy, places)
+    return Guard(storage, policy or Policy(), folders or Folders())
 
 
 class _Container(WSGIContainer):

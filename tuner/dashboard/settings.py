@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tuner.dashboard import pages
+from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
 from tuner.dashboard.addresses import allowed_hosts, is_loopback, networks
 from tuner.dashboard.policy import Policy
 from tuner.dashboard.users import Users
 from tuner.errors import TunerError
 
-if TYPE_CHECKING:
-    pass
-
-
 _LOOPBACK = ("127.0.0.0/8", "::1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folders:
+    """The folders that the pages read."""
+
+    artifacts: Path = DEFAULT_ROOT  #: checkpoints, weights, development data and reports
+    studies: Path = DEFAULT_STUDIES_FOLDER  #: its study files may be launched
+    data: Path | None = None  #: uploaded study files may name the data files in it; None: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +37,7 @@ class Settings:
     proxies: Sequence[str] = ()  #: its addresses or networks; by default this machine's
     trust_network: bool = False  #: plain HTTP beyond loopback: the network is private
     allow_hosts: Sequence[str] = ()  #: further names that browsers ask for
-    places: pages.Places = field(default_factory=pages.Places)
+    folders: Folders = field(default_factory=Folders)
 
 
 def make_policy(settings: Settings) -> Policy:

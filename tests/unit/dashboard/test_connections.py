@@ -24,9 +24,8 @@ from tuner.dashboard import connections, optuna_app
 from tuner.dashboard import server as web_server
 from tuner.dashboard.addresses import counted_address
 from tuner.dashboard.connections import LimitedServer, raise_descriptor_limit
-from tuner.dashboard.pages import Places
 from tuner.dashboard.server import DashboardServer, make_server
-from tuner.dashboard.settings import Settings
+from tuner.dashboard.settings import Folders, Settings
 from tuner.storage.storage import Storage
 
 
@@ -45,7 +44,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def settings(folder: Path, **changes: Any) -> Settings:
-    return Settings(**{"port": 0, "places": Places(artifacts=folder / "artifacts")} | changes)
+    return Settings(**{"port": 0, "folders": Folders(artifacts=folder / "artifacts")} | changes)
 
 
 class Clients(contextlib.ExitStack):
@@ -152,7 +151,7 @@ def test_a_connection_that_is_being_answered_gives_way_to_none(
         answer("200 OK", [])
         return [b"ok\n"]
 
-    monkeypatch.setattr(optuna_app.Shown, "read", slow)
+    monkeypatch.setattr(optuna_app.OptunaDashboard, "read", slow)
     monkeypatch.setattr(web_server, "MOST_OF_AN_ADDRESS", 1)
     with make_server(storage, settings(tmp_path)) as server, Clients(server) as clients:
         asking = clients.open()

@@ -33,10 +33,9 @@ from waiting import wait_until
 from tuner.artifacts import artifact_store
 from tuner.dashboard import optuna_app, optuna_requests
 from tuner.dashboard import server as web_server
-from tuner.dashboard.pages import Places
 from tuner.dashboard.policy import Policy
 from tuner.dashboard.server import make_app, make_server, serve
-from tuner.dashboard.settings import Settings
+from tuner.dashboard.settings import Folders, Settings
 from tuner.dashboard.users import remove_user
 from tuner.errors import TunerError
 from tuner.search.tuned_study import TunedStudy
@@ -95,7 +94,7 @@ def lab(storage: Storage, tuned: TunedStudy, tmp_path: Path) -> Lab:
 @pytest.fixture
 def local(storage: Storage, tuned: TunedStudy, tmp_path: Path) -> Browser:
     """A browser on this machine, where no login is asked for."""
-    return Browser(make_app(storage, None, Places(artifacts=tmp_path / "artifacts")))
+    return Browser(make_app(storage, None, Folders(artifacts=tmp_path / "artifacts")))
 
 
 def add_trials(storage: Storage, name: str, *, trials: int, parameters: int) -> int:
@@ -405,14 +404,14 @@ def test_an_editor_deletes_a_study_as_the_command_does(lab: Lab, tuned: TunedStu
     )  # fmt: skip
     file = lab.folder / "note.txt"
     file.write_text("hangs on the study")
-    store = artifact_store(lab.places.artifacts)
+    store = artifact_store(lab.folders.artifacts)
     for place in (tuned.study, tuned.study.ask()):
         upload_artifact(
             artifact_store=store, file_path=str(file), study_or_trial=place,
             storage=lab.storage.optuna,
         )  # fmt: skip
     lab.storage.optuna.set_study_system_attr(tuned.id, "artifacts:gone", "null")
-    shown = lab.places.artifacts / "dashboard"
+    shown = lab.folders.artifacts / "dashboard"
     assert len(list(shown.iterdir())) == 2
 
     answer = lab.browser("ada").delete(f"/api/studies/{tuned.id}")
@@ -591,7 +590,7 @@ def no_way_out(lab: Lab, ada: Browser, name: str) -> None:
 
 
 def test_an_artifact_is_only_what_the_study_says_it_has(lab: Lab) -> None:
-    (artifact_store(lab.places.artifacts)._base_path / "abc").write_text("not of this study")
+    (artifact_store(lab.folders.artifacts)._base_path / "abc").write_text("not of this study")
     ada = lab.browser("ada")
     assert ada.get("/artifacts/1/abc").status_code == 404
 
@@ -706,7 +705,7 @@ def test_an_error_of_ours_is_answered_without_its_inside(
     def broken(*_: object) -> None:
         raise RuntimeError("a secret of the inside")
 
-    monkeypatch.setattr(optuna_app.Shown, "read", broken)
+    monkeypatch.setattr(optuna_app.OptunaDashboard, "read", broken)
     answer = local.get("/api/studies")
     assert (answer.status_code, answer.json) == (500, {"reason": "Something broke here."})
     assert "a secret of the inside" in caplog.text
@@ -856,7 +855,7 @@ def test_where_a_user_has_logged_in_strangers_cannot_lock_the_user_out(
         return lab.browser().post("/tuner/api/login", json=body, environ_base=place).status_code
 
     assert log_in("192.0.2.1", PASSWORDS["ada"]) == 200
-    lab.app = make_app(storage, Policy(users=lab.policy.users), lab.places)  # a new process
+    lab.app = make_app(storage, Policy(users=lab.policy.users), lab.folders)  # a new process
     codes = {log_in(f"198.51.100.{number // 4}", "x" * 12) for number in range(80)}
     assert codes == {401, 429}
     assert log_in("198.51.100.200", PASSWORDS["ada"]) == 429
@@ -907,7 +906,7 @@ def test_passwords_that_wait_to_be_checked_hold_up_nobody_else(
 
 
 def settings(folder: Path, **changes: Any) -> Settings:
-    return Settings(**{"port": 0, "places": Places(artifacts=folder / "artifacts")} | changes)
+    return Settings(**{"port": 0, "folders": Folders(artifacts=folder / "artifacts")} | changes)
 
 
 def get(port: int, path: str, **headers: str) -> tuple[int, bytes]:
@@ -1079,7 +1078,7 @@ def test_a_request_that_is_being_answered_ends_before_the_server_does(
         _[2]("200 OK", [])
         return [b"whole"]
 
-    monkeypatch.setattr(optuna_app.Shown, "read", slow)
+    monkeypatch.setattr(optuna_app.OptunaDashboard, "read", slow)
     answers: list[tuple[int, bytes]] = []
     with make_server(storage, settings(tmp_path)) as server:
         asking = threading.Thread(target=lambda: answers.append(get(server.port, "/api/studies")))
@@ -1098,11 +1097,11 @@ def test_a_signal_ends_it_without_a_traceback(
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, pathlib; from tuner import logs\n"
         "from tuner.dashboard.server import serve\n"
-        "from tuner.dashboard.settings import Settings\n"
-        "from tuner.dashboard.pages import Places; from tuner.storage.storage import Storage\n"
+        "from tuner.dashboard.settings import Folders, Settings\n"
+        "from tuner.storage.storage import Storage\n"
         "logs.set_up()\n"
         "with Storage(sys.argv[1]) as storage:\n"
-        "    serve(storage, Settings(port=0, places=Places(artifacts=pathlib.Path(sys.argv[2]))))"
+        "    serve(storage, Settings(port=0, folders=Folders(artifacts=pathlib.Path(sys.argv[2]))))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, storage.url, str(tmp_path / "artifacts")],

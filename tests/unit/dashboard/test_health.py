@@ -25,10 +25,9 @@ from tuner.dashboard import health
 from tuner.dashboard import server as web_server
 from tuner.dashboard.guard import Guard
 from tuner.dashboard.health import NO_DATABASE, NO_SCHEDULER, Health
-from tuner.dashboard.pages import Places
 from tuner.dashboard.policy import Policy
 from tuner.dashboard.server import make_app, make_server
-from tuner.dashboard.settings import Settings
+from tuner.dashboard.settings import Folders, Settings
 from tuner.errors import StorageError
 from tuner.storage.storage import Storage
 
@@ -107,7 +106,7 @@ def test_a_scheduler_that_is_away_is_no_outage_of_the_pages() -> None:
 
 @contextlib.contextmanager
 def served(storage: Storage, folder: Path, **more: Any) -> Iterator[int]:
-    chosen = Settings(port=0, places=Places(artifacts=folder / "artifacts"))
+    chosen = Settings(port=0, folders=Folders(artifacts=folder / "artifacts"))
     with make_server(storage, chosen, **more) as server:
         yield server.port
 
@@ -159,7 +158,7 @@ def test_an_outage_that_is_not_known_of_yet_is_no_500_either(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
     finished_study(storage, tmp_path)
-    app = make_app(storage, Policy(), Places(artifacts=tmp_path / "artifacts"))
+    app = make_app(storage, Policy(), Folders(artifacts=tmp_path / "artifacts"))
     browser = Browser(app)
 
     def fail(*_: object) -> None:
@@ -188,7 +187,7 @@ def test_a_bug_of_the_dashboard_is_still_a_500(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(storage.optuna), "get_all_studies", lambda _: 1 / 0)
-    browser = Browser(make_app(storage, Policy(), Places(artifacts=tmp_path / "artifacts")))
+    browser = Browser(make_app(storage, Policy(), Folders(artifacts=tmp_path / "artifacts")))
     assert browser.get("/api/studies").status_code == 500
 
 

@@ -70,7 +70,7 @@ def shows(browser: Browser) -> None:
 
 
 def hanging(lab: Lab) -> list[Path]:
-    return sorted(dashboard_folder(lab.places.artifacts).iterdir())
+    return sorted(dashboard_folder(lab.folders.artifacts).iterdir())
 
 
 # --- types ---
@@ -367,7 +367,7 @@ def test_an_upload_that_fails_on_the_way_leaves_nothing(
     assert hanging(lab) == []
 
     def full(*_: object) -> None:
-        dashboard_folder(lab.places.artifacts).joinpath("half").write_bytes(b"1")
+        dashboard_folder(lab.folders.artifacts).joinpath("half").write_bytes(b"1")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
@@ -486,7 +486,7 @@ def test_the_tuner_s_own_page_runs_its_scripts_in_an_origin_of_its_own(
 
 
 def test_what_a_query_says_besides_makes_no_other_answer(lab: Lab, ada: Browser) -> None:
-    kept = lab.app._shown._kept
+    kept = lab.app._optuna._kept
     bodies = {ada.get(f"/api/studies/1?after=2&x={n}").data for n in range(20)}
     bodies |= {ada.get(f"/api/studies/1?x={n}&after=2&after={n}").data for n in range(20)}
     assert len(bodies) == 1
@@ -502,7 +502,7 @@ def test_what_a_query_says_besides_makes_no_other_answer(lab: Lab, ada: Browser)
 def test_of_a_query_the_dashboard_sees_what_its_answer_is_kept_by(lab: Lab) -> None:
     environ = {"REQUEST_METHOD": "GET", "QUERY_STRING": "x=1&after=%202&after=7"}
     route, parts = find_route("GET", "/api/studies/1") or pytest.fail("no route")
-    asked = lab.app._shown.check(environ, route, parts)
+    asked = lab.app._optuna.check(environ, route, parts)
     assert environ["QUERY_STRING"] == asked.query == "after=2"
 
 
@@ -514,7 +514,7 @@ def test_an_answer_that_failed_is_not_kept(
         return [b""]
 
     with monkeypatch.context() as patched:
-        patched.setattr(lab.app._shown, "_app", fail)
+        patched.setattr(lab.app._optuna, "_app", fail)
         assert ada.get("/api/studies").status_code == 500
     assert ada.get("/api/studies").status_code == 200
 
@@ -526,7 +526,7 @@ def test_kept_answers_have_a_number_and_a_size(
     monkeypatch.setattr(optuna_app, limit, most)
     for n in range(10):
         assert ada.get(f"/api/studies/1?after={n}").status_code == 200
-        kept = lab.app._shown._kept
+        kept = lab.app._optuna._kept
         held = (
             len(kept) if limit == "_KEPT_ANSWERS" else sum(len(one.body) for one in kept.values())
         )
@@ -541,7 +541,7 @@ def routes(storage: Storage, lab: Lab) -> list[tuple[str, list[str]]]:
     second is the name of one to choose."""
     found = {(one.method, one.rule) for one in optuna_dashboard.wsgi(storage.optuna).routes}
     for one in lab.app._pages._routes.iter_rules():
-        found |= {(method, f"{pages.ROOT}{one.rule}") for method in one.methods}
+        found |= {(method, f"/tuner{one.rule}") for method in one.methods}
     plain = sorted((method, re.sub(r"<(\w*)[^>]*>", r"<\1>", rule)) for method, rule in found)
     taken = [one for one in plain if find_route(one[0], re.sub("<.*?>", "1", one[1]))]
     plain += [*taken * 2, *[one for one in plain if one[0] in ("PUT", "POST")], ("GET", "/<x>/<x>")]

@@ -57,7 +57,7 @@ def tuned(storage: Storage, tmp_path: Path) -> TunedStudy:
 def test_a_launched_study_waits_in_the_queue_with_its_rows(lab: Lab, ada: Browser) -> None:
     answer = ada.post("/tuner/launch", data={"file": "tiny.toml", "name": "mine", "trials": "5"})
     assert (answer.status_code, answer.location) == (303, "/tuner/studies/mine")
-    tuned = load(lab.storage, "mine", artifacts_root=lab.places.artifacts)
+    tuned = load(lab.storage, "mine", artifacts_root=lab.folders.artifacts)
     assert lab.storage.queued() == (tuned.id,)
     assert tuned.budget == 5
     assert lab.storage.development(tuned.record.development_sha256)
@@ -79,7 +79,7 @@ def test_stop_and_resume_take_it_out_of_the_queue_and_back(lab: Lab, ada: Browse
 
 def test_a_running_study_is_asked_to_stop(lab: Lab, ada: Browser, tmp_path: Path) -> None:
     ada.post("/tuner/launch", data={"file": "tiny.toml"})
-    tuned = load(lab.storage, "tiny", artifacts_root=lab.places.artifacts)
+    tuned = load(lab.storage, "tiny", artifacts_root=lab.folders.artifacts)
     with Storage(ready_sqlite(tmp_path)) as coordinator:
         coordinator.take_lease(tuned.id)
         assert ada.get("/tuner/api/studies/tiny").json["state"] == "running"
@@ -94,7 +94,7 @@ def test_a_launch_with_another_budget_changes_nothing_of_a_study_that_runs(
     lab: Lab, ada: Browser, tmp_path: Path
 ) -> None:
     ada.post("/tuner/launch", data={"file": "tiny.toml", "trials": "30"})
-    tuned = load(lab.storage, "tiny", artifacts_root=lab.places.artifacts)
+    tuned = load(lab.storage, "tiny", artifacts_root=lab.folders.artifacts)
     with Storage(ready_sqlite(tmp_path)) as coordinator:
         lab.storage.dequeue(tuned.id)  # it is driven by a launch of its own
         coordinator.take_lease(tuned.id)
@@ -145,6 +145,18 @@ def test_the_same_verbs_as_json(ada: Browser) -> None:
     assert ada.get("/tuner/api/studies/sent").status_code == 404
     actions = [one["action"] for one in ada.get("/tuner/api/log").json["changes"]]
     assert actions[:2] == ["DELETE /tuner/api/studies/sent", "POST /tuner/api/studies"]
+
+
+def test_a_page_and_the_api_record_a_refusal_in_the_same_words(lab: Lab, ada: Browser) -> None:
+    finished_study(lab.storage, lab.folder)
+    with Storage(lab.storage.url) as coordinator:
+        coordinator.take_lease(load(lab.storage, "demo", artifacts_root=lab.folders.artifacts).id)
+        assert ada.post("/tuner/studies/demo/delete", data={"confirm": "demo"}).status_code == 409
+        assert ada.delete("/tuner/api/studies/demo").status_code == 409
+        coordinator.release_lease()
+    by_api, by_page = (one.detail for one in lab.storage.changes()[:2])
+    assert by_api == by_page
+    assert by_api.startswith("refused: ")
 
 
 @pytest.mark.parametrize(
@@ -239,11 +251,13 @@ def test_markup_in_names_and_files_stays_text(ada: Browser) -> None:
 def test_markup_of_the_terminal_in_a_name_stays_text(lab: Lab, ada: Browser) -> None:
     name = "[bold]x[red]"
     assert ada.post("/tuner/api/studies", json={"file": "tiny.toml", "name": name}).json["study"]
-    now = status(load(lab.storage, name, artifacts_root=lab.places.artifacts))
+    now = status(load(lab.storage, name, artifacts_root=lab.folders.artifacts))
     now = replace(now, error=f"{name}: no such file x[/y]", ended_early=":smile: [/z]")
     console = terminal(width=200, record=True, file=io.StringIO())
     console.print(status_table([now]), status_details(now))
-    ProgressWatcher(load(lab.storage, name, artifacts_root=lab.places.artifacts), console).say(name)
+    ProgressWatcher(load(lab.storage, name, artifacts_root=lab.folders.artifacts), console).say(
+        name
+    )
     printed = console.export_text()
     assert printed.count(name) == 4
     assert "x[/y]" in printed
@@ -467,7 +481,7 @@ def test_a_report_is_suggested_once_the_study_is_finished(
     page = ada.get("/tuner/studies/tiny").text
     assert "No final report yet." in page
     assert "tuner report" not in page
-    made = load(lab.storage, "tiny", artifacts_root=lab.places.artifacts).record.created_at
+    made = load(lab.storage, "tiny", artifacts_root=lab.folders.artifacts).record.created_at
     assert made not in page
     assert f"<td>{made[:10]} {made[11:19]} UTC</td>" in page
 
