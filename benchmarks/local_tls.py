@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import optuna  # noqa: E402
 from distributed import SpecCluster  # noqa: E402
-from fakes import FakeRun, make_study, small_spec  # noqa: E402
+from fakes import FakeRun, make_study, small_job, small_spec  # noqa: E402
 
 from tuner.cluster.connection import local_connection  # noqa: E402
 from tuner.cluster.messages import TrainingTask  # noqa: E402
@@ -74,7 +74,6 @@ def measure(folder: Path, *, calls: int, trials: int) -> dict[str, float]:
             client.submit(abs, -number, pure=False).result()
         taken["a call, ms"] = (time.monotonic() - began) * 1000 / calls
         tuned = make_study(folder, small_spec(training={"max_epochs": 27}))
-        config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
         with Cluster(
             connection,
             StudyTrainings(tuned),
@@ -84,7 +83,7 @@ def measure(folder: Path, *, calls: int, trials: int) -> dict[str, float]:
         ) as cluster:
             began = time.monotonic()
             for number in range(trials):
-                list(cluster.train(config, seed=0, trial=number, rungs=(1, 3, 9)))
+                list(cluster.train(small_job(tuned.record.spec, trial=number)))
             taken["a trial, ms"] = (time.monotonic() - began) * 1000 / trials
         tuned.storage.close()
     return taken

@@ -28,6 +28,8 @@ from tuner.network.training import TensorData, TrainingRun, configure_tensorflow
 from tuner.spec.architecture import ModelConfig, parameter_count
 from tuner.spec.precision import multiply_adds_a_value
 from tuner.spec.reader import load_spec
+from tuner.spec.spec import TrainingSettings
+from tuner.train import TrainingJob
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 200  # residues
@@ -61,13 +63,14 @@ def measured(config: ModelConfig, data: TensorData, repeats: int) -> dict[str, f
     runs = {
         precision: TrainingRun(
             data,
-            config,
-            seed=0,
-            trial=0,
-            max_epochs=1,
-            patience=None,
-            precision=precision,
-            max_trial_seconds=1e9,
+            TrainingJob(
+                config=config,
+                trial=0,
+                seed=0,
+                precision=precision,
+                rungs=(),
+                settings=TrainingSettings(max_epochs=1, patience=None, max_trial_seconds=1e9),
+            ),
         )
         for precision in ("float32", "bfloat16")
     }

@@ -39,6 +39,7 @@ from tuner.search.attributes import ENDED_KEY, RESUMED_KEY, curve_of  # noqa: E4
 from tuner.search.study import load  # noqa: E402
 from tuner.search.tuned_study import FINISHED, TunedStudy  # noqa: E402
 from tuner.storage.storage import Storage  # noqa: E402
+from tuner.train import TrainingJob  # noqa: E402
 
 STUDY = """name = "storm"
 trials = {trials}
@@ -243,8 +244,7 @@ def train_again(tuned: TunedStudy, folder: Path, most: int) -> dict[str, Any]:
     configure_tensorflow(1)
     record = tuned.record
     file = development_path(folder / "artifacts", record.development_sha256)
-    settings = record.spec.training.model_copy(update={"precision": record.precision})
-    train = LocalTraining(load_development(file, record.development_sha256), settings)
+    train = LocalTraining(load_development(file, record.development_sha256))
     resumed = [trial for trial in tuned.trials() if trial.user_attrs.get(RESUMED_KEY)]
     # The longest curves first: the more epochs, the more there is to go wrong.
     resumed.sort(key=lambda trial: (-(trial.last_step or 0), trial.number))
@@ -252,7 +252,15 @@ def train_again(tuned: TunedStudy, folder: Path, most: int) -> dict[str, Any]:
     for trial in resumed[:most]:
         config = record.spec.space.resolve(trial.params)
         curve = curve_of(trial)
-        again = train(config, seed=record.spec.seed, trial=trial.number, rungs=())
+        job = TrainingJob(
+            config=config,
+            trial=trial.number,
+            seed=record.spec.seed,
+            precision=tuned.precision_of(config),
+            rungs=(),
+            settings=record.spec.training,
+        )
+        again = train(job)
         for before, now in zip(curve, again, strict=False):
             epochs += 1
             if without_time(before) != without_time(now):

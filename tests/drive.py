@@ -96,17 +96,17 @@ class HeldRun(FakeRun):
         tuner.cluster.attempt._CHECKPOINT_SECONDS = plan.checkpoint_seconds
 
     def _hold(self, phase: Phase) -> bool:
-        return self._plan.hold(self._task.trial, phase, os.getpid())
+        return self._plan.hold(self._job.trial, phase, os.getpid())
 
     def epochs(self) -> Iterator[EpochResult]:
         if self._hold("before the first report"):
-            self._plan.wait(self._task.trial)
+            self._plan.wait(self._job.trial)
         for result in super().epochs():
             if self._sending:  # a test that is slow must still find this worker on this trial
                 self._sending = False
-                self._plan.wait(self._task.trial)
+                self._plan.wait(self._job.trial)
             if result.epoch == 6 and self._hold("between reports"):
-                self._plan.wait(self._task.trial)
+                self._plan.wait(self._job.trial)
             yield result
 
     def checkpoint(self) -> bytes:

@@ -9,9 +9,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
@@ -25,7 +26,7 @@ from tuner.spec.architecture import ModelConfig
 from tuner.spec.reader import spec_from_document
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import Storage
-from tuner.train import EpochResult, Train
+from tuner.train import EpochResult, Train, TrainingJob
 
 IDENTITY = DataIdentity(
     source="synthetic",
@@ -119,11 +120,23 @@ def epoch_result(loss: float, epoch: int) -> EpochResult:
     )
 
 
-def fake_train(
-    config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int], epochs: int = 9
-) -> Generator[EpochResult, None, None]:
+def small_job(spec: StudySpec | None = None, **changes: Any) -> TrainingJob:
+    """Trial 0 of a small study, with other fields where they are given."""
+    spec = spec or small_spec()
+    job = TrainingJob(
+        config=spec.space.resolve({"blocks": 1, "learning_rate": 1e-3}),
+        trial=0,
+        seed=spec.seed,
+        precision="float32",
+        rungs=spec.rungs,
+        settings=spec.training,
+    )
+    return replace(job, **changes)
+
+
+def fake_train(job: TrainingJob, *, epochs: int = 9) -> Generator[EpochResult, None, None]:
     for epoch in range(1, epochs + 1):
-        yield epoch_result(loss_of(config, trial, epoch), epoch)
+        yield epoch_result(loss_of(job.config, job.trial, epoch), epoch)
 
 
 class FakeWorkers:
@@ -147,14 +160,12 @@ class FakeWorkers:
     def pause(self) -> None:
         self.pausing.set()
 
-    def train(
-        self, config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
-    ) -> Generator[EpochResult, None, None]:
+    def train(self, job: TrainingJob) -> Generator[EpochResult, None, None]:
         with self._lock:
             self._now += 1
             self.most_at_once = max(self.most_at_once, self._now)
         try:
-            for result in self._train(config, seed=seed, trial=trial, rungs=rungs):
+            for result in self._train(job):
                 if self.pausing.is_set():
                     raise TrainingPausedError
                 yield result
@@ -192,15 +203,15 @@ class FakeRun:
     """
 
     def __init__(self, task: TrainingTask) -> None:
-        self._task = task
+        self._job = task.job
         self.history: list[EpochResult] = []
         if task.checkpoint is not None:
             self.history = [EpochResult(**row) for row in json.loads(task.checkpoint)]
 
     def epochs(self) -> Iterator[EpochResult]:
-        for epoch in range(len(self.history) + 1, self._task.training.max_epochs + 1):
-            time.sleep(self._task.seed / 1000)
-            result = epoch_result(loss_of(self._task.config, self._task.trial, epoch), epoch)
+        for epoch in range(len(self.history) + 1, self._job.settings.max_epochs + 1):
+            time.sleep(self._job.seed / 1000)
+            result = epoch_result(loss_of(self._job.config, self._job.trial, epoch), epoch)
             # Which process trained the epoch: a field that no decision looks at.
             result = replace(result, seconds=float(os.getpid()))
             self.history.append(result)

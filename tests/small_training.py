@@ -10,7 +10,8 @@ import numpy as np
 from tuner.data.development import DevelopmentData
 from tuner.network.training import TensorData, TrainingRun
 from tuner.spec.architecture import BlockConfig, DenseConfig, ModelConfig
-from tuner.train import EpochResult
+from tuner.spec.spec import TrainingSettings
+from tuner.train import EpochResult, TrainingJob
 
 MAX_LENGTH = 24
 
@@ -79,16 +80,23 @@ def development_data() -> DevelopmentData:
 DATA = development_data()
 
 
-def training_run(tensors: TensorData, config: ModelConfig = CONFIG, **changes: Any) -> TrainingRun:
-    settings: dict[str, Any] = {
-        "seed": 3,
-        "trial": 7,
-        "max_epochs": 4,
-        "patience": None,
-        "precision": "float32",
-        "max_trial_seconds": 600.0,
-    }
-    return TrainingRun(tensors, config, **(settings | changes))
+def training_run(
+    tensors: TensorData,
+    config: ModelConfig = CONFIG,
+    *,
+    max_epochs: int = 4,
+    patience: int | None = None,
+    max_trial_seconds: float = 600.0,
+    checkpoint: bytes | None = None,
+    **changes: Any,
+) -> TrainingRun:
+    settings = TrainingSettings(
+        max_epochs=max_epochs, patience=patience, max_trial_seconds=max_trial_seconds
+    )
+    job = TrainingJob(
+        config=config, trial=7, seed=3, precision="float32", rungs=(), settings=settings
+    )
+    return TrainingRun(tensors, dataclasses.replace(job, **changes), checkpoint=checkpoint)
 
 
 def curve(results: list[EpochResult]) -> list[EpochResult]:

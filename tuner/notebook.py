@@ -52,9 +52,7 @@ def local_objective(spec: StudySpec, *, artifacts: str | Path = DEFAULT_ROOT) ->
     prepared = prepare(
         spec.data, folder=spec.folder, artifacts=Path(artifacts), sha256=spec.data_sha256
     )
-    return Objective(
-        spec, LocalTraining(load_development(prepared.development_file), spec.training)
-    )
+    return Objective(spec, LocalTraining(load_development(prepared.development_file)))
 
 
 def new_study(spec: StudySpec) -> optuna.Study:

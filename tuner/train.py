@@ -1,4 +1,4 @@
-"""The learning curve of a trial, and the one signature of everything that trains."""
+"""What a training is asked for and what it yields: the one signature of everything that trains."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from tuner.spec.architecture import ModelConfig
+from tuner.spec.precision import Precision
+from tuner.spec.spec import TrainingSettings
 
 #: Attributes of a trial: numbers that the dashboard sorts and draws by, and exports list.
 PARAMETERS_KEY = "parameters"  # of the network
@@ -17,6 +19,23 @@ ACCURACY_KEY = "validation_accuracy"  # of the best epoch, 0..1
 ROC_AUC_KEY = "validation_roc_auc"  # of the best epoch, 0..1
 EPOCHS_KEY = "epochs"  # trained
 SECONDS_KEY = "training_seconds"  # of all epochs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingJob:
+    """One training: the same job on the same data gives the same curve, wherever it runs."""
+
+    config: ModelConfig  #: what to train
+    trial: int  #: the trial's number in its study
+    seed: int  #: the study's; weights, shuffling and dropout derive from it and from `seeded_as`
+    precision: Precision  #: of the computation; weights, losses and the output are float32
+    rungs: tuple[int, ...]  #: epochs after which it may be stopped; a remote training waits there
+    settings: TrainingSettings  #: epochs, patience and time limit of each trial of its study
+
+    @property
+    def seeded_as(self) -> int:
+        """The trial number that weights, shuffling and dropout derive from."""
+        return self.settings.seeded_as(self.trial)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,18 +122,10 @@ def figures_of(curve: Sequence[EpochResult]) -> dict[str, float]:
 
 
 class Train(Protocol):
-    """Trains one configuration: here (`tuner.network`) or on a worker (`tuner.cluster`)."""
+    """Trains a job: here (`tuner.network`) or on a worker (`tuner.cluster`)."""
 
-    def __call__(
-        self, config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
-    ) -> Generator[EpochResult, None, None]:
+    def __call__(self, job: TrainingJob) -> Generator[EpochResult, None, None]:
         """Yields each epoch as it completes; closing the iterator stops the training.
-
-        Args:
-            config: What to train.
-            seed: The study's seed; weights, shuffling and dropout derive from it and `trial`.
-            trial: The trial's number.
-            rungs: Epochs after which the caller may stop; a remote training waits there.
 
         Raises:
             TrialEndedError: The trial cannot go on (diverged, out of memory, over time).

@@ -30,6 +30,7 @@ from fakes import (
     epoch_result,
     loss_of,
     make_study,
+    small_job,
     small_spec,
 )
 from optuna.trial import TrialState
@@ -117,22 +118,20 @@ def test_budgets_are_exact_with_any_number_of_worker_processes(
 
 def test_a_pruned_training_stops_on_its_worker(tmp_path: Path, local: Connection) -> None:
     tuned = make_study(tmp_path, small_spec(seed=20))
-    config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
     with cluster_of(local, tuned) as cluster:
-        epochs = cluster.train(config, seed=20, trial=0, rungs=(1, 3))
+        epochs = cluster.train(small_job(tuned.record.spec, rungs=(1, 3)))
         assert next(epochs).epoch == 1
         # The verdict of epoch 1 is awaited: nothing is trained ahead of it.
         time.sleep(0.3)
         epochs.close()
-        again = cluster.train(config, seed=20, trial=0, rungs=(1, 3))
+        again = cluster.train(small_job(tuned.record.spec, rungs=(1, 3)))
         assert [epoch.epoch for epoch in again] == list(range(1, 10))
 
 
 def test_a_worker_waits_at_a_rung_for_the_verdict(tmp_path: Path, local: Connection) -> None:
     tuned = make_study(tmp_path, small_spec(seed=1))
-    config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
     with cluster_of(local, tuned) as cluster:
-        epochs = cluster.train(config, seed=1, trial=0, rungs=(3,))
+        epochs = cluster.train(small_job(tuned.record.spec, rungs=(3,)))
         assert next(epochs).epoch == 1
         (attempt,) = cluster._attempts.values()
         time.sleep(0.5)  # a hundred epochs' time
@@ -198,7 +197,7 @@ def test_how_a_trial_ended_on_its_worker_reaches_the_study(
 
 class QuickRun(FakeRun):
     def __init__(self, task) -> None:
-        super().__init__(replace(task, seed=0))
+        super().__init__(replace(task, job=replace(task.job, seed=0)))
 
 
 def test_a_paused_study_resumes_from_its_checkpoints(tmp_path: Path, local: Connection) -> None:
@@ -345,7 +344,7 @@ def test_a_checkpoint_that_cannot_be_opened_is_waited_for_and_stays(
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with cluster_of(local, tuned) as cluster:
-        epochs = cluster.train(config, seed=0, trial=0, rungs=())
+        epochs = cluster.train(small_job(tuned.record.spec, rungs=()))
         trained_by = [int(epoch.seconds) for epoch in epochs]
     assert len(refused) == 3
     assert trained_by[:3] == [0, 0, 0]  # those of the checkpoint
@@ -480,9 +479,8 @@ def test_a_training_that_dask_started_again_by_itself_is_given_up(
     tmp_path: Path, local: Connection
 ) -> None:
     tuned = make_study(tmp_path, small_spec(seed=100))
-    config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
     with cluster_of(local, tuned) as cluster:
-        epochs = cluster.train(config, seed=100, trial=0, rungs=(9,))
+        epochs = cluster.train(small_job(tuned.record.spec, rungs=(9,)))
         next(epochs)
         (attempt,) = cluster._attempts
         cluster._hear((0.0, to_wire(Started(attempt=attempt))))
@@ -493,13 +491,12 @@ def test_a_training_that_dask_started_again_by_itself_is_given_up(
 
 def test_an_attempt_that_was_given_up_is_not_believed(tmp_path: Path, local: Connection) -> None:
     tuned = make_study(tmp_path, small_spec(seed=20))
-    config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
     with cluster_of(local, tuned) as cluster:
-        epochs = cluster.train(config, seed=20, trial=0, rungs=(1,))
+        epochs = cluster.train(small_job(tuned.record.spec, rungs=(1,)))
         next(epochs)
         (old,) = cluster._attempts
         epochs.close()
-        again = cluster.train(config, seed=20, trial=0, rungs=(1,))
+        again = cluster.train(small_job(tuned.record.spec, rungs=(1,)))
         next(again)
         left = Left(attempt=old, reason="asked", checkpoint=b"of the old one")
         cluster._hear((0.0, to_wire(left)))

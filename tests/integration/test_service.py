@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from tuner.search.study import create_or_resume, delete, load
 from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.storage.lease import LeaseHolder
 from tuner.storage.storage import Storage
+from tuner.train import TrainingJob
 
 ROWS = b"the development rows"
 _EPOCHS = 3
@@ -300,15 +301,13 @@ class Shop:
         if tuned.name in self.fail:
             raise self.fail[tuned.name]()
 
-        def train(config, *, seed: int, trial: int, rungs: Sequence[int]):
+        def train(job: TrainingJob):
             with self._lock:
                 self.at_once += 1
                 self.most_at_once = max(self.most_at_once, self.at_once)
                 self.order.append(tuned.name)
             try:
-                for result in fake_train(
-                    config, seed=seed, trial=trial, rungs=rungs, epochs=_EPOCHS
-                ):
+                for result in fake_train(job, epochs=_EPOCHS):
                     time.sleep(self.pace)
                     yield result
             finally:
@@ -493,7 +492,7 @@ def test_a_deleted_study_leaves_the_queue_and_the_service_in_peace(shop: Shop) -
 
 
 def failing(trials: int) -> Callable[..., Iterator[object]]:
-    def train(config, *, seed, trial, rungs):
+    def train(job):
         raise RuntimeError("no space left on device")
         yield
 

@@ -40,7 +40,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from distributed.core import Server
 from distributed.utils import get_ip
-from fakes import FakeRun, Notes, assert_whole, make_study, small_spec
+from fakes import FakeRun, Notes, assert_whole, make_study, small_job, small_spec
 from ports import free_port
 from waiting import wait_until
 
@@ -407,19 +407,18 @@ def test_workers_join_die_and_fetch_data_over_an_external_scheduler(
 COORDINATOR = """
 import sys
 from pathlib import Path
-from fakes import FakeRun, make_study, small_spec
+from fakes import FakeRun, make_study, small_job, small_spec
 from tuner.cluster.connection import remote_connection
 from tuner.cluster.trainings import Cluster
 from tuner.coordination.study_trainings import StudyTrainings
 
 folder = Path(sys.argv[1])
 tuned = make_study(folder, small_spec(seed=10))
-config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
 with remote_connection(sys.argv[2], say=print) as connection:
     trained = StudyTrainings(tuned)
     cluster = Cluster(connection, trained, development_file=folder, threads=1, open_run=FakeRun)
     with cluster:
-        epochs = cluster.train(config, seed=10, trial=0, rungs=(1,))
+        epochs = cluster.train(small_job(tuned.record.spec, rungs=(1,)))
         next(epochs)
         print("waits at the rung", file=sys.stderr, flush=True)
         sys.stdin.read()
@@ -436,7 +435,6 @@ def test_a_worker_whose_coordinator_was_killed_is_free_within_seconds(
             coordinator.process.kill()
             coordinator.process.wait()
         tuned = make_study(tmp_path / "b", small_spec(seed=10))
-        config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
         with Cluster(
             connection,
             StudyTrainings(tuned),
@@ -445,7 +443,7 @@ def test_a_worker_whose_coordinator_was_killed_is_free_within_seconds(
             open_run=FakeRun,
         ) as cluster:
             started = time.monotonic()
-            assert next(cluster.train(config, seed=10, trial=0, rungs=(1,))).epoch == 1
+            assert next(cluster.train(small_job(tuned.record.spec, rungs=(1,)))).epoch == 1
             assert time.monotonic() - started < 10  # seconds; silence alone would take sixty
         tuned.storage.close()
 

@@ -109,7 +109,7 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
                     ending="paused", curve=tuple(curve), checkpoint=in_flight.snapshot
                 )
             # A rung's verdict is in: who was pruned sends none.
-            due = len(curve) in task.rungs or pause.is_due()
+            due = len(curve) in task.job.rungs or pause.is_due()
             if due and in_flight.snapshot is not None:
                 say(CheckpointSaved(attempt=task.attempt, content=in_flight.snapshot))
                 pause.begin_pause()
@@ -219,18 +219,7 @@ def open_training_run(task: TrainingTask) -> Run:
     except ImportError as error:  # half an installation
         raise SetupError(f"{error}. Install the package again with its extra.") from error
 
-    settings = task.training
-    return TrainingRun(
-        _development_data(task),
-        task.config,
-        seed=task.seed,
-        trial=task.trial,
-        max_epochs=settings.max_epochs,
-        patience=settings.patience,
-        precision=task.precision,
-        max_trial_seconds=settings.max_trial_seconds,
-        checkpoint=task.checkpoint,
-    )
+    return TrainingRun(_development_data(task), task.job, checkpoint=task.checkpoint)
 
 
 _DATA: dict[str, Any] = {}

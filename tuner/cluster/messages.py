@@ -15,10 +15,7 @@ from typing import Any, Literal
 from tuner.errors import (
     EndReason,
 )
-from tuner.spec.architecture import ModelConfig
-from tuner.spec.precision import Precision
-from tuner.spec.spec import TrainingSettings
-from tuner.train import EpochResult
+from tuner.train import EpochResult, TrainingJob
 
 # --- the task ---
 
@@ -30,16 +27,11 @@ class TrainingTask:
     attempt: str  #: unique, and the key of the Dask task; no other attempt's messages are believed
     events: str  #: topic on which the worker speaks
     orders: str  #: topic on which it listens
-    config: ModelConfig
-    seed: int
-    trial: int
-    rungs: tuple[int, ...]
-    training: TrainingSettings
-    precision: Precision
-    threads: int
-    development_file: str
-    development_sha256: str
-    checkpoint: bytes | None
+    job: TrainingJob
+    threads: int  #: of the training, unless the worker has its own number
+    development_file: str  #: where the coordinator has its rows; the worker may not see that
+    development_sha256: str  #: of that file's bytes
+    checkpoint: bytes | None  #: npz; None: from epoch 1
     train_until: int  #: the epoch after which the first verdict is awaited
 
 

@@ -11,7 +11,7 @@ import errno
 import queue
 import threading
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -55,10 +55,7 @@ from tuner.errors import (
 )
 from tuner.every import Every
 from tuner.logs import about
-from tuner.spec.architecture import ModelConfig
-from tuner.spec.precision import Precision
-from tuner.spec.spec import TrainingSettings
-from tuner.train import EpochResult
+from tuner.train import EpochResult, TrainingJob
 
 _PULSE_SECONDS = 2.0  #: between two full sets of orders
 _DISK_PAUSE_SECONDS = 5.0  #: between two attempts to read or write what the system refused
@@ -73,9 +70,6 @@ class TrainedStudy(Protocol):
     def name(self) -> str: ...
 
     @property
-    def training(self) -> TrainingSettings: ...
-
-    @property
     def development_sha256(self) -> str:
         """Of the development file."""
         ...
@@ -83,10 +77,6 @@ class TrainedStudy(Protocol):
     @property
     def artifacts(self) -> StudyArtifacts:
         """Where checkpoints and weights are kept."""
-        ...
-
-    def precision_of(self, config: ModelConfig) -> Precision:
-        """In which precision a configuration is trained."""
         ...
 
     def renews_lease(self) -> bool:
@@ -168,9 +158,7 @@ class Cluster:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def train(
-        self, config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
-    ) -> Generator[EpochResult, None, None]:
+    def train(self, job: TrainingJob) -> Generator[EpochResult, None, None]:
         """Trains on a worker, from the trial's checkpoint where there is one.
 
         At a rung the worker waits until the next epoch is asked for; between rungs it runs
@@ -183,14 +171,14 @@ class Cluster:
             WorkerLeftError: The same, but no fault of the trial's.
             ClusterError: No worker is left, and none will come.
         """
-        max_epochs = self._study.training.max_epochs
+        trial = job.trial
         # Epochs at which a worker waits to be told more; nobody waits after the last one.
-        stations = (*sorted(rungs), max_epochs + 1)
+        stations = (*sorted(job.rungs), job.settings.max_epochs + 1)
         attempt = _Attempt(train_until=stations[0])
         future: Future[Any] | None = None
         seen = 0
         try:
-            future = self._submit(attempt, config, seed, trial, tuple(rungs))
+            future = self._submit(attempt, job)
             for message in self._messages(attempt, future):
                 if isinstance(message, CheckpointSaved):
                     self._keep_checkpoint(trial, message.content)
@@ -221,28 +209,16 @@ class Cluster:
                 with contextlib.suppress(Exception):  # its client may be closed
                     future.release()
 
-    def _submit(
-        self,
-        attempt: _Attempt,
-        config: ModelConfig,
-        seed: int,
-        trial: int,
-        rungs: tuple[int, ...],
-    ) -> Future[Any]:
+    def _submit(self, attempt: _Attempt, job: TrainingJob) -> Future[Any]:
         task = TrainingTask(
             attempt=attempt.name,
             events=self._events,
             orders=self._orders_topic,
-            config=config,
-            seed=seed,
-            trial=self._study.training.seeded_as(trial),
-            rungs=rungs,
-            training=self._study.training,
-            precision=self._study.precision_of(config),
+            job=job,
             threads=self._threads,
             development_file=str(self._development_file.absolute()),
             development_sha256=self._study.development_sha256,
-            checkpoint=self._read_checkpoint(trial),
+            checkpoint=self._read_checkpoint(job.trial),
             train_until=attempt.train_until,
         )
         while not self._connection.wait_until_up(0.5):

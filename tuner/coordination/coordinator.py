@@ -37,10 +37,9 @@ from tuner.search.status import State
 from tuner.search.stop_rule import StopRule
 from tuner.search.study import refuse_a_reported_study, take_settings
 from tuner.search.tuned_study import FINISHED, TunedStudy
-from tuner.spec.architecture import ModelConfig
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import COORDINATOR_KEY, Decision
-from tuner.train import EpochResult, Train
+from tuner.train import EpochResult, Train, TrainingJob
 
 KEPT_WEIGHTS = 10  #: the best trials whose weights are kept
 _TURN_SECONDS = 1.0  #: the longest that a turn of the loop waits for something to happen
@@ -56,7 +55,7 @@ class Workers(Protocol):
 
     @property
     def train(self) -> Train:
-        """Trains one configuration; may raise WorkerLostError or TrainingPausedError."""
+        """Trains a job; may raise WorkerLostError or TrainingPausedError."""
         ...
 
     def slots(self) -> int:
@@ -96,7 +95,9 @@ class Coordinator:
         self._tuned = tuned
         self._workers = workers
         self._watcher = watcher
-        self._objective = Objective(tuned.record.spec, self._watched_train)
+        self._objective = Objective(
+            tuned.record.spec, self._watched_train, precision_of=tuned.precision_of
+        )
         self._deciding = threading.RLock()  # its holder may wait for the database
         self._counting = threading.Lock()  # of the two below; `run` takes this one alone
         self._changed = threading.Event()  # a trial ended, or somebody asked to stop
@@ -419,13 +420,12 @@ class Coordinator:
     def _count_resumption(self, trial: optuna.Trial) -> None:
         trial.set_user_attr(RESUMED_KEY, int(trial.user_attrs.get(RESUMED_KEY, 0)) + 1)
 
-    def _watched_train(
-        self, config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
-    ) -> Generator[EpochResult, None, None]:
+    def _watched_train(self, job: TrainingJob) -> Generator[EpochResult, None, None]:
+        trial = job.trial
         if trial not in self._pages:
-            self._pages[trial] = TrialPage(self._tuned, self._claimed[trial], config)
+            self._pages[trial] = TrialPage(self._tuned, self._claimed[trial], job.config)
             self._pages[trial].begin()
-        epochs = self._workers.train(config, seed=seed, trial=trial, rungs=rungs)
+        epochs = self._workers.train(job)
         with contextlib.closing(epochs):
             for result in epochs:
                 self._running[trial] = max(self._running[trial], result.epoch)

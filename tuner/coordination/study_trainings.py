@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from tuner.artifacts import StudyArtifacts
 from tuner.search.attributes import RESUMED_FROM_KEY, RESUMED_KEY, WORKER_KEY
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.architecture import ModelConfig
-from tuner.spec.precision import Precision
-from tuner.spec.spec import TrainingSettings
 
 
 @dataclass(frozen=True, slots=True)
 class StudyTrainings:
-    """The study's name, settings and files; and who trains which trial is noted with it."""
+    """The study's name and files; and who trains which trial is noted with it."""
 
     tuned: TunedStudy
 
@@ -23,19 +20,12 @@ class StudyTrainings:
         return self.tuned.name
 
     @property
-    def training(self) -> TrainingSettings:
-        return self.tuned.record.spec.training
-
-    @property
     def development_sha256(self) -> str:
         return self.tuned.record.development_sha256
 
     @property
     def artifacts(self) -> StudyArtifacts:
         return self.tuned.artifacts
-
-    def precision_of(self, config: ModelConfig) -> Precision:
-        return self.tuned.precision_of(config)
 
     def renews_lease(self) -> bool:
         return self.tuned.storage.renews_lease()

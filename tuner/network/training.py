@@ -33,9 +33,7 @@ from tuner.network.model import (
     tf,
 )
 from tuner.spec.architecture import ModelConfig
-from tuner.spec.precision import Precision
-from tuner.spec.spec import TrainingSettings
-from tuner.train import EpochResult
+from tuner.train import EpochResult, TrainingJob
 
 STEPS_A_CALL = 64  # between two looks at the clock; in between, no Python runs
 VALIDATION_BATCH = 512  # sequences; large enough for the kernels, small enough for the cache
@@ -68,38 +66,22 @@ class TensorData:
 class TrainingRun:
     """One trial's training, which can be put down after any epoch and taken up elsewhere.
 
-    The same configuration, seed, trial, precision, thread count and machine give the same curve
-    bit for bit, whether or not a checkpoint lies in between: initial weights follow from
-    (seed, trial), shuffling from (seed, trial, epoch), each dropout from (seed, trial, epoch,
-    number of the dropout layer).
+    The same job, thread count and machine give the same curve bit for bit, whether or not a
+    checkpoint lies in between: initial weights follow from (seed, trial), shuffling from (seed,
+    trial, epoch), each dropout from (seed, trial, epoch, number of the dropout layer); the trial
+    is `TrainingJob.seeded_as`.
     """
 
     history: list[EpochResult]  #: all epochs so far, those before the checkpoint included
 
     def __init__(
-        self,
-        data: TensorData,
-        config: ModelConfig,
-        *,
-        seed: int,
-        trial: int,
-        max_epochs: int,
-        patience: int | None,
-        precision: Precision,
-        max_trial_seconds: float,
-        checkpoint: bytes | None = None,
+        self, data: TensorData, job: TrainingJob, *, checkpoint: bytes | None = None
     ) -> None:
         """Builds the network; takes up `checkpoint`, one of the same run, where there is one.
 
         Args:
             data: What to train and validate on.
-            config: What to train.
-            seed: The study's seed.
-            trial: The trial's number.
-            max_epochs: Epochs after which the training is finished.
-            patience: Epochs without a better validation loss after which it is; None: no limit.
-            precision: Of the computation; weights, losses and the output are float32.
-            max_trial_seconds: Training time over all parts of the run, before it is given up.
+            job: What to train, and how; the caller stops it at rungs.
             checkpoint: What `checkpoint` returned.
 
         Raises:
@@ -109,26 +91,22 @@ class TrainingRun:
         """
         self._data = data
         self._validation_labels = data.validation_labels.numpy().astype(np.uint8)  # [m]
-        self._config = config
-        self._seed = seed
-        self._trial = trial
-        self._max_epochs = max_epochs
-        self._patience = patience
-        self._precision = precision
-        self._max_trial_seconds = max_trial_seconds
+        self._job = job
+        self._config = job.config
+        self._seeds = (job.seed, job.seeded_as)
         # What the trial before leaves: its graphs are cycles, 10 MB if they are not collected, and
         # TensorFlow caches 36 kB for each of Keras' variables.
         keras.utils.clear_session(free_memory=True)
         with _out_of_memory_ends_the_trial("building the network"):
             self._model = build_model(
-                config,
+                job.config,
                 data.max_length,
-                seed=_derived_seed(seed, trial),
-                precision=precision,
+                seed=_derived_seed(*self._seeds),
+                precision=job.precision,
                 fast=True,
             )
             self._logits = logit_model(self._model)
-            self._optimizer = _Optimizer(config, self._model.trainable_variables)
+            self._optimizer = _Optimizer(job.config, self._model.trainable_variables)
         self.history = []
         self._best_weights = named_weights(self._model)
         if checkpoint is not None:
@@ -140,8 +118,9 @@ class TrainingRun:
         """No epoch is left: `max_epochs` is reached, or patience ran out."""
         epochs = len(self.history)
         waited = epochs - self._best_epoch
-        return epochs >= self._max_epochs or (
-            self._patience is not None and waited >= self._patience
+        settings = self._job.settings
+        return epochs >= settings.max_epochs or (
+            settings.patience is not None and waited >= settings.patience
         )
 
     def epochs(self) -> Iterator[EpochResult]:
@@ -197,13 +176,15 @@ class TrainingRun:
         )
 
     def _deadline(self, now: float) -> float:
-        return now + self._max_trial_seconds - sum(past.seconds for past in self.history)
+        return (
+            now + self._job.settings.max_trial_seconds - sum(past.seconds for past in self.history)
+        )
 
     def _train_epoch(self, epoch: int, deadline: float) -> tuple[float, float]:
         """One pass over the training rows, newly shuffled; mean loss and accuracy."""
         self._seed_dropout(epoch)
         rows = self._data.training_rows
-        shuffled = np.random.default_rng([self._seed, self._trial, epoch]).permutation(rows)
+        shuffled = np.random.default_rng([*self._seeds, epoch]).permutation(rows)
         loss_sum = right = 0.0
         rows_a_call = STEPS_A_CALL * self._config.batch_size
         for start in range(0, rows, rows_a_call):
@@ -211,7 +192,7 @@ class TrainingRun:
                 raise TrialEndedError(
                     "over_time",
                     f"epoch {epoch}, {start} of {rows} rows trained when "
-                    f"max_trial_seconds = {self._max_trial_seconds:g} were over",
+                    f"max_trial_seconds = {self._job.settings.max_trial_seconds:g} were over",
                 )
             part = tf.constant(shuffled[start : start + rows_a_call], tf.int32)
             part_loss_sum, part_right, objective = self._train_rows(part)
@@ -301,7 +282,7 @@ class TrainingRun:
             layer for layer in self._model.layers if isinstance(layer, keras.layers.Dropout)
         ]
         for number, dropout in enumerate(dropouts, start=1):
-            seed = _derived_seed(self._seed, self._trial, epoch, number)
+            seed = _derived_seed(*self._seeds, epoch, number)
             dropout.seed_generator.state.assign([seed, 0])
 
     # Best epoch, weights and checkpoints.
@@ -321,10 +302,10 @@ class TrainingRun:
         """What a checkpoint must share with the run that takes it up."""
         return json.dumps(
             {
-                "config": asdict(self._config),
-                "seed": self._seed,
-                "trial": self._trial,
-                "precision": self._precision,
+                "config": asdict(self._job.config),
+                "seed": self._job.seed,
+                "trial": self._job.seeded_as,
+                "precision": self._job.precision,
                 "shape": self._data.training_tokens.shape.as_list(),
             }
         )
@@ -362,25 +343,12 @@ def _is_the_same_run(saved: Any, own: Any) -> bool:
 class LocalTraining:
     """`Train` in this process."""
 
-    def __init__(self, data: DevelopmentData, training: TrainingSettings) -> None:
+    def __init__(self, data: DevelopmentData) -> None:
         self._data = TensorData(data)
-        self._training = training
 
-    def __call__(
-        self, config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
-    ) -> Generator[EpochResult, None, None]:
-        """See `tuner.train.Train`. Nothing runs ahead of the caller, so `rungs` do not matter."""
-        run = TrainingRun(
-            self._data,
-            config,
-            seed=seed,
-            trial=self._training.seeded_as(trial),
-            max_epochs=self._training.max_epochs,
-            patience=self._training.patience,
-            precision=self._training.precision_alone(),
-            max_trial_seconds=self._training.max_trial_seconds,
-        )
-        yield from run.epochs()
+    def __call__(self, job: TrainingJob) -> Generator[EpochResult, None, None]:
+        """See `tuner.train.Train`. Nothing runs ahead of the caller, so rungs do not matter."""
+        yield from TrainingRun(self._data, job).epochs()
 
 
 def configure_tensorflow(threads: int) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import optuna
 
 from tuner.errors import TrialEndedError
 from tuner.search.attributes import CURVE_KEY, DETAIL_KEY, ENDED_KEY
-from tuner.spec.architecture import parameter_count
+from tuner.spec.architecture import ModelConfig, parameter_count
+from tuner.spec.precision import Precision
 from tuner.spec.spec import StudySpec
 from tuner.train import (
     PARAMETERS_KEY,
     EpochResult,
     Train,
+    TrainingJob,
     curve_document,
     figures_of,
 )
@@ -26,9 +29,23 @@ class Objective:
     so far, and the pruner is asked at rungs only.
     """
 
-    def __init__(self, spec: StudySpec, train: Train) -> None:
+    def __init__(
+        self,
+        spec: StudySpec,
+        train: Train,
+        *,
+        precision_of: Callable[[ModelConfig], Precision] | None = None,
+    ) -> None:
+        """Makes the objective of a study.
+
+        Args:
+            spec: The study file.
+            train: Trains a configuration.
+            precision_of: In which precision; if left out, the study file's, and float32 for "auto".
+        """
         self._spec = spec
         self._train = train
+        self._precision_of = precision_of or (lambda _: spec.training.precision_alone())
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Runs the trial; one that was running before goes on where it was.
@@ -44,7 +61,15 @@ class Objective:
         reported = reported_epochs(trial)
         best = float("inf")
         curve: list[EpochResult] = []
-        epochs = self._train(config, seed=spec.seed, trial=trial.number, rungs=spec.rungs)
+        job = TrainingJob(
+            config=config,
+            trial=trial.number,
+            seed=spec.seed,
+            precision=self._precision_of(config),
+            rungs=spec.rungs,
+            settings=spec.training,
+        )
+        epochs = self._train(job)
         try:
             with contextlib.closing(epochs):  # a pruned trial's worker stops
                 for epoch in epochs:

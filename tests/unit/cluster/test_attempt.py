@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes import small_spec
+from fakes import small_job
 from folders import ROOT
 
 from tuner.cluster.attempt import open_from_checkpoint
@@ -23,17 +23,11 @@ from tuner.errors import SetupError, TrialEndedError
 
 
 def task_of(checkpoint: bytes | None = None) -> TrainingTask:
-    spec = small_spec()
     return TrainingTask(
         attempt="a",
         events="events",
         orders="orders",
-        config=spec.space.resolve({"blocks": 1, "learning_rate": 1e-3}),
-        seed=1,
-        trial=0,
-        rungs=(),
-        training=spec.training,
-        precision="float32",
+        job=small_job(seed=1, rungs=()),
         threads=1,
         development_file="none",
         development_sha256="c" * 64,
@@ -59,17 +53,7 @@ def opened():
     )
 
     def open_run(task: TrainingTask) -> TrainingRun:
-        return TrainingRun(
-            data,
-            task.config,
-            seed=task.seed,
-            trial=task.trial,
-            max_epochs=task.training.max_epochs,
-            patience=None,
-            precision=task.precision,
-            max_trial_seconds=60.0,
-            checkpoint=task.checkpoint,
-        )
+        return TrainingRun(data, task.job, checkpoint=task.checkpoint)
 
     return open_run
 
@@ -109,7 +93,8 @@ def test_a_checkpoint_that_cannot_be_read_is_told_and_the_trial_begins_anew(
 
 
 def test_a_checkpoint_of_another_run_is_told_and_the_trial_begins_anew(opened, good: bytes) -> None:
-    run, unusable = open_from_checkpoint(replace(task_of(good), trial=1), opened)
+    task = replace(task_of(good), job=small_job(seed=1, rungs=(), trial=1))
+    run, unusable = open_from_checkpoint(task, opened)
     assert unusable is not None
     assert "the checkpoint is of another run" in unusable
     assert run.history == []

@@ -138,10 +138,10 @@ def test_running_trials_of_somebody_else_are_left_alone(study: Make) -> None:
 def test_a_lost_worker_costs_the_trial_nothing(study: Make) -> None:
     deaths = iter([True, True, False])
 
-    def train(config, *, seed, trial, rungs):
-        for result in fake_train(config, seed=seed, trial=trial, rungs=rungs):
+    def train(job):
+        for result in fake_train(job):
             yield result
-            if trial == 0 and result.epoch == 2 and next(deaths, False):
+            if job.trial == 0 and result.epoch == 2 and next(deaths, False):
                 raise WorkerLostError("its worker died")
 
     tuned = study(trials=2, hyperband=None)
@@ -161,11 +161,11 @@ def test_a_trial_that_kills_its_workers_ends_and_the_study_goes_on(
 ) -> None:
     attempts: list[int] = []
 
-    def train(config, *, seed, trial, rungs):
-        if trial == 0:
-            attempts.append(trial)
+    def train(job):
+        if job.trial == 0:
+            attempts.append(job.trial)
             raise error("its worker died")
-        yield from fake_train(config, seed=seed, trial=trial, rungs=rungs)
+        yield from fake_train(job)
 
     tuned = study(trials=3)
     Coordinator(tuned, FakeWorkers(1, train), Notes()).run()
@@ -181,11 +181,11 @@ def test_a_trial_whose_workers_left_it_is_never_given_up(study: Make) -> None:
     tuned = study(trials=2)
     left: list[int] = []
 
-    def leaving(config, *, seed, trial, rungs):
-        if trial == 1 and len(left) < 2 * POISON_LOSSES:
-            left.append(trial)
+    def leaving(job):
+        if job.trial == 1 and len(left) < 2 * POISON_LOSSES:
+            left.append(job.trial)
             raise WorkerLeftError("its worker left and gave it back")
-        yield from fake_train(config, seed=seed, trial=trial, rungs=rungs)
+        yield from fake_train(job)
 
     Coordinator(tuned, FakeWorkers(2, leaving), Notes()).run()
     assert len(left) == 2 * POISON_LOSSES
@@ -205,8 +205,8 @@ def test_a_study_waits_for_workers_that_join_later(study: Make) -> None:
 
 
 def test_failed_trials_do_not_count_and_ten_in_a_row_stop_the_study(study: Make) -> None:
-    def train(config, *, seed, trial, rungs):
-        if trial != 1:
+    def train(job):
+        if job.trial != 1:
             raise RuntimeError("no space left on device")
         yield epoch_result(0.6, 1)
 
@@ -243,7 +243,7 @@ def test_workers_that_a_stop_took_away_cost_their_trials_nothing(
     tuned = study(trials=2, hyperband=None)
     coordinator: list[Coordinator] = []
 
-    def train(config, *, seed, trial, rungs):
+    def train(job):
         yield epoch_result(0.7, 1)
         coordinator[0].stop("interrupted")
         raise error
@@ -288,7 +288,7 @@ class FastWorkers(FakeWorkers):
 
 
 def test_ten_failures_are_noticed_where_trials_end_as_fast_as_they_start(study: Make) -> None:
-    def train(config, *, seed, trial, rungs):
+    def train(job):
         raise RuntimeError("no GPU here")
         yield
 
@@ -378,9 +378,9 @@ def test_a_coordinator_that_was_frozen_as_a_trial_ended_removes_no_file(
 def test_only_the_best_weights_are_kept_and_no_checkpoint(study: Make) -> None:
     tuned = study(trials=KEPT_WEIGHTS + 5, hyperband=None)
 
-    def train(config, *, seed, trial, rungs):
-        yield from fake_train(config, seed=seed, trial=trial, rungs=rungs)
-        for path in (tuned.artifacts.weights(trial), tuned.artifacts.checkpoint(trial)):
+    def train(job):
+        yield from fake_train(job)
+        for path in (tuned.artifacts.weights(job.trial), tuned.artifacts.checkpoint(job.trial)):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"w")
 
@@ -470,12 +470,12 @@ def test_enqueued_trials_of_the_user_are_run(study: Make) -> None:
 # The stop rule.
 
 
-def falls_to_trial_10(config, *, seed, trial, rungs):
-    yield epoch_result(0.7 - 0.01 * min(trial, 10), 1)
+def falls_to_trial_10(job):
+    yield epoch_result(0.7 - 0.01 * min(job.trial, 10), 1)
 
 
-def creeps(config, *, seed, trial, rungs):
-    yield epoch_result(0.7 - 0.0001 * trial, 1)
+def creeps(job):
+    yield epoch_result(0.7 - 0.0001 * job.trial, 1)
 
 
 def stops(patience: int, min_delta: float = 0.0) -> dict[str, object]:
@@ -528,8 +528,8 @@ def test_the_stop_rule_counts_on_after_a_restart(study: Make) -> None:
 
 
 def test_pruned_trials_count_once_one_was_fully_trained(study: Make) -> None:
-    def only_trial_7_is_trained(config, *, seed, trial, rungs):
-        if trial != 7:
+    def only_trial_7_is_trained(job):
+        if job.trial != 7:
             raise TrialEndedError("diverged", "for the test")
         yield epoch_result(0.6, 1)
 

@@ -95,8 +95,8 @@ def test_a_pruned_trial_says_where_why_and_what_it_cost() -> None:
 def test_what_a_trial_reached_and_cost_are_numbers_in_attributes_csv_and_json(
     study: Make, tmp_path: Path
 ) -> None:
-    def train(config, *, seed, trial, rungs):
-        for result in fake_train(config, seed=seed, trial=trial, rungs=rungs):
+    def train(job):
+        for result in fake_train(job):
             yield replace(result, validation_roc_auc=0.5 + result.epoch / 100, seconds=2.0)
 
     tuned = study(trials=12)
@@ -186,8 +186,8 @@ def test_the_curve_of_a_trial_whose_worker_died_is_drawn_once_and_whole(study: M
     tuned = study(trials=1)
     deaths = [4]  # the epoch at which its worker dies, once
 
-    def train(config, *, seed, trial, rungs):
-        for result in fake_train(config, seed=seed, trial=trial, rungs=rungs):
+    def train(job):
+        for result in fake_train(job):
             if result.epoch in deaths:
                 deaths.clear()
                 raise WorkerLostError("its worker died")
@@ -334,7 +334,7 @@ def test_the_line_that_trains_a_trial_again_holds_no_password(study: Make, query
 
 
 def test_a_trial_that_ended_without_an_epoch_can_be_trained_again(study: Make) -> None:
-    def diverge(config, *, seed, trial, rungs):
+    def diverge(job):
         raise TrialEndedError("diverged", "epoch 1")
         yield
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from fakes import small_job
 from folders import ROOT, TESTS
 from small_training import (
     CONFIG,
@@ -31,7 +32,6 @@ from tuner.network.model import build_model, keras, load_weights, logit_model, t
 from tuner.network.predict import logits
 from tuner.network.training import LocalTraining, TensorData, TrainingRun
 from tuner.spec.architecture import ModelConfig
-from tuner.spec.spec import TrainingSettings
 from tuner.train import EpochResult
 
 
@@ -429,8 +429,7 @@ def test_an_epoch_ends_in_its_middle_when_the_time_is_over(
 
 
 def test_local_training_is_a_generator_of_epochs_that_can_be_closed() -> None:
-    train = LocalTraining(DATA, TrainingSettings(max_epochs=3))
-    epochs = train(PLAIN, seed=3, trial=7, rungs=(1,))
+    epochs = LocalTraining(DATA)(small_job(config=PLAIN))
     first = next(epochs)
     assert first.epoch == 1
     epochs.close()

@@ -14,8 +14,7 @@ from tuner.search.attributes import CURVE_KEY, ENDED_KEY, curve_of
 from tuner.search.hyperband import make_pruner
 from tuner.search.objective import Objective
 from tuner.search.sampler import PerTrialSampler, make_sampler
-from tuner.spec.architecture import ModelConfig
-from tuner.train import EpochResult, figures_of
+from tuner.train import EpochResult, TrainingJob, figures_of
 
 
 def plain_study(**changes: object) -> tuple[optuna.Study, Objective]:
@@ -27,9 +26,7 @@ def plain_study(**changes: object) -> tuple[optuna.Study, Objective]:
 
 
 def train_of(losses: Sequence[float]):
-    def train(
-        config: ModelConfig, *, seed: int, trial: int, rungs: Sequence[int]
-    ) -> Generator[EpochResult, None, None]:
+    def train(job: TrainingJob) -> Generator[EpochResult, None, None]:
         for epoch, loss in enumerate(losses, start=1):
             yield epoch_result(loss, epoch)
 
@@ -114,7 +111,7 @@ def test_the_pruner_is_asked_after_epochs_1_3_and_9_and_never_at_the_last() -> N
 
 @pytest.mark.parametrize("reason", ["diverged", "out_of_memory", "over_time"])
 def test_a_trial_that_cannot_go_on_is_pruned_with_a_violated_constraint(reason: str) -> None:
-    def train(config, *, seed, trial, rungs):
+    def train(job):
         yield epoch_result(0.7, 1)
         raise TrialEndedError(reason, "epoch 2")
 
@@ -128,8 +125,8 @@ def test_a_trial_that_cannot_go_on_is_pruned_with_a_violated_constraint(reason: 
 
 
 def test_the_sampler_learns_to_avoid_what_diverges() -> None:
-    def train(config: ModelConfig, *, seed, trial, rungs):
-        if config.learning_rate > 3e-3:
+    def train(job):
+        if job.config.learning_rate > 3e-3:
             raise TrialEndedError("diverged", "epoch 1")
         yield epoch_result(0.6, 1)
 
@@ -144,7 +141,7 @@ def test_the_sampler_learns_to_avoid_what_diverges() -> None:
 def test_a_pruned_training_is_closed() -> None:
     closed: list[bool] = []
 
-    def train(config, *, seed, trial, rungs):
+    def train(job):
         try:
             yield epoch_result(0.7, 1)
             yield epoch_result(0.7, 2)
@@ -189,3 +186,22 @@ def test_what_a_trial_samples_depends_on_seed_and_number_alone() -> None:
     assert forward == backward
     assert len({str(one) for one in forward.values()}) == 3
     assert isinstance(make_sampler(spec), PerTrialSampler)
+
+
+def test_a_training_is_asked_for_as_the_study_file_has_it() -> None:
+    jobs: list[TrainingJob] = []
+
+    def train(job: TrainingJob) -> Generator[EpochResult, None, None]:
+        jobs.append(job)
+        yield epoch_result(0.6, 1)
+
+    spec = small_spec(seed=5, training={"max_epochs": 9, "precision": "auto"})
+    study = optuna.create_study()
+    study.optimize(Objective(spec, train), n_trials=1)
+    study.optimize(Objective(spec, train, precision_of=lambda _: "bfloat16"), n_trials=1)
+    as_asked = TrainingJob(
+        config=spec.space.resolve(study.trials[0].params), trial=0, seed=5, precision="float32",
+        rungs=(1, 3), settings=spec.training,
+    )  # fmt: skip
+    assert jobs[0] == as_asked
+    assert (jobs[1].trial, jobs[1].precision) == (1, "bfloat16")

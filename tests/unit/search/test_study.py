@@ -326,10 +326,11 @@ def test_studies_of_earlier_versions_are_found_in_either_normalisation(tmp_path:
 def trials_that_fell(made: TunedStudy, count: int) -> list[int]:
     """How many epochs each of `count` trials lasts; each is worse than the one before."""
 
-    def worse(config, *, seed, trial, rungs):
+    def worse(job):
         for epoch in range(1, 21):
             yield EpochResult(
-                epoch=epoch, training_loss=1.0, training_accuracy=0.5, validation_loss=1.0 + trial,
+                epoch=epoch, training_loss=1.0, training_accuracy=0.5,
+                validation_loss=1.0 + job.trial,
                 validation_accuracy=0.5, seconds=0.0,
             )  # fmt: skip
 
@@ -386,7 +387,7 @@ def test_status_counts_what_was_spent_and_what_pruning_saved(tmp_path: Path) -> 
 
 
 def test_a_diverged_trial_saved_no_epochs(tmp_path: Path) -> None:
-    def diverge(config, *, seed, trial, rungs):
+    def diverge(job):
         raise TrialEndedError("diverged", "epoch 1")
         yield
 

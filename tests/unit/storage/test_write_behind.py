@@ -224,9 +224,9 @@ def test_a_verdict_that_was_committed_stands_though_its_coordinator_died(
 ) -> None:
     """Each trial is worse than the one before; the coordinator dies after the first verdict."""
 
-    def train(config, *, seed, trial, rungs):
+    def train(job):
         for epoch in range(1, 10):
-            yield epoch_result(0.5 + trial / 10, epoch)
+            yield epoch_result(0.5 + job.trial / 10, epoch)
 
     class CoordinatorDiesError(Exception):
         pass
