@@ -69,6 +69,7 @@ def check(
     storage: StorageUrl = DEFAULT_STORAGE_URL,
 ) -> None:
     """Validates a study file and its data, and shows what the study would do. Trains nothing."""
+    from tuner.search.check import check_document, invalid_document
     from tuner.spec.schema import json_schema
 
     if schema:
@@ -81,27 +82,9 @@ def check(
     except ProblemsError as error:
         if not as_json:
             raise
-        print_json(_invalid(spec_path, error))
+        print_json(invalid_document(spec_path.name, error))
         raise typer.Exit(1) from None
-    from tuner.spec.bounds import parameter_counts
-
-    shared = _shared_rows(storage, spec, prepared)
-    document = {
-        "study": spec.name,
-        "valid": True,
-        "errors": [],
-        "brackets": [list(bracket) for bracket in spec.brackets],
-        "trials_of_brackets": list(spec.trials_of_brackets(spec.trials)),
-        "rungs": list(spec.rungs),
-        "max_epochs": spec.training.max_epochs,
-        "planned_epochs": spec.planned_epochs,
-        "trials": spec.trials,
-        "parameter_count": parameter_counts(spec.space, spec.data.max_length),
-        "data": prepared.identity.check_document(),
-        "warnings": [*prepared.all_warnings, *shared],
-        "spec_hash": spec.spec_hash,
-        "spec": spec.to_document(),
-    }
+    document = check_document(spec, prepared, _shared_rows(storage, spec, prepared))
     if as_json:
         print_json(document)
     else:
@@ -144,17 +127,11 @@ def _load(
     return spec, prepared
 
 
-def _invalid(path: Path, error: ProblemsError) -> dict[str, Any]:
-    return {
-        "study": path.stem,
-        "valid": False,
-        "errors": error.to_document(),
-    }
-
-
 def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
     import tomli_w
     from rich.table import Table
+
+    from tuner.search.check import brackets_in_words
 
     rows, count = document["data"]["rows"], document["parameter_count"]
     full = spec.trials * spec.training.max_epochs
@@ -169,12 +146,8 @@ def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
     table.add_row(
         "trials", f"{spec.trials}, at most {counted(spec.training.max_epochs, 'epoch')} each"
     )
-    for bracket, trials in enumerate(spec.trials_of_brackets(spec.trials)):
-        stops = ", ".join(map(str, spec.brackets[bracket])) or "never"
-        table.add_row(
-            f"bracket {bracket}",
-            f"{counted(trials, 'trial')}; may stop one after epochs: {stops}",
-        )
+    for number, words in enumerate(brackets_in_words(spec)):
+        table.add_row(f"bracket {number}", words)
     table.add_row("epochs", f"about {document['planned_epochs']} planned, {full} without pruning")
     table.add_row(
         "parameters",

@@ -11,10 +11,13 @@ from werkzeug.wrappers import Response
 from tuner.coordination import queue
 from tuner.dashboard import verbs
 from tuner.dashboard.web import Request, Routes, json_answer
-from tuner.errors import DataError, SpecError
+from tuner.errors import ProblemsError
 from tuner.results.export import best_configs
+from tuner.search.check import invalid_document
 from tuner.search.status import status
 from tuner.spec.spec import StudySpec
+
+_UPLOAD = "upload.toml"  #: the name of a study file that came as text
 
 routes = Routes()
 
@@ -56,10 +59,12 @@ def export(request: Request, name: str) -> Response:
 
 @routes.add("POST", "/api/check")
 def check(request: Request) -> Response:
+    document = request.document()
     try:
-        return json_answer(verbs.check(request, _spec_of(request, request.document())))
-    except (SpecError, DataError) as error:
-        return json_answer({"valid": False, "errors": error.to_document()}, 422)
+        return json_answer(verbs.check(request, _spec_of(request, document)))
+    except ProblemsError as error:
+        file = str(document.get("file") or _UPLOAD)
+        return json_answer(invalid_document(file, error), 422)
 
 
 @routes.add("POST", "/api/studies")
@@ -109,5 +114,5 @@ def _spec_of(request: Request, document: Mapping[str, Any]) -> StudySpec:
     if text is not None:
         # JSON can spell half of a surrogate pair; what is not UTF-8 is reported with its line.
         content = text.encode("utf-8", "surrogatepass")
-        return queue.spec_of_an_upload(content, "upload.toml", overrides, data_folder=folders.data)
+        return queue.spec_of_an_upload(content, _UPLOAD, overrides, data_folder=folders.data)
     return queue.spec_of_a_file(folders.studies, str(file), overrides)

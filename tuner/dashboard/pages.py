@@ -21,6 +21,7 @@ from tuner.dashboard.http import ROOT
 from tuner.dashboard.web import Request, Routes, download, page, study_path, to_page
 from tuner.errors import DataError, Problem, SpecError, StorageError, TunerError
 from tuner.results.export import Format, best_configs, render
+from tuner.search.check import brackets_in_words
 from tuner.search.status import StudyStatus, status
 from tuner.search.study import find_name, list_names
 from tuner.search.tuned_study import TunedStudy
@@ -240,14 +241,14 @@ def _trials(text: str) -> int | None:
 def _check_page(request: Request, spec: StudySpec) -> Response:
     found = find_name(spec.name, list_names(request.site.storage))
     existing = None if found is None else status(verbs.load_study(request, found))
-    check = verbs.check(request, spec) | {"split_seed": spec.data.split.seed}
-    return _launch_page(request, check=check, existing=existing)
+    check, brackets = verbs.check(request, spec), brackets_in_words(spec)
+    return _launch_page(request, check=check, brackets=brackets, existing=existing)
 
 
 def _launch_page(request: Request, code: int = 200, /, **more: Any) -> Response:
     """The form, as it was sent if it was."""
     folders = request.site.folders
-    empty = {"problems": (), "said": "", "check": None, "existing": None}
+    empty = {"problems": (), "said": "", "check": None, "brackets": (), "existing": None}
     return page(
         request,
         "launch",

@@ -13,8 +13,8 @@ from tuner.coordination import queue
 from tuner.dashboard.web import Request
 from tuner.errors import counted
 from tuner.search import overlap, study
+from tuner.search.check import check_document
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.bounds import parameter_counts
 from tuner.spec.spec import StudySpec
 
 
@@ -32,7 +32,7 @@ def load_study(request: Request, name: str) -> TunedStudy:
 
 
 def check(request: Request, spec: StudySpec) -> dict[str, Any]:
-    """What the study of a study file would do.
+    """What the study of a study file would do, as `tuner check --json` prints it.
 
     Raises:
         DataError: Its data cannot be used.
@@ -40,22 +40,7 @@ def check(request: Request, spec: StudySpec) -> dict[str, Any]:
     storage, artifacts = request.site.storage, request.site.folders.artifacts
     prepared = queue.prepare_here(storage, spec, artifacts_root=artifacts)
     request.describe(f"checked {spec.name}")
-    identity = prepared.identity
-    return {
-        "study": spec.name,
-        "valid": True,
-        "errors": [],
-        "trials": spec.trials,
-        "max_epochs": spec.training.max_epochs,
-        "brackets": [list(bracket) for bracket in spec.brackets],
-        "trials_of_brackets": list(spec.trials_of_brackets(spec.trials)),
-        "planned_epochs": spec.planned_epochs,
-        "searched": list(spec.space.parameters),
-        "parameter_count": parameter_counts(spec.space, spec.data.max_length),
-        "data": identity.check_document(),
-        "warnings": [*prepared.all_warnings, *overlap.warnings(storage, spec, prepared)],
-        "spec_hash": spec.spec_hash,
-    }
+    return check_document(spec, prepared, overlap.warnings(storage, spec, prepared))
 
 
 def launch(request: Request, spec: StudySpec) -> queue.Placed:

@@ -146,7 +146,6 @@ _TEMPLATES = jinja2.Environment(
 _TEMPLATES.filters |= {
     "counted": counted,
     "segment": lambda name: quote(name, safe=""),
-    "zip": zip,
 }
 
 

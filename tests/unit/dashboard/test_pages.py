@@ -8,7 +8,7 @@ import time
 import tomllib
 import unicodedata
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
@@ -18,7 +18,9 @@ import yaml
 from fakes import ready_sqlite
 from finished_study import finished_study, write_rows
 from lab import Browser, Lab, study_file, write_study_file
+from typer.testing import CliRunner
 
+from tuner.cli.main import app
 from tuner.cli.progress import ProgressWatcher, status_details, status_table
 from tuner.cli.terminal import terminal
 from tuner.coordination import queue as orders
@@ -496,14 +498,52 @@ def test_check_only_shows_what_tuner_check_shows(lab: Lab, ada: Browser) -> None
     assert many + few == 8
     assert many > few
     assert "tiny can be launched." in page
-    assert f"{many} trials, which may be stopped after epoch 1</td>" in page
-    assert f"{few} trials, never stopped</td>" in page
+    assert f"{many} trials, may be pruned after epoch 1</td>" in page
+    assert f"{few} trials, never pruned</td>" in page
     assert f"about {document['planned_epochs']} planned, 24 without pruning" in page
     assert f"identity {document['data']['split_id'][:12]}" in page
     ada.post("/tuner/launch", data=order | {"action": "launch"})
     page = ada.post("/tuner/launch", data=order).text
     assert "can be launched" not in page
     assert "exists already: it is queued, with 0 of 8 trials finished." in page
+
+
+@pytest.mark.parametrize(
+    ("change", "is_valid"),
+    [
+        (lambda text: text, True),
+        (lambda text: text + "[hyperband]\nmin_epochs = 1\n", True),
+        (lambda text: text.replace('"synthetic"', '"rows.csv"'), True),
+        (lambda text: text.replace("[space]", "split = 1\n[spaec]"), False),
+        (lambda text: text.replace("low = 1e-3", "low = 1"), False),
+        (lambda text: text + "]", False),
+        (lambda text: text.replace('"synthetic"', '"gone.csv"'), False),
+        (lambda text: text.replace('"synthetic"', '"bad.csv"'), False),
+        (lambda text: text.replace('"synthetic"', '{ soluble = "a.fasta", insoluble = 1 }'), False),
+    ],
+)
+def test_the_api_checks_a_study_file_as_tuner_check_does(
+    lab: Lab,
+    ada: Browser,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[str], str],
+    is_valid: bool,
+) -> None:
+    studies = lab.folder / "studies"
+    monkeypatch.chdir(studies)
+    write_rows(studies, rows=300)
+    (studies / "bad.csv").write_text("sequence,label\nARND,1\nAR1D,yes\n")
+    (studies / "other.toml").write_text(change(study_file("other")))
+    (studies / "seven.toml").write_text(
+        study_file("seven", "rows.csv").replace("[training]", "split = { seed = 7 }\n[training]")
+    )
+    assert ada.post("/tuner/api/studies", json={"file": "seven.toml"}).status_code == 202
+    where = ["--storage", lab.storage.url, "--artifacts", str(lab.folders.artifacts)]
+    printed = CliRunner().invoke(app, ["check", "other.toml", "--json", *where])
+    answer = ada.post("/tuner/api/check", json={"file": "other.toml"})
+    assert answer.json == json.loads(printed.stdout)
+    assert (answer.json["study"], answer.json["valid"]) == ("other", is_valid)
+    assert (answer.status_code, printed.exit_code) == ((200, 0) if is_valid else (422, 1))
 
 
 def test_the_form_takes_no_other_number_of_trials_than_the_server(ada: Browser) -> None:
