@@ -546,9 +546,8 @@ def test_without_development_rows_the_reason_says_how_to_bring_them(shop: Shop) 
     with shop.serving():
         wait_until(lambda: shop.queued() == ())
     with shop.study("bare") as tuned:
-        assert f"`{tuned.command('launch', 'SPEC', '--detach')}` puts them there" in str(
-            status(tuned).error
-        )
+        again = tuned.command("launch", "STUDY.toml", "--detach")
+        assert f"nor in the storage; `{again}`, with" in str(status(tuned).error)
 
 
 def test_spoilt_development_rows_are_replaced_from_the_storage(shop: Shop) -> None:

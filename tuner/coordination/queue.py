@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +13,9 @@ from typing import Any, Literal
 
 import tomli_w
 
-from tuner.artifacts import development_path
 from tuner.data.prepare import Prepared, prepare
 from tuner.errors import Problem, SpecError, StudyError, counted
+from tuner.search.development import find_development, study_development
 from tuner.search.overlap import enter
 from tuner.search.study import (
     clear_error,
@@ -131,7 +130,9 @@ def queue(tuned: TunedStudy) -> Queued:
     # A study that is about to stop is queued again behind that.
     if lease is not None and lease.is_live and not lease.stop_requested:
         return found("running", lease.holder)
-    _keep_rows(tuned)
+    # The service may not see this machine's files.
+    rows = study_development(tuned).read_bytes()
+    storage.keep_development(tuned.record.development_sha256, rows)
     clear_error(tuned)
     return found("queued" if storage.enqueue(tuned.id) else "queued already")
 
@@ -195,43 +196,18 @@ def _rows_of_an_earlier_study(
         except StudyError:  # deleted a moment ago
             continue
         record = tuned.record
+        if record.data.synthetic:
+            continue
         its = record.spec.data.model_copy(update={"fallback": None})
-        if its == wanted and not record.data.synthetic and _rows(tuned) is not None:
+        sha256 = record.development_sha256
+        if its == wanted and (file := find_development(storage, artifacts_root, sha256)):
             return Prepared(
                 identity=record.data,
-                development_file=development_path(artifacts_root, record.development_sha256),
-                development_sha256=record.development_sha256,
+                development_file=file,
+                development_sha256=sha256,
                 warnings=(),
             )
     return None
-
-
-def _keep_rows(tuned: TunedStudy) -> None:
-    """Puts a study's rows into the storage: the service may not see this machine's files."""
-    content = _rows(tuned)
-    if content is None:
-        raise StudyError(
-            f"The training and validation rows of study {tuned.name!r} are neither in "
-            f"{_development_file(tuned)} nor in the storage; "
-            f"`{tuned.command('launch', 'STUDY.toml')}` writes them again."
-        )
-    tuned.storage.keep_development(tuned.record.development_sha256, content)
-
-
-def _rows(tuned: TunedStudy) -> bytes | None:
-    """The development file's bytes, from this machine or from the storage."""
-    sha256 = tuned.record.development_sha256
-    try:
-        content = _development_file(tuned).read_bytes()
-        if hashlib.sha256(content).hexdigest() == sha256:
-            return content
-    except OSError:
-        pass
-    return tuned.storage.development(sha256)
-
-
-def _development_file(tuned: TunedStudy) -> Path:
-    return development_path(tuned.artifacts.folder.parent, tuned.record.development_sha256)
 
 
 # --- study files ---

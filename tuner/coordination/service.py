@@ -8,7 +8,6 @@ same storage does no harm.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,6 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.artifacts import development_path, publish
 from tuner.coordination.coordinator import Coordinator, Ending, Workers
 from tuner.coordination.shares import Turns
 from tuner.coordination.words import describe_end, duration
@@ -32,6 +30,7 @@ from tuner.errors import (
 )
 from tuner.logs import about
 from tuner.search.attributes import ENDED_KEY, ERROR_KEY
+from tuner.search.development import study_development
 from tuner.search.status import status
 from tuner.search.study import load
 from tuner.search.tuned_study import TunedStudy
@@ -276,9 +275,8 @@ class Service:
 
     def _run(self, storage: Storage, drive: _Drive) -> None:
         tuned = load(storage, drive.name, artifacts_root=self._artifacts_root)
-        file = self._development_file(tuned)
         began = time.monotonic()
-        with self._open_workers(tuned, file) as workers:
+        with self._open_workers(tuned, study_development(tuned)) as workers:
             turn = self._turns.join(workers)
             coordinator = Coordinator(tuned, turn, LogWatcher(drive.name, self._say))
             turn.drives(coordinator)
@@ -335,22 +333,6 @@ class Service:
             self._say_once(
                 drive.study_id, f"Study {drive.name}: interrupted, it is tried again. {error}"
             )
-
-    def _development_file(self, tuned: TunedStudy) -> Path:
-        """The training and validation rows, from the storage where they are not here."""
-        sha256 = tuned.record.development_sha256
-        path = development_path(self._artifacts_root, sha256)
-        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-            return path
-        content = tuned.storage.development(sha256)
-        if content is None:
-            raise StudyError(
-                f"The training and validation rows of study {tuned.name!r} are neither in {path} "
-                "nor in the storage; "
-                f"`{tuned.command('launch', 'SPEC', '--detach')}` puts them there."
-            )
-        publish(path, content)
-        return path
 
     def _say_once(self, study_id: int, message: str) -> None:
         if message not in self._said.setdefault(study_id, set()):

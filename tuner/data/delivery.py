@@ -49,6 +49,28 @@ def development_file(path: str, sha256: str, fetch: Callable[[], bytes | None]) 
     return copy
 
 
+def read_development(path: Path, sha256: str) -> bytes | None:
+    """The bytes of a development file; None if it is missing or has another hash.
+
+    Raises:
+        OSError: It is there and cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return content if hashlib.sha256(content).hexdigest() == sha256 else None
+
+
+def _is_it(path: Path, sha256: str) -> bool:
+    try:
+        return read_development(path, sha256) is not None
+    except OSError as error:
+        if error.errno in _STARVED:  # nothing is known of the file, nor could another be read
+            raise
+        return False
+
+
 def cache_folder() -> Path:
     """`$TUNER_CACHE`, else the user's cache folder."""
     given = os.environ.get(CACHE_VARIABLE)
@@ -67,12 +89,3 @@ def one_process_at_a_time(lock: Path) -> Iterator[None]:
     with lock.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _is_it(path: Path, sha256: str) -> bool:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-    except OSError as error:
-        if error.errno in _STARVED:  # nothing is known of the file, nor could another be read
-            raise
-        return False

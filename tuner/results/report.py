@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.artifacts import development_path, publish, require_writable
+from tuner.artifacts import publish, require_writable
 from tuner.coordination.study_note import hang_page
 from tuner.data.development import DevelopmentData, load_development
 from tuner.errors import LeaseLostError, StudyError, TunerError, counted, is_outage, reason_of
@@ -30,6 +30,7 @@ from tuner.results import heldout, report_page
 from tuner.results.export import config_hash
 from tuner.search import overlap
 from tuner.search.attributes import ENDED_KEY, curve_of
+from tuner.search.development import study_development
 from tuner.search.record import versions
 from tuner.search.status import status as status_of
 from tuner.search.study import load
@@ -401,20 +402,16 @@ def _validation_metrics(
 
 
 def _development(tuned: TunedStudy) -> DevelopmentData:
-    path = development_path(tuned.artifacts.folder.parent, tuned.record.development_sha256)
-    if not path.is_file():
-        raise StudyError(
-            f"{path} is missing: before the test split is opened, the winner is tried on the "
-            "validation split, which is in there. "
-            f"`{tuned.command('launch', 'STUDY.toml')}`, with the study file, writes it again and "
-            "trains nothing. Nothing was opened."
-        )
+    """The rows on which the winner is tried before the test split is opened."""
     try:
-        return load_development(path, tuned.record.development_sha256)
+        return load_development(study_development(tuned))
+    except StudyError as error:
+        raise StudyError(f"{error} Nothing was opened.") from error
     except (OSError, MemoryError) as error:
         raise StudyError(
-            f"{path} cannot be read ({reason_of(error)}), which says nothing about what is in it; "
-            "once that is solved, report again. Nothing was opened."
+            f"The training and validation rows of study {tuned.name!r} cannot be read "
+            f"({reason_of(error)}), which says nothing about what is in them; once that is solved, "
+            "report again. Nothing was opened."
         ) from error
 
 

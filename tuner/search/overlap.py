@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tuner.artifacts import development_path
 from tuner.data.development import development_hashes, load_development
 from tuner.data.identity import DataIdentity
 from tuner.data.prepare import Prepared, read_hashes
 from tuner.data.split import SplitHashes
 from tuner.errors import DataError, counted
 from tuner.search.attributes import RECORD_KEY
+from tuner.search.development import find_development
 from tuner.search.formats import RecordError
 from tuner.search.record import checked_record
 from tuner.search.study import list_names, study_name
@@ -197,7 +197,7 @@ def openings(storage: Storage, split_id: str) -> tuple[tuple[LedgerEntry, int], 
 def used_elsewhere(tuned: TunedStudy) -> tuple[UsedRows, ...]:
     """Other studies of the storage that trained on test rows of this one, or chose by them.
 
-    Only those whose development file is at hand under the same artifacts, can be looked
+    Only those whose development file is under the same artifacts or in the storage can be looked
     at; cut sequences are not found.
     """
     test = tuned.storage.splits().get(tuned.record.data.split_id, frozenset())
@@ -206,11 +206,10 @@ def used_elsewhere(tuned: TunedStudy) -> tuple[UsedRows, ...]:
     for name, document in _records(tuned.storage).items():
         if document["data"]["split_id"] == tuned.record.data.split_id:
             continue
-        path = development_path(root, document["development_sha256"])
-        try:
-            hashes = development_hashes(load_development(path, document["development_sha256"]))
-        except DataError:
+        path = find_development(tuned.storage, root, document["development_sha256"])
+        if path is None:
             continue
+        hashes = development_hashes(load_development(path))
         used = UsedRows(
             study=name,
             training=len(test & hashes.training),

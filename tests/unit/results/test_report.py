@@ -491,7 +491,10 @@ def with_another_source(_: TunedStudy, folder: Path) -> None:
         (unfinished, r"has finished 4 of its 5 trials.*`tuner launch STUDY.toml .*--trials 4"),
         (without_weights, r"1\.npz: No such file.*never trained again.*TUNER_ARTIFACTS"),
         (with_a_better_trial_of_somebody_else, r"5\.npz: No such file"),
-        (without_development_file, r"is missing.*`tuner launch STUDY.toml "),
+        (
+            without_development_file,
+            r"in the storage; `tuner launch STUDY.toml .*Nothing was opened",
+        ),
         (with_another_source, r"rows\.csv: sha256 is .*the data changed since"),
     ],
 )
