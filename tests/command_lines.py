@@ -43,8 +43,9 @@ def _parse_dask_scheduler(arguments: Sequence[str]) -> dict[str, Any]:
 def _parse_verb(command: Any, arguments: Sequence[str]) -> dict[str, Any]:
     context = command.make_context("tuner", list(arguments))
     while hasattr(command, "commands"):  # a group: `tuner` itself, `tuner storage`
-        name, command, rest = command.resolve_command(
-            context, [*context._protected_args, *context.args]
-        )
+        rest = [*context._protected_args, *context.args]
+        if not rest and command.invoke_without_command:  # `tuner dashboard`
+            break
+        name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, list(rest), parent=context)
     return context.params

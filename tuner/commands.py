@@ -32,8 +32,8 @@ def command(*words: object, storage: str | None = None, artifacts: Path | None =
         artifacts: The folder of the artifacts, likewise.
     """
     found = ["tuner", *map(str, words)]
-    if storage is not None and storage != _known_storage():
-        found += ["--storage", _without_secrets(storage)]
+    if storage is not None and (plain := _without_secrets(storage)) != _known_place():
+        found += ["--storage", plain]
     if artifacts is not None and artifacts != Path(
         os.environ.get("TUNER_ARTIFACTS") or DEFAULT_ROOT
     ):
@@ -73,6 +73,17 @@ def _each(value: str | Iterable[str]) -> Iterable[str]:
 def _known_storage() -> str:
     """The storage of a command that names none."""
     return os.environ.get("TUNER_STORAGE") or DEFAULT_STORAGE_URL
+
+
+def _known_place() -> str:
+    """The same without its secrets."""
+    import sqlalchemy as sa  # noqa: PLC0415 - as below
+
+    known = _known_storage()
+    try:
+        return _without_secrets(known)
+    except (ValueError, sa.exc.SQLAlchemyError):  # what is wrong with it is told elsewhere
+        return known
 
 
 def _without_secrets(storage: str) -> str:

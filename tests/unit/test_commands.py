@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from command_lines import parse
 from fakes import make_study
 from folders import ROOT
 
@@ -15,6 +20,7 @@ from tuner.cluster.scheduler import TlsFiles, worker_command
 from tuner.commands import command, password_hint
 from tuner.coordination.study_note import overview
 from tuner.search.status import status
+from tuner.storage.schema import init_command
 
 SECRET = "s3cret/pw"
 QUOTED = "s3cret%2Fpw"
@@ -130,6 +136,72 @@ def test_the_overview_of_a_study_tells_how_to_give_a_password_and_never_the_pass
     finally:
         tuned.storage.url = own
         tuned.storage.close()
+
+
+def test_a_storage_that_the_environment_names_with_its_password_is_not_named_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TUNER_STORAGE", f"postgresql://ada:{QUOTED}@db/lab")
+    opened = sa.make_url(f"postgresql+psycopg://ada:{QUOTED}@db/lab")
+    assert init_command(opened) == "tuner storage init"
+    elsewhere = opened.set(host="other")
+    assert init_command(elsewhere) == "tuner storage init --storage postgresql://ada@other/lab"
+    monkeypatch.setenv("TUNER_STORAGE", "not a url")
+    assert init_command(opened) == "tuner storage init --storage postgresql://ada@db/lab"
+
+
+# --- every command that is suggested anywhere ---
+
+
+def values(words: Sequence[ast.expr]) -> Iterator[object]:
+    """The words of a call of `command`; what is computed is a number, which any word may be."""
+    for word in words:
+        if isinstance(word, ast.Starred):
+            continue
+        yield ast.literal_eval(word) if isinstance(word, ast.Constant) else 7
+
+
+def suggestions() -> Iterator[Any]:
+    """The commands that calls of `command` in the tuner's modules make, and those in texts."""
+    for path in sorted((ROOT / "tuner").rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            line = f"{name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call) and node.args:
+                called = ast.unparse(node.func)
+                by_hand = {keyword.arg for keyword in node.keywords}
+                known = {"storage", "artifacts"} if called == "tuned.command" else by_hand
+                if called in ("command", "tuned.command") and (words := [*values(node.args)]):
+                    places = {"storage": "postgresql://ada:s3cret@db/lab", "artifacts": Path("a b")}
+                    given = {key: value for key, value in places.items() if key in known}
+                    yield pytest.param(words, given, id=line)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for found in re.findall(r"`(tuner [^`]+)`|Example: (tuner .+)", node.value):
+                    words = shlex.split("".join(found))[1:]
+                    # `tuner launch --detach` names a verb, and is not a command to paste.
+                    is_whole = len([word for word in words if not word.startswith("-")]) > 1
+                    if is_whole and "..." not in " ".join(words):
+                        yield pytest.param(words, {}, id=f"{line} {words[0]}")
+
+
+SUGGESTIONS = [*suggestions()]
+
+
+@pytest.mark.parametrize(("words", "places"), SUGGESTIONS)
+def test_the_command_line_takes_every_command_that_is_suggested(
+    words: list[object], places: dict[str, Any]
+) -> None:
+    split = shlex.split(command(*words, **places))
+    assert "***" not in " ".join(split)
+    assert "s3cret" not in " ".join(split)
+    parse(split)
+
+
+def test_every_verb_that_has_an_example_is_among_the_suggestions() -> None:
+    verbs = {words.values[0][0] for words in SUGGESTIONS}
+    assert verbs >= {"check", "launch", "serve", "status", "stop", "export", "report", "storage"}
+    with pytest.raises(Exception, match="No such option"):
+        parse(["tuner", "stop", "--trials", "7"])
 
 
 def test_no_other_module_puts_a_command_together() -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import tomli_w
 from finished_study import WINNER, finished_study, storage_in, write_rows
 
 from tuner.data.prepare import Prepared, prepare
+from tuner.data.sources import source_files
 from tuner.data.synthetic import synthetic_sequences
 from tuner.errors import StudyError, TunerError
 from tuner.results.export import (
@@ -139,6 +141,58 @@ def test_an_export_finds_its_data_also_when_its_project_moves_and_names_no_path_
         found = prepared(tmp_path / name / output / file.name, tmp_path / "artifacts")
         assert found.warnings == ()
         assert found.development_sha256 == tuned.record.development_sha256
+
+
+def written_pair(folder: Path, name: str) -> dict[str, str]:
+    """Two FASTA files in a folder, as a study file names them."""
+    sequences, labels = synthetic_sequences()
+    named = {}
+    for kind, label in (("soluble", 1), ("insoluble", 0)):
+        chosen = [s for s, known in zip(sequences, labels, strict=True) if known == label][:200]
+        text = "".join(f">{kind}-{at}\n{sequence}\n" for at, sequence in enumerate(chosen))
+        (folder / f"{kind}.fasta").write_text(text)
+        named[kind] = name.replace("rows.csv", f"{kind}.fasta")
+    return named
+
+
+@pytest.mark.parametrize("keys", ["source", "source.soluble and source.insoluble"])
+@pytest.mark.parametrize(
+    "written",
+    ["rows.csv", "./rows.csv", "~/rows.csv", "../data/rows.csv", "/rows.csv", "~odd/rows.csv"],
+)
+def test_each_path_of_a_study_file_names_the_same_file_when_it_was_exported_and_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, keys: str
+) -> None:
+    studies, home = tmp_path / "studies", tmp_path / "home"
+    there = {
+        "~": home,
+        "..": tmp_path / "data",
+        "": tmp_path / "absolute",
+        "~odd": studies / "~odd",
+    }
+    for folder in (studies, tmp_path / "cwd", *there.values()):
+        folder.mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(home))
+    folder = there.get(written.split("/", maxsplit=1)[0], studies)
+    name = str(folder / "rows.csv") if written.startswith("/") else written
+    write_rows(folder)
+    source = name if keys == "source" else written_pair(folder, name)
+    study_file = studies / "mine.toml"
+    study_file.write_text(tomli_w.dumps({"name": "mine", "trials": 1, "data": {"source": source}}))
+    read = load_spec(study_file)
+    files = source_files(read.data, read.folder)
+    assert all(file.is_file() for file in files)
+    assert {file.resolve().parent for file in files} == {folder.resolve()}
+    with storage_in(tmp_path) as storage:
+        tuned = finished_study(storage, studies, data={"source": source, "split": {"seed": 1}})
+        for output in (Path("best"), Path("../elsewhere/deep"), tmp_path / "whole"):
+            monkeypatch.chdir(tmp_path / "cwd")
+            exported, *_ = (one.absolute() for one in write_configs(best_configs(tuned), output))
+            for cwd in (tmp_path / "cwd", home, Path("/")):
+                monkeypatch.chdir(cwd)
+                again = load_spec(exported)
+                found = source_files(again.data, again.folder)
+                assert [one.resolve() for one in found] == [one.resolve() for one in files]
 
 
 def test_a_colleague_puts_the_data_beside_the_study_file_under_any_name(
