@@ -3,58 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from tuner.spec.architecture import (
-    BlockConfig,
-    DenseConfig,
-    ModelConfig,
-)
+from tuner.spec.architecture import KEYS, BlockConfig, DenseConfig, ModelConfig
+from tuner.spec.space import BLOCK_KEYS, DENSE_KEYS, SearchSpace
+
+
+def _default(keys: Iterable[str]) -> dict[str, Any]:
+    return {key: KEYS[key].default for key in keys}
 
 
 def block(**changes: Any) -> BlockConfig:
-    plain = BlockConfig(
-        kernel_size=3,
-        filters=4,
-        padding="same",
-        normalization="none",
-        activation="relu",
-        residual="none",
-        pooling="max",
-        pool_size=2,
-        conv_dropout=0.0,
-        conv_l1=0.0,
-        conv_l2=0.0,
-    )
-    return dataclasses.replace(plain, **changes)
+    return BlockConfig(**{**_default(BLOCK_KEYS), "kernel_size": 3, "filters": 4, **changes})
 
 
 def dense(units: int, **changes: Any) -> DenseConfig:
-    plain = DenseConfig(
-        units=units, activation="relu", dense_dropout=0.0, dense_l1=0.0, dense_l2=0.0
-    )
-    return dataclasses.replace(plain, **changes)
+    return DenseConfig(**{**_default(DENSE_KEYS), "dense_dropout": 0.0, "units": units, **changes})
 
 
 def network(*blocks: BlockConfig, **changes: Any) -> ModelConfig:
-    plain = ModelConfig(
-        embedding_dim=4,
-        embedding_dropout=0.0,
-        masking=True,
-        arrangement="stacked",
-        blocks=blocks or (block(),),
-        head="global_both",
-        dense=(dense(5, activation="tanh"),),
-        output_dropout=0.0,
-        bias_l2=0.0,
-        activity_l2=0.0,
-        optimizer="adam",
-        learning_rate=1e-3,
-        batch_size=4,
-    )
-    return dataclasses.replace(plain, **changes)
+    plain = SearchSpace.of({"embedding_dim": 4, "head": "global_both", "batch_size": 4}).resolve({})
+    small: dict[str, Any] = {
+        "blocks": blocks or (block(),),
+        "dense": (dense(5, activation="tanh"),),
+        "output_dropout": 0.0,
+    }
+    return dataclasses.replace(plain, **{**small, **changes})
 
 
 def sequences(lengths: list[int], max_length: int) -> np.ndarray:

@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from networks import block, dense, network
 
 from tuner.data.development import DevelopmentData
 from tuner.network.training import TensorData, TrainingRun
-from tuner.spec.architecture import BlockConfig, DenseConfig, ModelConfig
+from tuner.spec.architecture import ModelConfig
 from tuner.spec.spec import TrainingSettings
 from tuner.train import EpochResult, TrainingJob
 
@@ -19,34 +20,12 @@ MAX_LENGTH = 24
 ROWS, VALIDATION_ROWS = 70, 30  # 70 rows leave a last batch of 6 at batch size 16
 
 
-CONFIG = ModelConfig(
-    embedding_dim=4,
+CONFIG = network(
+    block(filters=6, normalization="batch", conv_dropout=0.2, conv_l2=1e-3),
     embedding_dropout=0.1,
-    masking=True,
-    arrangement="stacked",
-    blocks=(
-        BlockConfig(
-            kernel_size=3,
-            filters=6,
-            padding="same",
-            normalization="batch",
-            activation="relu",
-            residual="none",
-            pooling="max",
-            pool_size=2,
-            conv_dropout=0.2,
-            conv_l1=0.0,
-            conv_l2=1e-3,
-        ),
-    ),
     head="global_max",
-    dense=(
-        DenseConfig(units=8, activation="swish", dense_dropout=0.1, dense_l1=0.0, dense_l2=0.0),
-    ),
+    dense=(dense(8, activation="swish", dense_dropout=0.1),),
     output_dropout=0.3,
-    bias_l2=0.0,
-    activity_l2=0.0,
-    optimizer="adam",
     learning_rate=0.02,
     batch_size=16,
 )

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuner.errors import TunerError
+from tuner.spec.architecture import KEYS
 
-FORMAT = 2  #: of the records that this version stores
 FORMAT_KEY = "format"  #: in the record; format 1 had no such key
 
 #: What is None is not written, by any version.
@@ -23,14 +23,26 @@ _NOT_WRITTEN: Mapping[str, Any] = {
     "spec.training.as_trial": None,
 }
 
-#: For each format, what the keys that are absent from its records meant: dotted key -> value. A key
-#: of an optional table ("spec.hyperband.eta") holds where the record has that table. A key that a
-#: later format adds is added to each format before it, with what those versions did without it.
-DEFAULTS_OF_FORMAT: Mapping[int, Mapping[str, Any]] = {
+#: By format, the keys that its records have first, and what versions before did without: dotted
+#: key -> value. A key of an optional table ("spec.hyperband.eta") holds where the record has that
+#: table. Hyperparameters say it themselves (`Hyperparameter.since`).
+_ADDED: Mapping[int, Mapping[str, Any]] = {
     # Up to and including commit 5caba31, and until formats were counted. `pruner.rungs` may be
     # absent, too: see `tuner.search.record`.
-    1: _NOT_WRITTEN,
-    2: _NOT_WRITTEN,
+    1: {},
+    2: {},
+}
+#: Of the records that this version stores.
+FORMAT = max(*_ADDED, *(one.since for one in KEYS.values()))
+
+#: For each format, what the keys that are absent from its records meant.
+DEFAULTS_OF_FORMAT: Mapping[int, Mapping[str, Any]] = {
+    number: {
+        **_NOT_WRITTEN,
+        **{key: value for of, keys in _ADDED.items() if of > number for key, value in keys.items()},
+        **{f"spec.space.{name}": one.default for name, one in KEYS.items() if one.since > number},
+    }
+    for number in range(1, FORMAT + 1)
 }
 
 #: Defaults of earlier versions that are others today, by their key in the study file. Records have

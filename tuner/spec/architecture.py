@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from tuner.spec.hyperparameter import (
+    GREATEST,
+    Hyperparameter,
+    choice,
+    declared_in,
+    penalty,
+    rate,
+    whole,
+)
 
 Padding = Literal["same", "valid"]
 Normalization = Literal["none", "batch", "layer"]
@@ -15,52 +27,96 @@ Arrangement = Literal["stacked", "parallel"]
 Head = Literal["flatten", "global_max", "global_average", "global_both"]
 OptimizerName = Literal["adam", "adamw", "rmsprop", "sgd"]
 
+# The order of the fields is that of sampling, and of the study file.
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockConfig:
     """One block: convolution, normalisation, activation, residual sum, pooling, dropout."""
 
-    kernel_size: int  #: convolution width, residues (after pooling: positions)
-    filters: int  #: output channels of the convolution
-    padding: Padding  #: "same" keeps the length, "valid" shortens it by kernel_size - 1
-    normalization: Normalization
-    activation: Activation
-    residual: Residual  #: "identity" adds the block's input where channels and length agree
-    pooling: Pooling
-    pool_size: int  #: window and stride of the pooling, positions; 1 is no pooling
-    conv_dropout: float  #: rate of the dropout that ends the block, 0..1
-    conv_l1: float  #: L1 penalty on the convolution's kernel
-    conv_l2: float  #: L2 penalty on the convolution's kernel
+    kernel_size: Annotated[
+        int, whole("convolution width, positions", 5, each=True, shortens=GREATEST)
+    ]
+    filters: Annotated[int, whole("channels of the convolution", 32, each=True)]
+    padding: Annotated[Padding, choice("padding of the convolution", "same", shortens="valid")]
+    normalization: Annotated[Normalization, choice("normalisation after the convolution", "none")]
+    activation: Annotated[
+        Activation, choice("activation of blocks and hidden dense layers", "relu")
+    ]
+    # "identity" adds the block's input where channels and length agree.
+    residual: Annotated[Residual, choice("sum with the block's input", "none")]
+    pooling: Annotated[Pooling, choice("pooling that ends the block", "max")]
+    pool_size: Annotated[
+        int,
+        whole("window of the pooling, positions; 1 is none", 2, each=True, shortens=GREATEST),
+    ]
+    conv_dropout: Annotated[float, rate("dropout that ends the block")]
+    conv_l1: Annotated[float, penalty("L1 penalty on convolution kernels")]
+    conv_l2: Annotated[float, penalty("L2 penalty on convolution kernels")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseConfig:
     """One hidden dense layer with the dropout that stands before it."""
 
-    units: int
-    activation: Activation
-    dense_dropout: float  #: rate of the dropout before the layer, 0..1
-    dense_l1: float  #: L1 penalty on the kernel
-    dense_l2: float  #: L2 penalty on the kernel
+    units: Annotated[int, whole("units of the hidden dense layer", 64, each=True)]
+    activation: Activation  # declared by `BlockConfig`
+    dense_dropout: Annotated[
+        float, rate("dropout before every dense layer, the output included", 0.2)
+    ]
+    dense_l1: Annotated[float, penalty("L1 penalty on hidden dense kernels")]
+    dense_l2: Annotated[float, penalty("L2 penalty on hidden dense kernels")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One resolved architecture with its training settings: what a trial trains."""
 
-    embedding_dim: int  #: channels of the token embedding (21 tokens, 0 is padding)
-    embedding_dropout: float  #: rate of the dropout after the embedding, 0..1
-    masking: bool  #: zero padding throughout the network (see `tuner.network.model`)
-    arrangement: Arrangement  #: blocks one after another, or side by side with a head each
-    blocks: tuple[BlockConfig, ...]  #: at least one
-    head: Head  #: how positions become one vector
-    dense: tuple[DenseConfig, ...]  #: hidden dense layers, none or more
-    output_dropout: float  #: rate of the dropout before the output layer, 0..1
-    bias_l2: float  #: L2 penalty on the biases of convolutions and hidden dense layers
-    activity_l2: float  #: L2 penalty on their outputs: mean over the batch of the sum of squares
-    optimizer: OptimizerName
-    learning_rate: float
-    batch_size: int  #: sequences a step
+    embedding_dim: Annotated[int, whole("channels of the token embedding", 16)]
+    embedding_dropout: Annotated[float, rate("dropout after the embedding")]
+    masking: Annotated[
+        bool, choice("zero padding throughout the network", default=True, shortens=False)
+    ]
+    arrangement: Annotated[
+        Arrangement,
+        choice("blocks one after another or side by side", "stacked", shortens="stacked"),
+    ]
+    blocks: Annotated[
+        tuple[BlockConfig, ...], whole("number of blocks", 2, high=16, shortens=GREATEST)
+    ]
+    head: Annotated[
+        Head, choice("how positions become one vector", "global_max", shortens="flatten")
+    ]
+    dense: Annotated[
+        tuple[DenseConfig, ...],
+        whole("number of hidden dense layers", 1, low=0, high=16, name="dense_layers"),
+    ]
+    output_dropout: float  # `dense_dropout` of [space.output]
+    # Of convolutions and hidden dense layers; of outputs the mean over the batch of their squares.
+    bias_l2: Annotated[float, penalty("L2 penalty on biases")]
+    activity_l2: Annotated[float, penalty("L2 penalty on layer outputs")]
+    optimizer: Annotated[OptimizerName, choice("optimiser", "adam")]
+    learning_rate: Annotated[
+        float, Hyperparameter(meaning="learning rate of the optimiser", default=1e-3, open_low=True)
+    ]
+    batch_size: Annotated[int, whole("sequences a step", 64)]
+
+
+def _names(config: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(config))
+
+
+#: Every hyperparameter by its key in `[space]`. The one place of their defaults.
+KEYS: Mapping[str, Hyperparameter] = MappingProxyType(
+    {
+        one.name: dataclasses.replace(
+            one,
+            of_block=one.name in _names(BlockConfig),
+            of_dense=one.name in _names(DenseConfig),
+        )
+        for one in declared_in(ModelConfig)
+    }
+)
 
 
 def _after_block(block: BlockConfig, length: int) -> int:
@@ -118,8 +174,9 @@ class Misfit:
 
     block: int  #: its number, from 1
     key: Literal["kernel_size", "pool_size"]  #: what is too large
-    size: int  #: how large it is
-    positions: int  #: what is left for it
+    size: int  #: its value
+    span: int  #: positions that it needs
+    positions: int  #: those that are left for it
 
 
 def misfits(config: ModelConfig, max_length: int) -> tuple[Misfit, ...]:
@@ -139,11 +196,23 @@ def misfits(config: ModelConfig, max_length: int) -> tuple[Misfit, ...]:
             convolved -= block.kernel_size - 1
         if block.kernel_size > length:
             found.append(
-                Misfit(block=number, key="kernel_size", size=block.kernel_size, positions=length)
+                Misfit(
+                    block=number,
+                    key="kernel_size",
+                    size=block.kernel_size,
+                    span=block.kernel_size,
+                    positions=length,
+                )
             )
         elif block.pool_size > convolved:
             found.append(
-                Misfit(block=number, key="pool_size", size=block.pool_size, positions=convolved)
+                Misfit(
+                    block=number,
+                    key="pool_size",
+                    size=block.pool_size,
+                    span=block.pool_size,
+                    positions=convolved,
+                )
             )
         elif config.arrangement == "stacked":
             length = -(-convolved // block.pool_size) if pads else convolved // block.pool_size

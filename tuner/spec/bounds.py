@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
 
-from tuner.spec.architecture import ModelConfig, parameter_count
-from tuner.spec.space import Choices, Dimension, Integers, ParameterValue, SearchSpace, greatest
+from tuner.spec.architecture import KEYS, ModelConfig, parameter_count
+from tuner.spec.hyperparameter import GREATEST, ParameterValue
+from tuner.spec.space import Choices, Dimension, Integers, SearchSpace, greatest
 
 SAMPLED_CONFIGURATIONS = 1_000  #: takes 0.1 s where a network has three blocks
 
@@ -15,23 +15,16 @@ SAMPLED_CONFIGURATIONS = 1_000  #: takes 0.1 s where a network has three blocks
 def tightest(space: SearchSpace) -> ModelConfig:
     """The configuration of `space` that leaves the fewest positions at every block.
 
-    Fewer positions follow from larger kernels and pools, more blocks, "valid" padding, stacking,
-    and a network that is not padded at its end; each is chosen by itself, so one configuration
-    has them all.
+    What leaves fewer (`Hyperparameter.shortens`) is chosen for each hyperparameter by itself, so
+    one configuration has it all.
     """
-    prefers: Mapping[str, ParameterValue] = {
-        "arrangement": "stacked",
-        "padding": "valid",
-        "masking": False,
-        "head": "flatten",
-    }
 
     def pick(name: str, dimension: Dimension) -> ParameterValue:
-        key = name.rpartition(".")[2]
-        if key in ("blocks", "kernel_size", "pool_size"):
+        shortens = KEYS[name.rpartition(".")[2]].shortens
+        if shortens == GREATEST:
             return greatest(dimension)
-        if key in prefers and dimension.contains(prefers[key]):
-            return prefers[key]
+        if shortens is not None and dimension.contains(shortens):
+            return shortens
         return dimension.middle
 
     return space.resolve_with(pick)

@@ -13,10 +13,10 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from tuner.errors import SpecError
+from tuner.spec.architecture import KEYS
 from tuner.spec.document import read_file
 from tuner.spec.limits import excess, odd_text
 from tuner.spec.mistakes import Mistake, Places, did_you_mean, one_of, shown, without_the_quotes
-from tuner.spec.space import KEYS
 from tuner.spec.spec import (
     DataSettings,
     FastaPair,
@@ -29,7 +29,7 @@ from tuner.spec.spec import (
     Table,
     TrainingSettings,
 )
-from tuner.spec.tables import check_lengths, read_known, read_space
+from tuner.spec.tables import LENGTH_KEYS, check_lengths, read_known, read_space
 from tuner.spec.toml_lines import KeyPath
 
 
@@ -88,11 +88,6 @@ _TABLES: Mapping[str, tuple[str, ...]] = {
     "space": tuple(KEYS),
 }
 
-#: Keys that decide how many positions are left.
-_LENGTH_KEYS = frozenset(
-    ("blocks", "kernel_size", "pool_size", "padding", "arrangement", "head", "masking")
-)
-
 
 def _check(document: Mapping[str, Any], folder: Path) -> tuple[StudySpec | None, Sequence[Mistake]]:
     """The spec, or None and what is wrong."""
@@ -116,7 +111,7 @@ def _check(document: Mapping[str, Any], folder: Path) -> tuple[StudySpec | None,
     space = read_space(document.get("space", {}), in_space)
     mistaken = KEYS.keys() & {name for mistake in in_space for name in mistake.path}
     max_length = _valid(document, ("data", "max_length"), mistakes, DataSettings)
-    if isinstance(max_length, int) and not mistaken & _LENGTH_KEYS:
+    if isinstance(max_length, int) and not mistaken & set(LENGTH_KEYS):
         check_lengths(space, max_length, in_space)
     mistakes += [_with_home(mistake) for mistake in in_space]
     known = read_known(document.get("known", []), space, mistakes, mistaken)

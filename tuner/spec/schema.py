@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tuner.spec.space import (
-    BLOCK_KEYS,
-    DENSE_KEYS,
-    KEYS,
-    OUTPUT_KEYS,
-    Key,
-)
+from tuner.spec.architecture import KEYS
+from tuner.spec.hyperparameter import Hyperparameter
+from tuner.spec.space import BLOCK_KEYS, DENSE_KEYS, OUTPUT_KEYS
 from tuner.spec.spec import MAX_NAME_LENGTH, NAME_PATTERN, Settings
 
 
@@ -55,7 +51,7 @@ def _with_layers(properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _bare_schema(key: Key) -> dict[str, Any]:
+def _bare_schema(key: Hyperparameter) -> dict[str, Any]:
     if key.kind == "boolean":
         return {"type": "boolean"}
     if key.kind == "choice":
@@ -67,7 +63,7 @@ def _bare_schema(key: Key) -> dict[str, Any]:
     }
 
 
-def _entry_schema(key: Key) -> dict[str, Any]:
+def _entry_schema(key: Hyperparameter) -> dict[str, Any]:
     bare = _bare_schema(key)
     choices = {
         "type": "object",

@@ -1,163 +1,26 @@
-"""The configurations a study may try: `ModelConfig`, and the space they are sampled from."""
+"""The space from which the configurations of a study are sampled."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
-from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeAlias, cast, get_args
+from typing import Any, Protocol, TypeAlias, cast
 
 from tuner.errors import StudyError
 from tuner.spec.architecture import (
-    Activation,
-    Arrangement,
+    KEYS,
     BlockConfig,
     DenseConfig,
-    Head,
     ModelConfig,
-    Normalization,
-    OptimizerName,
-    Padding,
-    Pooling,
-    Residual,
 )
+from tuner.spec.hyperparameter import ParameterValue
 from tuner.spec.mistakes import same_value, toml_value
 
-ParameterValue: TypeAlias = int | float | str | bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Key:
-    """One hyperparameter that `[space]` knows: what it may be, and what it is when left out."""
-
-    name: str
-    meaning: str
-    default: ParameterValue
-    kind: Literal["integer", "number", "boolean", "choice"]
-    choices: tuple[str, ...] = ()  #: the allowed values of a "choice"
-    low: float = 0.0  #: smallest value
-    high: float = 1e6  #: largest value
-    open_low: bool = False  #: `low` itself is not allowed
-    open_high: bool = False  #: `high` itself is not allowed
-    of_block: bool = False  #: may be overridden in `[space.block1]`, ...
-    of_dense: bool = False  #: may be overridden in `[space.dense1]`, ...
-    each: bool = False  #: sampled anew for every block or dense layer
-
-    def allows(self, value: object) -> bool:
-        """Whether a configuration may hold `value`; a bool is no number, a number no bool."""
-        if self.kind == "boolean":
-            return isinstance(value, bool)
-        if self.kind == "choice":
-            return isinstance(value, str) and value in self.choices
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        if self.kind == "integer" and not isinstance(value, int):
-            return False
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below
-
-    def typed(self, value: ParameterValue) -> ParameterValue:
-        """`value`, allowed, as this key holds it: 0 and 0.0 mean the same rate."""
-        return float(value) if self.kind == "number" else value
-
-
-def _whole(
-    name: str, meaning: str, default: int, low: int = 1, high: int = 65_536, **places: Any
-) -> Key:
-    # The bound keeps a slip of the keyboard from asking for terabytes.
-    return Key(
-        name=name, meaning=meaning, default=default, kind="integer", low=low, high=high, **places
-    )
-
-
-def _rate(name: str, meaning: str, default: float, **places: Any) -> Key:
-    return Key(
-        name=name,
-        meaning=meaning,
-        default=default,
-        kind="number",
-        high=1.0,
-        open_high=True,
-        **places,
-    )
-
-
-def _penalty(name: str, meaning: str, **places: Any) -> Key:
-    return Key(name=name, meaning=meaning, default=0.0, kind="number", **places)
-
-
-def _choice(name: str, meaning: str, default: str, choices: object, **places: Any) -> Key:
-    return Key(
-        name=name,
-        meaning=meaning,
-        default=default,
-        kind="choice",
-        choices=get_args(choices),
-        **places,
-    )
-
-
-_KEYS = (
-    _whole("embedding_dim", "channels of the token embedding", 16),
-    _rate("embedding_dropout", "dropout after the embedding", 0.0),
-    Key(
-        name="masking",
-        meaning="zero padding throughout the network",
-        default=True,
-        kind="boolean",
-    ),
-    _choice("arrangement", "blocks one after another or side by side", "stacked", Arrangement),
-    _whole("blocks", "number of blocks", 2, high=16),
-    _whole("kernel_size", "convolution width, positions", 5, of_block=True, each=True),
-    _whole("filters", "channels of the convolution", 32, of_block=True, each=True),
-    _choice("padding", "padding of the convolution", "same", Padding, of_block=True),
-    _choice(
-        "normalization", "normalisation after the convolution", "none", Normalization, of_block=True
-    ),
-    _choice(
-        "activation",
-        "activation of blocks and hidden dense layers",
-        "relu",
-        Activation,
-        of_block=True,
-        of_dense=True,
-    ),
-    _choice("residual", "sum with the block's input", "none", Residual, of_block=True),
-    _choice("pooling", "pooling that ends the block", "max", Pooling, of_block=True),
-    _whole("pool_size", "window of the pooling, positions; 1 is none", 2, of_block=True, each=True),
-    _rate("conv_dropout", "dropout that ends the block", 0.0, of_block=True),
-    _choice("head", "how positions become one vector", "global_max", Head),
-    _whole("dense_layers", "number of hidden dense layers", 1, low=0, high=16),
-    _whole("units", "units of the hidden dense layer", 64, of_dense=True, each=True),
-    _rate(
-        "dense_dropout", "dropout before every dense layer, the output included", 0.2, of_dense=True
-    ),
-    _penalty("conv_l1", "L1 penalty on convolution kernels", of_block=True),
-    _penalty("conv_l2", "L2 penalty on convolution kernels", of_block=True),
-    _penalty("dense_l1", "L1 penalty on hidden dense kernels", of_dense=True),
-    _penalty("dense_l2", "L2 penalty on hidden dense kernels", of_dense=True),
-    _penalty("bias_l2", "L2 penalty on biases"),
-    _penalty("activity_l2", "L2 penalty on layer outputs"),
-    _choice("optimizer", "optimiser", "adam", OptimizerName),
-    Key(
-        name="learning_rate",
-        meaning="learning rate of the optimiser",
-        default=1e-3,
-        kind="number",
-        open_low=True,
-    ),
-    _whole("batch_size", "sequences a step", 64),
-)
-
-#: Every hyperparameter by name, in the order of the study file. The one place of their defaults.
-KEYS: Mapping[str, Key] = MappingProxyType({key.name: key for key in _KEYS})
-
-BLOCK_KEYS = tuple(key.name for key in _KEYS if key.of_block)
-DENSE_KEYS = tuple(key.name for key in _KEYS if key.of_dense)
+BLOCK_KEYS = tuple(key.name for key in KEYS.values() if key.of_block)
+DENSE_KEYS = tuple(key.name for key in KEYS.values() if key.of_dense)
 OUTPUT_KEYS = ("dense_dropout",)
 
 #: Six digits are more layers than any network has, and few enough for `int`.
@@ -360,27 +223,21 @@ class SearchSpace:
                 picked[sampled] = pick(sampled, entry)
             return picked[sampled]
 
-        def block(number: int) -> BlockConfig:
-            return BlockConfig(**{key: value(key, f"block{number}") for key in BLOCK_KEYS})
+        def layers(layer: type[Any], kind: str, count: str, keys: Sequence[str]) -> tuple[Any, ...]:
+            return tuple(
+                layer(**{key: value(key, f"{kind}{number}") for key in keys})
+                for number in range(1, value(count) + 1)
+            )
 
-        def dense(number: int) -> DenseConfig:
-            return DenseConfig(**{key: value(key, f"dense{number}") for key in DENSE_KEYS})
-
-        # Keyword arguments are evaluated as they stand: this is the order of sampling.
+        made: Mapping[str, Callable[[], Any]] = {
+            "blocks": lambda: layers(BlockConfig, "block", "blocks", BLOCK_KEYS),
+            "dense": lambda: layers(DenseConfig, "dense", "dense_layers", DENSE_KEYS),
+            "output_dropout": lambda: value("dense_dropout", "output"),
+        }
+        # In the order of the fields, which is that of sampling.
+        names = (field.name for field in fields(ModelConfig))
         return ModelConfig(
-            embedding_dim=value("embedding_dim"),
-            embedding_dropout=value("embedding_dropout"),
-            masking=value("masking"),
-            arrangement=value("arrangement"),
-            blocks=tuple(block(number) for number in range(1, value("blocks") + 1)),
-            head=value("head"),
-            dense=tuple(dense(number) for number in range(1, value("dense_layers") + 1)),
-            output_dropout=value("dense_dropout", "output"),
-            bias_l2=value("bias_l2"),
-            activity_l2=value("activity_l2"),
-            optimizer=value("optimizer"),
-            learning_rate=value("learning_rate"),
-            batch_size=value("batch_size"),
+            **{name: made[name]() if name in made else value(name) for name in names}
         )
 
     def suggest(self, trial: SuggestsParameters) -> ModelConfig:

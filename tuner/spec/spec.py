@@ -24,10 +24,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from tuner.spec.hyperparameter import ParameterValue
 from tuner.spec.mistakes import did_you_mean, shown
 from tuner.spec.precision import Precision
 from tuner.spec.schedule import bracket_turns, halvings, rungs
-from tuner.spec.space import ParameterValue, SearchSpace
+from tuner.spec.space import SearchSpace
 
 MAX_NAME_LENGTH = 80  # characters; with "-synthetic" and a suffix still a file name everywhere
 _MAX_NAME_BYTES = 160  #: the same in UTF-8, of which a file's name has at most 255 in all

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from tuner.spec.architecture import ModelConfig, misfits
+from tuner.spec.architecture import KEYS, ModelConfig, misfits
 from tuner.spec.bounds import tightest
+from tuner.spec.hyperparameter import GREATEST, Hyperparameter, ParameterValue
 from tuner.spec.limits import MAX_MISTAKES
 from tuner.spec.mistakes import (
     Mistake,
@@ -22,14 +23,12 @@ from tuner.spec.mistakes import (
     without_the_quotes,
 )
 from tuner.spec.space import (
-    KEYS,
+    BLOCK_KEYS,
     Choices,
     Dimension,
     Entry,
     Floats,
     Integers,
-    Key,
-    ParameterValue,
     SearchSpace,
     layer_keys,
     layer_number,
@@ -129,7 +128,9 @@ def _list_of(known: Iterable[str]) -> str:
     return f"; known are {', '.join(known)}"
 
 
-def _read_entry(key: Key, value: object, path: KeyPath, mistakes: list[Mistake]) -> Entry | None:
+def _read_entry(
+    key: Hyperparameter, value: object, path: KeyPath, mistakes: list[Mistake]
+) -> Entry | None:
     """What stands behind a key: a bare value, a range, choices; None where it is mistaken."""
 
     def mistaken(message: str, at: KeyPath = (), what: object = value) -> None:
@@ -149,7 +150,7 @@ def _read_entry(key: Key, value: object, path: KeyPath, mistakes: list[Mistake])
 
 
 def _read_choices(
-    key: Key, table: Mapping[str, Any], path: KeyPath, mistakes: list[Mistake]
+    key: Hyperparameter, table: Mapping[str, Any], path: KeyPath, mistakes: list[Mistake]
 ) -> Choices | None:
     before = len(mistakes)
     for name in table.keys() - {"choices"}:
@@ -190,7 +191,7 @@ _MAX_STEPS = 10_000_000  #: with more of them a float no longer tells one step f
 
 
 def _read_range(
-    key: Key, table: Mapping[str, Any], path: KeyPath, mistakes: list[Mistake]
+    key: Hyperparameter, table: Mapping[str, Any], path: KeyPath, mistakes: list[Mistake]
 ) -> Dimension | None:
     found: list[Mistake] = []
 
@@ -239,7 +240,7 @@ def _read_range(
     return None
 
 
-def _check_step_and_log(key: Key, table: Mapping[str, Any], *, mistaken_at: Any) -> None:
+def _check_step_and_log(key: Hyperparameter, table: Mapping[str, Any], *, mistaken_at: Any) -> None:
     if "log" in table and not isinstance(table["log"], bool):
         mistaken_at("log", f"must be true or false, not {shown(table['log'])}")
     if "step" not in table:
@@ -276,7 +277,7 @@ def _step_misfit(low: float, high: float, step: float) -> str:
         )
 
 
-def must_be(key: Key, value: object) -> str:
+def must_be(key: Hyperparameter, value: object) -> str:
     """What to say of a value that `key` does not allow."""
     if key.kind == "choice":
         return one_of(key.choices, value)
@@ -463,40 +464,42 @@ def _unused(name: str, named: Mapping[str, _Named], space: SearchSpace, config: 
 # Lengths.
 
 
+#: What decides how many positions are left, and what of it is lowered to have more.
+LENGTH_KEYS = tuple(name for name, one in KEYS.items() if one.shortens is not None)
+_LOWERED = [name for name in LENGTH_KEYS if KEYS[name].shortens == GREATEST]
+
+
 def check_lengths(space: SearchSpace, max_length: int, mistakes: list[Mistake]) -> None:
     """Notes where some configuration has a kernel or pooling longer than what is left for it."""
     config = tightest(space)
     entries = dict(space.entries)
+    stacked = config.arrangement == "stacked"
     for misfit in misfits(config, max_length):
         own = f"block{misfit.block}.{misfit.key}"
         path = ("space", *own.split(".")) if own in entries else ("space", misfit.key)
-        stacked = config.arrangement == "stacked"
-        before = config.blocks[: misfit.block - 1] if stacked else ()
         left = f"{misfit.positions} position{'s' * (misfit.positions != 1)}"
-        if before or misfit.key == "pool_size":
+        if (stacked and misfit.block > 1) or misfit.key == "pool_size":
             left += f" left of data.max_length = {max_length}"
         combination = [
-            f"block {number}: kernel_size = {block.kernel_size}, pool_size = {block.pool_size}, "
-            f'padding = "{block.padding}"'
+            f"block {number}: "
+            + ", ".join(
+                f"{key} = {toml_value(getattr(block, key))}"
+                for key in LENGTH_KEYS
+                if key in BLOCK_KEYS
+            )
             for number, block in enumerate(config.blocks[: misfit.block], start=1)
             if stacked or number == misfit.block
         ]
         if misfit.key == "kernel_size":
-            trouble = f"a kernel_size of {misfit.size} in block {misfit.block} is longer than the"
+            trouble = f"a kernel of {misfit.span} positions in block {misfit.block} is longer than"
         else:
-            trouble = f"a pool_size of {misfit.size} in block {misfit.block} leaves nothing of the"
+            trouble = f"a pool_size of {misfit.size} in block {misfit.block} leaves nothing of"
         mistakes.append(
             Mistake(
                 path=path,
                 value=misfit.size,
-                message=f"{trouble} {left} ({'; '.join(combination)}); "
-                "lower kernel_size, pool_size or blocks, or raise data.max_length",
-                also=(
-                    ("data", "max_length"),
-                    ("space", "blocks"),
-                    ("space", "kernel_size"),
-                    ("space", "pool_size"),
-                    ("space", "padding"),
-                ),
+                message=f"{trouble} the {left} ({'; '.join(combination)}); "
+                f"lower {', '.join(_LOWERED[:-1])} or {_LOWERED[-1]}, or raise data.max_length",
+                also=(("data", "max_length"), *(("space", key) for key in LENGTH_KEYS)),
             )
         )

@@ -22,6 +22,7 @@ from tuner.search.record import record_document, record_from_document
 from tuner.search.study import create_or_resume, delete, load
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec import reader, space, tables
+from tuner.spec.architecture import KEYS
 from tuner.spec.spec import Settings, StudySpec, TrainingSettings
 
 SMALL_SPACE = small_spec().space.to_document()
@@ -93,7 +94,8 @@ def changed(document: Mapping[str, Any], **values: Any) -> dict[str, Any]:
     return new
 
 
-#: Records of each format, by what is special in them. A new format adds one of its own here.
+#: Records of each format, by what is special in them. A new format adds one of its own here,
+#: but for one that adds hyperparameters alone.
 DOCUMENTS: dict[int, dict[str, Mapping[str, Any]]] = {
     1: {
         "the first": FIRST,
@@ -109,6 +111,16 @@ DOCUMENTS: dict[int, dict[str, Mapping[str, Any]]] = {
     },
     2: {"the first": changed(FIRST, format=2, pruner__rungs=[1, 5])},
 }
+
+
+def with_hyperparameters_of(number: int) -> dict[str, Any]:
+    """The record of a format that has hyperparameters more than the first."""
+    added = {name: one.default for name, one in KEYS.items() if 1 < one.since <= number}
+    return changed(DOCUMENTS[2]["the first"], format=number, spec__space={**SPACE, **added})
+
+
+for number in {one.since for one in KEYS.values()} - DOCUMENTS.keys():
+    DOCUMENTS[number] = {"the first": with_hyperparameters_of(number)}
 EACH = [
     pytest.param(number, document, id=f"{number}, {name}")
     for number, documents in DOCUMENTS.items()
@@ -150,7 +162,7 @@ def test_every_format_has_its_defaults_and_documents() -> None:
 def test_what_a_record_of_a_format_lacks_has_a_meaning(
     number: int, document: Mapping[str, Any], tmp_path: Path
 ) -> None:
-    """Where this fails, a key was added: count `FORMAT` up, and say what its absence meant."""
+    """Where this fails, a key was added: `docs/decisions.md` says what else has to be done."""
     lacking = set(paths(stored_today(tmp_path))) - set(paths(document)) - {"format"}
     meant = DEFAULTS_OF_FORMAT[number]
     assert not [
@@ -327,10 +339,8 @@ def test_a_new_hyperparameter_leaves_an_existing_study_what_it_is(
     table = {number: {**known, **added} for number, known in DEFAULTS_OF_FORMAT.items()}
     monkeypatch.setattr(formats, "DEFAULTS_OF_FORMAT", table)
     keys = {
-        **space.KEYS,
-        "label_smoothing": replace(
-            space.KEYS["embedding_dropout"], name="label_smoothing", default=0.1
-        ),
+        **KEYS,
+        "label_smoothing": replace(KEYS["embedding_dropout"], name="label_smoothing", default=0.1),
     }
     for module in (space, tables):
         monkeypatch.setattr(module, "KEYS", keys)
@@ -347,7 +357,10 @@ def test_a_new_hyperparameter_leaves_an_existing_study_what_it_is(
 
 
 LATER = {
-    "a later format": ({"format": 3}, r"is stored in format 3 by tuner 9\.1, .* up to 2: upgrade"),
+    "a later format": (
+        {"format": FORMAT + 1},
+        rf"is stored in format {FORMAT + 1} by tuner 9\.1, .* up to {FORMAT}: upgrade",
+    ),
     "no number": ({"format": "2"}, r"is stored in format '2' by tuner 9\.1, "),
     "a list": ({"format": [2]}, r"is stored in format \[2\] by tuner 9\.1, "),
     "a key": ({"warmup": 1}, r"keys that this tuner does not know \(warmup\).*: upgrade"),

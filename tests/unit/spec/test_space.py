@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tuner.errors import StudyError
 from tuner.spec.architecture import (
+    KEYS,
     ModelConfig,
     misfits,
     padded_length,
@@ -25,16 +26,15 @@ from tuner.spec.architecture import (
     positions_after_blocks,
 )
 from tuner.spec.bounds import parameter_counts, tightest
+from tuner.spec.hyperparameter import ParameterValue
 from tuner.spec.mistakes import toml_value
 from tuner.spec.space import (
     BLOCK_KEYS,
     DENSE_KEYS,
-    KEYS,
     Choices,
     Dimension,
     Floats,
     Integers,
-    ParameterValue,
     SearchSpace,
     space_of,
 )
