@@ -213,6 +213,7 @@ class _Builder:
         settings: dict[str, Any] = {
             "filters": block.filters,
             "kernel_size": block.kernel_size,
+            "dilation_rate": block.conv_dilation,
             "padding": block.padding,
             "kernel_initializer": self._glorot(f"{name}_conv"),
             "kernel_regularizer": _l1_l2(block.conv_l1, block.conv_l2),
@@ -220,7 +221,8 @@ class _Builder:
             "dtype": self._policy,
             "name": f"{name}_conv",
         }
-        if not self._fast:
+        # Ours have no dilation, and Keras' own is as fast with it (`docs/experiments.md`).
+        if not self._fast or block.conv_dilation > 1:
             return layers.Conv1D(**settings)(positions.values)
         if positions.tokens is None or self._config.embedding_dim < LEAST_TOKEN_CONVOLUTION:
             return fast_layers.Convolution(**settings)(positions.values)

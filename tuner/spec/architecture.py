@@ -37,6 +37,16 @@ class BlockConfig:
     kernel_size: Annotated[
         int, whole("convolution width, positions", 5, each=True, shortens=GREATEST)
     ]
+    conv_dilation: Annotated[
+        int,
+        whole(
+            "positions from one weight of the kernel to the next; 1 is no dilation",
+            1,
+            each=True,
+            shortens=GREATEST,
+            since=3,
+        ),
+    ]
     filters: Annotated[int, whole("channels of the convolution", 32, each=True)]
     padding: Annotated[Padding, choice("padding of the convolution", "same", shortens="valid")]
     normalization: Annotated[Normalization, choice("normalisation after the convolution", "none")]
@@ -53,6 +63,11 @@ class BlockConfig:
     conv_dropout: Annotated[float, rate("dropout that ends the block")]
     conv_l1: Annotated[float, penalty("L1 penalty on convolution kernels")]
     conv_l2: Annotated[float, penalty("L2 penalty on convolution kernels")]
+
+    @property
+    def span(self) -> int:
+        """Positions that the dilated kernel reaches over."""
+        return (self.kernel_size - 1) * self.conv_dilation + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,14 +136,14 @@ KEYS: Mapping[str, Hyperparameter] = MappingProxyType(
 
 def _after_block(block: BlockConfig, length: int) -> int:
     if block.padding == "valid":
-        length -= block.kernel_size - 1
+        length -= block.span - 1
     return length // block.pool_size
 
 
 def positions_after_blocks(config: ModelConfig, length: int) -> tuple[int, ...]:
     """Positions that each block leaves of an embedding of `length` positions.
 
-    "same" padding keeps the length, "valid" leaves length - kernel_size + 1; pooling drops what
+    "same" padding keeps the length, "valid" leaves length - span + 1; pooling drops what
     does not fill its window. In parallel every block starts from the embedding.
     """
     left: list[int] = []
@@ -164,7 +179,7 @@ def _padded(blocks: Sequence[BlockConfig], max_length: int) -> int:
     for block in reversed(blocks):
         length *= block.pool_size
         if block.padding == "valid":
-            length += block.kernel_size - 1
+            length += block.span - 1
     return length
 
 
@@ -193,14 +208,14 @@ def misfits(config: ModelConfig, max_length: int) -> tuple[Misfit, ...]:
         pads = _pads_at_the_end(config)
         convolved = length
         if block.padding == "valid" and not pads:
-            convolved -= block.kernel_size - 1
-        if block.kernel_size > length:
+            convolved -= block.span - 1
+        if block.span > length:
             found.append(
                 Misfit(
                     block=number,
                     key="kernel_size",
                     size=block.kernel_size,
-                    span=block.kernel_size,
+                    span=block.span,
                     positions=length,
                 )
             )
@@ -314,7 +329,7 @@ def _layers_of_block(
     block: BlockConfig, name: str, length: int, channels: int, left: int
 ) -> list[Layer]:
     """A block that takes [length, channels] and leaves `left` positions."""
-    convolved = length - (block.kernel_size - 1 if block.padding == "valid" else 0)
+    convolved = length - (block.span - 1 if block.padding == "valid" else 0)
     shape = (convolved, block.filters)
     weights = (block.kernel_size * channels + 1) * block.filters
     found = [Layer(name=f"{name}_conv", output=shape, parameters=weights)]

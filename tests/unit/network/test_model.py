@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 from networks import block, dense, network, sequences
 
-from tuner.network.model import build_model, keras, logit_model
+from tuner.network.model import build_model, keras, logit_model, tf
 from tuner.spec.architecture import (
     BlockConfig,
     layers_of,
     misfits,
+    padded_length,
     parameter_count,
 )
 
@@ -160,6 +162,54 @@ def test_batch_normalisation_takes_its_moments_over_residues_only() -> None:
     np.testing.assert_allclose(moments[0], moments[1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_dilated_kernel_is_one_with_zeros_between_its_weights(padding: str, fast: bool) -> None:
+    dilated = network(
+        block(kernel_size=3, conv_dilation=4, padding=padding, normalization="batch"),
+        block(kernel_size=2, conv_dilation=2, padding=padding),
+        embedding_dim=16,
+    )
+    model = with_random_weights(build_model(dilated, 30, fast=fast))
+    spans = [one.span for one in dilated.blocks]
+    assert spans == [9, 3]
+    wide = network(
+        *(
+            dataclasses.replace(one, kernel_size=one.span, conv_dilation=1)
+            for one in dilated.blocks
+        ),
+        embedding_dim=16,
+    )
+    same = build_model(wide, 30)
+    for weight, its in zip(model.weights, same.weights, strict=True):
+        values = weight.numpy()
+        if weight.path in ("block1_conv/kernel", "block2_conv/kernel"):
+            values = np.zeros(its.shape)
+            values[:: dilated.blocks[int(weight.path[5]) - 1].conv_dilation] = weight.numpy()
+        its.assign(values)
+    tokens = sequences([30, 17, 1], 30)
+    np.testing.assert_allclose(logits(model, tokens), logits(same, tokens), rtol=1e-5)
+    assert parameter_count(dilated, 30) == model.count_params()
+    assert padded_length(dilated, 30) == padded_length(wide, 30)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_dilated_network_trains(precision: Any) -> None:
+    config = network(block(kernel_size=3, conv_dilation=4), block(), embedding_dim=16)
+    model = logit_model(build_model(config, 30, precision=precision, fast=True))
+    with tf.GradientTape() as tape:
+        total = tf.reduce_sum(model(sequences([30, 17], 30), training=True))
+    for gradient in tape.gradient(total, model.trainable_variables):
+        assert np.isfinite(tf.convert_to_tensor(gradient).numpy()).all()
+
+
+def test_a_dilated_kernel_has_to_fit() -> None:
+    config = network(block(kernel_size=3, conv_dilation=4), masking=False)
+    assert not misfits(config, 9)
+    (misfit,) = misfits(config, 8)
+    assert (misfit.key, misfit.span, misfit.positions) == ("kernel_size", 9, 8)
+
+
 def test_without_masking_padding_counts() -> None:
     config = network(masking=False)
     short, long = (build_model(config, length) for length in (12, 24))
@@ -200,6 +250,7 @@ def test_parameter_counts_by_arithmetic_are_those_of_keras() -> None:
         blocks = tuple(
             block(
                 kernel_size=int(choose([1, 2, 3, 5])),
+                conv_dilation=int(choose([1, 1, 2, 3])),
                 filters=int(choose([1, 4, 6])),
                 padding=str(choose(["same", "valid"])),
                 normalization=str(choose(["none", "batch", "layer"])),
