@@ -28,10 +28,6 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
 #: Whole numbers that mean the same to every reader: 010 is 8 to YAML 1.1, and 1:30 is 90.
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x_*[0-9a-fA-F][0-9a-fA-F_]*|0b_*[01][01_]*)")
-#: What JSON allows between and in its values, and YAML does not, or counts as the end of a line.
-_AS_YAML = str.maketrans("\t\x85\u2028\u2029", "    ")
-#: JSON spells a letter beyond U+FFFF as two escapes, neither of which YAML allows.
-_HALVES = re.compile(r"\\\\|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 class SyntaxMistakeError(ValueError):
@@ -43,7 +39,7 @@ class SyntaxMistakeError(ValueError):
 
 
 def parse(text: str, suffix: str) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:
-    """The document of a text, and the line, from 1, of each key and list element.
+    """The document of a text, and the line, from 1, of each key and list element of YAML.
 
     Args:
         text: The content of a file.
@@ -72,63 +68,41 @@ def written(number: float) -> str:
 # JSON.
 
 
-class _KeyTwiceError(Exception):
-    """A JSON object has a key twice."""
-
-
 def _parse_json(text: str) -> tuple[Any, Mapping[KeyPath, int]]:
     def constant(name: str) -> NoReturn:
         line = text.count("\n", 0, text.find(name)) + 1
         raise SyntaxMistakeError(f"is not valid JSON: {name}; write a number", line)
 
     try:
-        document = json.loads(text, object_pairs_hook=_object, parse_constant=constant)
+        return json.loads(text, object_pairs_hook=_object, parse_constant=constant), {}
     except json.JSONDecodeError as error:
         raise SyntaxMistakeError(f"is not valid JSON: {error.msg}", error.lineno) from error
-    except _KeyTwiceError as error:
-        _lines_of_json(text)  # knows the line, in all but odd texts
-        raise SyntaxMistakeError(f"{error}; remove one", None) from error
     except RecursionError as error:
         raise SyntaxMistakeError(TOO_DEEP, None) from error
     except SyntaxMistakeError:
         raise
     except ValueError as error:  # of int()
         raise SyntaxMistakeError(TOO_MANY_DIGITS, line_of_many_digits(text)) from error
-    return document, _lines_of_json(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _KeyTwiceError(f"the key {_shown(twice)} stands twice")
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise SyntaxMistakeError(f"the key {_shown(key)} stands twice; remove one", None)
+        table[key] = value
     return table
-
-
-def _lines_of_json(text: str) -> Mapping[KeyPath, int]:
-    """JSON is read as YAML; where an odd text is none, its problems name no line."""
-    visitor = _Visitor(plain_scalars=False)
-    try:
-        visitor.visit(_compose(_HALVES.sub(_whole, text.translate(_AS_YAML))), ())
-    except (yaml.YAMLError, UnicodeEncodeError):
-        return {}
-    return visitor.lines
-
-
-def _whole(escape: re.Match[str]) -> str:
-    return escape[0] if escape[0] == r"\\" else r"\ufffd"
 
 
 # YAML.
 
 
 def _parse_yaml(text: str) -> tuple[Any, Mapping[KeyPath, int]]:
-    visitor = _Visitor(plain_scalars=True)
+    lines: dict[KeyPath, int] = {}
     try:
-        root = _compose(text)
-        visitor.visit(root, ())
-        document = None if root is None else yaml.SafeLoader("").construct_document(root)
+        _check_events(text)
+        root = yaml.compose(text, Loader=_Loader)
+        return (None if root is None else _value(root, (), lines)), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = error.problem or error.context or "it cannot be read"
@@ -145,96 +119,59 @@ def _parse_yaml(text: str) -> tuple[Any, Mapping[KeyPath, int]]:
     except ValueError as error:  # a %YAML directive or an escape out of range
         what = str(error).partition("\n")[0]
         raise SyntaxMistakeError(f"is not valid YAML: {what}", None) from error
-    return _copied(document), visitor.lines
 
 
-def _compose(text: str) -> yaml.Node | None:
-    """The nodes of the one document of a text, after a look at its events: those are not nested.
+def _check_events(text: str) -> None:
+    """Refuses what no export holds, before anything nested is built.
 
     Raises:
-        SyntaxMistakeError: It is nested too deeply, has too many values, tags, or is not alone.
+        SyntaxMistakeError: It is nested too deeply, has too many values, a tag, an alias (with
+            which a short file can mean a very long one), or a second document.
         yaml.YAMLError: The syntax is wrong.
     """
     depth = values = documents = 0
     for event in yaml.parse(text, Loader=_Loader):
-        line = 0 if event.start_mark is None else event.start_mark.line + 1
-        documents += isinstance(event, yaml.DocumentStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         depth += isinstance(event, yaml.CollectionStartEvent)
         values += isinstance(event, yaml.NodeEvent)
+        documents += isinstance(event, yaml.DocumentStartEvent)
         if documents > 1:
-            raise SyntaxMistakeError(
-                "holds more than one document; a study file is one: remove what follows ---", line
-            )
-        if depth > MAX_DEPTH:
-            raise SyntaxMistakeError(TOO_DEEP, line)
-        if values > 2 * MAX_VALUES:  # keys count here, too
-            raise SyntaxMistakeError(TOO_MANY_VALUES, line)
-        if tag := getattr(event, "tag", None):
-            raise SyntaxMistakeError(
-                f"has the tag {_shown(tag)}; a study file has none: remove it, and write text in "
-                "quotes",
-                line,
-            )
-    root: yaml.Node | None = yaml.compose(text, Loader=_Loader)
-    return root
+            what = "holds more than one document; a study file is one: remove what follows ---"
+        elif depth > MAX_DEPTH:
+            what = TOO_DEEP
+        elif values > 2 * MAX_VALUES:  # keys count here, too
+            what = TOO_MANY_VALUES
+        elif tag := getattr(event, "tag", None):
+            what = f"has the tag {_shown(tag)}; remove it, and write text in quotes"
+        elif isinstance(event, yaml.AliasEvent):
+            what = f"has the alias *{event.anchor}; write the value out"
+        else:
+            continue
+        raise SyntaxMistakeError(what, event.start_mark.line + 1 if event.start_mark else None)
 
 
-class _Visitor:
-    """Visits every node as often as aliases repeat it, and notes lines; a bomb ends at a limit."""
-
-    def __init__(self, *, plain_scalars: bool) -> None:
-        """Makes one.
-
-        Args:
-            plain_scalars: What stands without quotes is read by YAML's rules, and not by JSON's.
-        """
-        self.lines: dict[KeyPath, int] = {}
-        self._plain_scalars = plain_scalars
-        self._values = 0
-
-    def visit(self, node: yaml.Node | None, path: KeyPath, line: int = 1, depth: int = 0) -> None:
-        """Visits a node; `line` is that of the key that it stands behind, also as an alias."""
-        if node is None:
-            return
-        self._values += 1
-        if depth > MAX_DEPTH:
-            raise SyntaxMistakeError(TOO_DEEP, line)
-        if self._values > MAX_VALUES:
-            raise SyntaxMistakeError(TOO_MANY_VALUES, line)
-        if isinstance(node, yaml.MappingNode):
-            self._visit_table(node, path, line, depth)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(node.value):
-                self.lines.setdefault((*path, index), item.start_mark.line + 1)
-                self.visit(item, (*path, index), line, depth + 1)
-        elif self._plain_scalars and isinstance(node, yaml.ScalarNode):
-            _refuse_surprises(node)
-
-    def _visit_table(self, node: yaml.MappingNode, path: KeyPath, line: int, depth: int) -> None:
-        if len(node.value) > MAX_KEYS:
-            raise SyntaxMistakeError(TOO_MANY_KEYS, line)
-        seen: set[str] = set()
-        merged: list[tuple[int, yaml.Node]] = []
-        for key, value in node.value:
-            at = key.start_mark.line + 1
-            if key.tag == f"{_TAG}merge":
-                tables = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                merged += [(at, table) for table in tables]
-                continue
-            if key.tag != f"{_TAG}str":
-                what = f"the key {_shown(key.value)} is" if key.id == "scalar" else "a key is"
-                raise SyntaxMistakeError(f"{what} not text; write it in quotes", at)
-            if key.value in seen:
-                raise SyntaxMistakeError(
-                    f"the key {_shown(key.value)} stands twice; remove one", at
-                )
-            seen.add(key.value)
-            self.lines.setdefault((*path, key.value), at)
-            # What is repeated stands above its alias.
-            self.visit(value, (*path, key.value), max(line, at), depth + 1)
-        for at, table in merged:  # after what the table itself has, whose lines stay
-            self.visit(table, path, max(line, at), depth + 1)
+def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> Any:
+    """What a node stands for; notes the lines of its keys and elements."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[*path, index] = item.start_mark.line + 1
+        return [_value(item, (*path, index), lines) for index, item in enumerate(node.value)]
+    if isinstance(node, yaml.ScalarNode):
+        _refuse_surprises(node)
+        return yaml.SafeLoader("").construct_object(node)
+    if len(node.value) > MAX_KEYS:
+        raise SyntaxMistakeError(TOO_MANY_KEYS, node.start_mark.line + 1)
+    table: dict[str, Any] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.tag != f"{_TAG}str":
+            what = f"the key {_shown(key.value)} is" if key.id == "scalar" else "a key is"
+            raise SyntaxMistakeError(f"{what} not text; write it in quotes", line)
+        if key.value in table:
+            raise SyntaxMistakeError(f"the key {_shown(key.value)} stands twice; remove one", line)
+        lines[*path, key.value] = line
+        table[key.value] = _value(value, (*path, key.value), lines)
+    return table
 
 
 def _refuse_surprises(node: yaml.ScalarNode) -> None:
@@ -258,13 +195,6 @@ def _refuse_surprises(node: yaml.ScalarNode) -> None:
     else:
         return
     raise SyntaxMistakeError(message, node.start_mark.line + 1)
-
-
-def _copied(value: Any) -> Any:
-    """The value with nothing in it twice: to change one use of an alias must not change another."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def _shown(text: str) -> str:

@@ -37,7 +37,12 @@ def test_a_study_file_means_the_same_in_every_format(tmp_path: Path, suffix: str
         ("a.yaml", "name: x\n  trials: 3\n", 2, "not valid YAML"),
         ("a.yaml", "- 1\n- 2\n", None, "holds no keys"),
         ("a.yaml", "name: x\ntrials: 0\ndata: {source: synthetic}\n", 2, "at least 1"),
-        ("a.json", '{\n"name": "x",\n"trails": 3,\n"data": {"source": "synthetic"}}', 3, "trials"),
+        (
+            "a.json",
+            '{\n"name": "x",\n"trails": 3,\n"data": {"source": "synthetic"}}',
+            None,
+            "trials",
+        ),
         ("a.yaml", "name: x\ntrials: 1\ndata:\n  source: synthetic\n  max_length: a\n", 5, "whole"),
     ],
 )
@@ -81,31 +86,27 @@ def json_with(more: str) -> str:
 @pytest.mark.parametrize(
     ("suffix", "text", "line", "words"),
     [
-        # nested too deeply, in the file or by an alias of itself
+        # nested too deeply
         (".toml", T + "x = " + "[" * 900_000, None, "nested too deeply"),
         (".json", json_with('"x": ' + "[" * 900_000), None, "nested too deeply"),
-        (".json", json_with('"x": ' + "[" * 40 + "]" * 40), 2, "nested too deeply"),
+        (".json", json_with('"x": ' + "[" * 40 + "]" * 40), None, "nested too deeply"),
         (".json", json_with('"x": ' + '{"a":' * 50_000 + "1" + "}" * 50_000), None, "too deeply"),
         (".yaml", Y + "x: " + "[" * 900_000, 4, "nested too deeply"),
         (".yaml", Y + "".join(f"{' ' * n}a:\n" for n in range(1_000)), 36, "nested too deeply"),
-        (".yaml", Y + "x: &a [*a]\n", 4, "nested too deeply"),
-        (".yaml", Y + "x: &a {b: *a}\n", 4, "nested too deeply"),
-        # more than any study file holds, also where aliases or merge keys repeat it
+        # an alias, which may stand for itself, or for what makes a short text a long one
+        (".yaml", Y + "x: &a [*a]\n", 4, "has the alias *a; write the value out"),
+        (".yaml", Y + "x: &a {b: *a}\n", 4, "has the alias *a"),
+        (".yaml", Y + "a: &a {b: 1}\nc:\n  <<: *a\n", 6, "has the alias *a"),
+        # more than any study file holds
         (".toml", T + f"x = [{'1,' * 60_000}]", None, "holds more than 50000 values"),
-        (".json", json_with(f'"x": [{"1," * 60_000}1]'), 2, "holds more than 50000 values"),
-        (".yaml", Y + f"x: [{'1,' * 60_000}]", 4, "holds more than 50000 values"),
-        (".yaml", Y + "a0: &a0 [1]\n" + "".join(
-            f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20)
-        ), 9, "holds more than 50000 values"),
-        (".yaml", Y + "a0: &a0 {b: 1}\n" + "".join(
-            f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 20)
-        ), 9, "holds more than 50000 values"),
+        (".json", json_with(f'"x": [{"1," * 60_000}1]'), None, "holds more than 50000 values"),
+        (".yaml", Y + f"x: [{'1,' * 60_000}]", None, "holds more than 50000 values"),
         (".toml", T + "".join(f"k{n} = 1\n" for n in range(300)), None, "of more than 200 keys"),
-        (".json", json_with(", ".join(f'"k{n}": 1' for n in range(300))), 1, "more than 200 keys"),
+        (".json", json_with(", ".join(f'"k{n}": 1' for n in range(300))), None, "of more than 200"),
         (".yaml", Y + "".join(f"k{n}: 1\n" for n in range(300)), 1, "of more than 200 keys"),
         # a key twice
-        (".json", json_with('"trials": 3'), 2, 'the key "trials" stands twice'),
-        (".json", json_with('"space": {\n"units": 3,\n"\\u0075nits": 4}'), 4, "stands twice"),
+        (".json", json_with('"trials": 3'), None, 'the key "trials" stands twice'),
+        (".json", json_with('"space": {\n"units": 3,\n"\\u0075nits": 4}'), None, "stands twice"),
         (".yaml", Y + "trials: 5\n", 4, 'the key "trials" stands twice'),
         (".yaml", Y + "space:\n  units: 3\n  'units': 4\n", 6, 'the key "units" stands twice'),
         # keys that are no text
@@ -133,25 +134,25 @@ def json_with(more: str) -> str:
         (".yaml", f"%YAML 1.{DIGITS}\n---\n{Y}", 1, "not valid YAML"),
         (".yaml", Y + 'x: "\\UFFFFFFFF"\n', 4, "not valid YAML"),
         (".yaml", Y + "x: \a\n", None, "U+0007 is not allowed"),
-        (".yaml", Y + "<<: 3\n", 4, "for merging"),
+        (".yaml", Y + "<<: 3\n", 4, 'the key "<<" is not text'),
         # numbers
         (".toml", T + f"seed = {DIGITS}", 4, "a number of thousands of digits"),
         (".json", json_with(f'"seed": {DIGITS}'), 2, "a number of thousands of digits"),
         (".yaml", Y + f"seed: {DIGITS}\n", 4, "a number of thousands of digits"),
         (".json", json_with('"seed": NaN'), 2, "not valid JSON: NaN"),
         (".json", json_with('"seed": -Infinity'), 2, "not valid JSON: -Infinity"),
-        (".json", json_with('"training": {"max_trial_seconds": 1e400}'), 2, "a finite number"),
+        (".json", json_with('"training": {"max_trial_seconds": 1e400}'), None, "a finite number"),
         (".yaml", Y + "training: {max_trial_seconds: 1.0e+400}\n", 4, "a finite number"),
         (".yaml", Y + "training: {max_trial_seconds: .nan}\n", 4, "a finite number"),
         (".toml", T + f"[space.block{DIGITS}]", 4, "unknown key"),
         # half of a surrogate pair
-        (".json", json_with('"data": "\\ud800"').replace('"data": {', '"seed": {'), 2, "U+D800"),
+        (".json", json_with('"data": "\\ud800"').replace('"data": {', '"seed": {'), None, "U+D800"),
         (".json", json_with('"\\udfff": 1'), None, "U+DFFF"),
-        (".json", json_with('"provenance": {"a": ["\\ud83d"]}'), 2, "U+D83D"),
+        (".json", json_with('"provenance": {"a": ["\\ud83d"]}'), None, "U+D83D"),
         # what cannot be stored, or written in every format
         (".toml", T + "provenance.at = 2026-01-31", 4, "at must be text in quotes, or a number"),
         (".toml", T + "provenance.a.b = nan", 4, "a.b must be a finite number, not nan"),
-        (".json", json_with('"provenance": {"a": [1e400]}'), 2, "a must be a finite number"),
+        (".json", json_with('"provenance": {"a": [1e400]}'), None, "a must be a finite number"),
     ],
 )  # fmt: skip
 def test_every_format_is_read_with_the_same_care(
@@ -205,17 +206,6 @@ def test_a_list_of_mistakes_is_told_up_to_a_limit(tmp_path: Path) -> None:
         assert len(caught.value.problems) == 101
 
 
-def test_anchors_and_merge_keys_are_read_and_lead_to_no_shared_value(tmp_path: Path) -> None:
-    path = tmp_path / "study.yaml"
-    path.write_text(
-        f"{Y}space:\n  blocks: 3\n  block1: &one {{filters: 3}}\n  block2: *one\n"
-        "  block3:\n    <<: *one\n    kernel_size: 3\n"
-    )
-    blocks = load_spec(path, ["space.block2.filters=7"]).space.resolve({}).blocks
-    assert [block.filters for block in blocks] == [3, 7, 3]
-    assert blocks[2].kernel_size == 3
-
-
 def test_numbers_and_words_mean_what_they_did(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(Y + "seed: 0x10\nspace: {units: 1_0, learning_rate: 1.0e-3, masking: yes}\n")
@@ -225,13 +215,13 @@ def test_numbers_and_words_mean_what_they_did(tmp_path: Path) -> None:
     assert config.masking is True
 
 
-def test_json_with_tabs_and_odd_line_ends_names_its_lines(tmp_path: Path) -> None:
+def test_json_with_tabs_and_odd_line_ends_names_its_keys(tmp_path: Path) -> None:
     text = '{\n\t"name": "x\\t\u2028",\n\t"trials": 0,\n\t"data": {"source": "synthetic"}}'
     path = tmp_path / "study.json"
     path.write_bytes(b"\xef\xbb\xbf" * 2 + text.encode())
     with pytest.raises(SpecError) as caught:
         load_spec(path)
-    assert [(one.line, one.key) for one in caught.value.problems] == [(2, "name"), (3, "trials")]
+    assert [one.key for one in caught.value.problems] == ["name", "trials"]
 
 
 def test_null_in_a_provenance_says_nothing(tmp_path: Path) -> None:
