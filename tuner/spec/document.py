@@ -13,22 +13,14 @@ from tuner.artifacts import DEFAULT_STUDIES_FOLDER
 from tuner.errors import Problem, SpecError
 from tuner.spec import yaml_file
 from tuner.spec.limits import (
-    MAX_DEPTH,
     MAX_FILE_BYTES,
+    MAX_LINE,
     TOO_DEEP,
-    TOO_MANY_DIGITS,
+    TOO_LONG,
     excess,
-    line_of_many_digits,
 )
 from tuner.spec.mistakes import Places, did_you_mean, shown
 from tuner.spec.toml_lines import KeyPath, key_lines
-
-#: A key of thousands of parts, over which `tomllib` takes minutes. The expression is bounded
-#: everywhere, or it would take as long itself; of parts that are longer a file has few.
-_LONG_KEY = re.compile(
-    r"""(?<![\w-])(?:(?:[\w-]{1,99}+|"(?:[^"\\\n]|\\.){0,99}+"|'[^'\n]{0,99}+')"""
-    rf"[ \t]{{0,99}}+\.[ \t]{{0,99}}+){{{MAX_DEPTH}}}"
-)
 
 
 def read_file(
@@ -136,8 +128,9 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], Mapping[KeyPath, int]
     Raises:
         SpecError: The syntax is wrong; only the first mistake can be told.
     """
-    if long := _LONG_KEY.search(text):
-        raise _unreadable(path, TOO_DEEP, text.count("\n", 0, long.start()) + 1)
+    lines = text.split("\n")
+    if long := next((number for number, one in enumerate(lines, 1) if len(one) > MAX_LINE), None):
+        raise _unreadable(path, TOO_LONG, long, lines[long - 1])
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -146,13 +139,10 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], Mapping[KeyPath, int]
         remedy = next((remedy for start, remedy in _SYNTAX_REMEDIES if what.startswith(start)), "")
         message = f"is not valid TOML: {what}" + (f"; {remedy}" if remedy else "")
         line = int(place[1] or text.rstrip().count("\n") + 1) if place else None
-        lines = text.split("\n")
         value = lines[line - 1].strip() if line and line <= len(lines) else ""
         raise _unreadable(path, message, line, value) from error
     except RecursionError as error:
         raise _unreadable(path, TOO_DEEP) from error
-    except ValueError as error:  # of int()
-        raise _unreadable(path, TOO_MANY_DIGITS, line_of_many_digits(text)) from error
     if too_much := excess(document):
         raise _unreadable(path, too_much)
     return document, key_lines(text)
@@ -180,11 +170,12 @@ class _BadOverrideError(Exception):
 def _override(document: dict[str, Any], override: str) -> KeyPath:
     """Writes one `--set key=value` into `document`; the path of what it wrote."""
     key, equals, text = (part.strip() for part in override.partition("="))
+    if len(override) > MAX_LINE:
+        message = f"has more than {MAX_LINE:,} characters; write it into the study file"
+        raise _BadOverrideError(override, message)
     if not equals or not key or not text or not key.isprintable():
         raise _BadOverrideError(override, "write --set key=value, as in --set data.split.seed=1")
     try:
-        if _LONG_KEY.search(f"{key}."):
-            raise RecursionError
         names = _single_path(tomllib.loads(f"{key} = 0"))
     except (ValueError, RecursionError) as error:
         message = "is no key; write it as in --set data.split.seed=1"
@@ -231,8 +222,6 @@ def _override_value(override: str, text: str) -> Any:
         if too_much := excess(table):
             raise _BadOverrideError(override, too_much)
     except (ValueError, RecursionError) as error:
-        if line_of_many_digits(text) and not isinstance(error, tomllib.TOMLDecodeError):
-            raise _BadOverrideError(override, TOO_MANY_DIGITS) from error
         if text[0] in "[{\"'" or not text.isprintable():
             message = f"{shown(text)} is no TOML value: {str(error).partition(' (at')[0]}"
             raise _BadOverrideError(override, message) from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
 from tuner.spec.toml_lines import KeyPath
 
 MAX_FILE_BYTES = 1_000_000
+MAX_LINE = 1_000  #: characters of TOML: `tomllib` takes a second for a key of 5,000 parts
 MAX_DEPTH = 32  #: values within values, and parts of a key such as `a.b.c`
 MAX_VALUES = 50_000  #: in the whole file, tables and lists included
 MAX_KEYS = 200  #: of one table; the largest, [space] with every block and layer, has about 60
@@ -17,18 +17,10 @@ TOO_DEEP = (
     "is nested too deeply for a study file; write fewer brackets in brackets, and keys of a few "
     "parts"
 )
+TOO_LONG = f"is a line of more than {MAX_LINE:,} characters; a list may have a line for each value"
 TOO_MANY_VALUES = f"holds more than {MAX_VALUES} values, too many for a study file; remove some"
 TOO_MANY_KEYS = f"has a table of more than {MAX_KEYS} keys, too many for a study file; remove some"
 TOO_MANY_DIGITS = "holds a number of thousands of digits; shorten it"
-
-#: What Python's `int` refuses to read: more than 4300 digits.
-_MANY_DIGITS = re.compile(r"[0-9](?:_?[0-9]){4300}")
-
-
-def line_of_many_digits(text: str) -> int | None:
-    """The line, from 1, of a number that is too long for Python; None where there is none."""
-    found = _MANY_DIGITS.search(text)
-    return None if found is None else text.count("\n", 0, found.start()) + 1
 
 
 def excess(document: object) -> str | None:

@@ -17,7 +17,6 @@ from tuner.spec.limits import (
     TOO_MANY_DIGITS,
     TOO_MANY_KEYS,
     TOO_MANY_VALUES,
-    line_of_many_digits,
 )
 from tuner.spec.toml_lines import KeyPath
 
@@ -82,7 +81,7 @@ def _parse_json(text: str) -> tuple[Any, Mapping[KeyPath, int]]:
     except SyntaxMistakeError:
         raise
     except ValueError as error:  # of int()
-        raise SyntaxMistakeError(TOO_MANY_DIGITS, line_of_many_digits(text)) from error
+        raise SyntaxMistakeError(TOO_MANY_DIGITS, None) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
