@@ -88,7 +88,8 @@ def build_model(
         the probability's logit, and `model.losses` are the penalties.
     """
     set_keras()
-    return _Builder(config, max_length, seed, precision, fast=fast).build()
+    kit = _FastLayers() if fast else _KerasLayers()
+    return _Builder(config, max_length, seed, precision, kit).build()
 
 
 def logit_model(model: keras.Model) -> keras.Model:
@@ -116,14 +117,71 @@ def load_weights(model: keras.Model, weights: Mapping[str, Weights]) -> None:
         weight.assign(weights[weight.path])
 
 
+class _KerasLayers:
+    """The layers of a network that is kept: Keras' own."""
+
+    batch_normalization: Any = layers.BatchNormalization
+    dropout: Any = layers.Dropout
+    maximum_pooling: Any = layers.MaxPooling1D
+    pools_first = False  #: maximum pooling goes before an activation that never falls
+
+    def convolved(
+        self, positions: _Positions, embedding: layers.Embedding, settings: dict[str, Any]
+    ) -> Tensor:
+        """A convolution of positions whose tokens, where they have them, `embedding` embeds."""
+        return layers.Conv1D(**settings)(positions.values)
+
+    def activated(
+        self, x: Tensor, activation: Activation, policy: keras.DTypePolicy, name: str
+    ) -> Tensor:
+        if activation == "swish":
+            # Keras' own registers a gradient function with TensorFlow permanently, and with it
+            # keeps the graph of every network in memory.
+            return ops.multiply(x, ops.sigmoid(x))
+        return layers.Activation(activation, dtype=x.dtype, name=name)(x)
+
+
+class _FastLayers(_KerasLayers):
+    """The layers of a network that is trained: those of `fast_layers` where they are faster."""
+
+    batch_normalization = fast_layers.BatchNormalization
+    dropout = fast_layers.Dropout
+    maximum_pooling = fast_layers.MaximumPooling
+    pools_first = True
+
+    def convolved(
+        self, positions: _Positions, embedding: layers.Embedding, settings: dict[str, Any]
+    ) -> Tensor:
+        # Ours have no dilation, and Keras' own is as fast with it (`docs/experiments.md`).
+        if settings["dilation_rate"] > 1:
+            return super().convolved(positions, embedding, settings)
+        if positions.tokens is None or embedding.output_dim < LEAST_TOKEN_CONVOLUTION:
+            return fast_layers.Convolution(**settings)(positions.values)
+        masking = positions.real is not None
+        convolution = fast_layers.TokenConvolution(embedding, masking=masking, **settings)
+        return convolution(positions.tokens)
+
+    def activated(
+        self, x: Tensor, activation: Activation, policy: keras.DTypePolicy, name: str
+    ) -> Tensor:
+        if activation in ("gelu", "swish"):
+            return fast_layers.SmoothActivation(activation, dtype=policy, name=name)(x)
+        return super().activated(x, activation, policy, name)
+
+
 class _Builder:
     """Makes layers that share the configuration, the seed and the dtype policy."""
 
     def __init__(
-        self, config: ModelConfig, max_length: int, seed: int, precision: Precision, *, fast: bool
+        self,
+        config: ModelConfig,
+        max_length: int,
+        seed: int,
+        precision: Precision,
+        kit: _KerasLayers,
     ) -> None:
         self._config = config
-        self._fast = fast
+        self._kit = kit
         self._max_length = max_length
         self._seed = seed
         # Per layer, never the global policy: several trials may share a process.
@@ -180,13 +238,12 @@ class _Builder:
         length = x.shape[1]
         real = None if positions.real is None else positions.real[:, :length]
         if block.normalization == "batch":
-            batch_normalization = fast_layers if self._fast else layers
-            x = batch_normalization.BatchNormalization(
+            x = self._kit.batch_normalization(
                 momentum=BATCH_NORMALIZATION_MOMENTUM, dtype=self._policy, name=f"{name}_norm"
             )(x, mask=None if real is None else ops.squeeze(real, -1))
         elif block.normalization == "layer":
             x = layers.LayerNormalization(dtype=self._policy, name=f"{name}_norm")(x)
-        if self._fast and self._may_pool_first(block):
+        if self._kit.pools_first and self._may_pool_first(block):
             pooled = self._pooled(_Positions(x, real), block, name)
             pooled = replace(pooled, values=self._activated(pooled.values, block.activation, name))
         else:
@@ -221,14 +278,7 @@ class _Builder:
             "dtype": self._policy,
             "name": f"{name}_conv",
         }
-        # Ours have no dilation, and Keras' own is as fast with it (`docs/experiments.md`).
-        if not self._fast or block.conv_dilation > 1:
-            return layers.Conv1D(**settings)(positions.values)
-        if positions.tokens is None or self._config.embedding_dim < LEAST_TOKEN_CONVOLUTION:
-            return fast_layers.Convolution(**settings)(positions.values)
-        masking = positions.real is not None
-        convolution = fast_layers.TokenConvolution(self._embed, masking=masking, **settings)
-        return convolution(positions.tokens)
+        return self._kit.convolved(positions, self._embed, settings)
 
     def _pooled(self, positions: _Positions, block: BlockConfig, name: str) -> _Positions:
         """Positions [n, length, channels] -> [n, length // pool_size, channels]."""
@@ -236,8 +286,7 @@ class _Builder:
         if size == 1:
             return positions
         maximum = block.pooling == "max"
-        maximum_pooling = fast_layers.MaximumPooling if self._fast else layers.MaxPooling1D
-        pooling = maximum_pooling if maximum else layers.AveragePooling1D
+        pooling = self._kit.maximum_pooling if maximum else layers.AveragePooling1D
         pool = pooling(size, dtype=values.dtype, name=f"{name}_pool")
         if real is None:
             return _Positions(pool(values), None)
@@ -279,15 +328,7 @@ class _Builder:
         return self._activity_penalty(self._activated(x, dense.activation, name))
 
     def _activated(self, x: Tensor, activation: Activation, name: str) -> Tensor:
-        if self._fast and activation in ("gelu", "swish"):
-            return fast_layers.SmoothActivation(
-                activation, dtype=self._policy, name=f"{name}_activation"
-            )(x)
-        if activation == "swish":
-            # Keras' own registers a gradient function with TensorFlow for good, and with it keeps
-            # the graph of every network in memory.
-            return ops.multiply(x, ops.sigmoid(x))
-        return layers.Activation(activation, dtype=x.dtype, name=f"{name}_activation")(x)
+        return self._kit.activated(x, activation, self._policy, f"{name}_activation")
 
     def _activity_penalty(self, x: Tensor) -> Tensor:
         if self._config.activity_l2 == 0.0:
@@ -299,8 +340,9 @@ class _Builder:
     def _dropout(self, x: Tensor, rate: float, name: str) -> Tensor:
         if rate == 0.0:
             return x
-        dropout = (fast_layers if self._fast else layers).Dropout
-        return dropout(rate, seed=self._layer_seed(name), dtype=self._policy, name=name)(x)
+        return self._kit.dropout(rate, seed=self._layer_seed(name), dtype=self._policy, name=name)(
+            x
+        )
 
     def _glorot(self, name: str) -> keras.Initializer:
         return keras.initializers.GlorotUniform(seed=self._layer_seed(name))
