@@ -272,7 +272,7 @@ def measure(
         print("with browsers" if polling else "quiet", windows[-1][1:], flush=True)
     # What each epoch took stands in the curves, which a stopped trial leaves behind.
     orders.stop(tuned)
-    while storage.lease(tuned.id) is not None:
+    while storage.leases.of(tuned.id) is not None:
         time.sleep(0.2)
     took = {
         (trial.number, epoch.epoch): epoch.seconds

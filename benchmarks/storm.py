@@ -209,7 +209,7 @@ def left_behind(folder: Path) -> list[str]:
 
 def count(tuned: TunedStudy) -> dict[str, Any]:
     trials = tuned.trials()
-    tells = [one.trial for one in tuned.storage.decisions(tuned.id) if one.kind == "tell"]
+    tells = [one.trial for one in tuned.storage.decisions.of(tuned.id) if one.kind == "tell"]
     gaps = []
     for trial in trials:
         epochs = list(range(1, (trial.last_step or 0) + 1))

@@ -183,7 +183,7 @@ def drive(plan: Plan) -> None:
             development_sha256="c" * 64,
             artifacts_root=Path(plan.folder) / "artifacts",
         )
-        storage.refuse_if_run_elsewhere(tuned.id)
+        storage.leases.refuse_if_live(tuned.id)
         with connection_of(plan) as connection:
             connection.require_workers()
             with Cluster(

@@ -237,11 +237,11 @@ def assert_whole(plan: Plan) -> list[FrozenTrial]:
             if trial.state == TrialState.COMPLETE:
                 assert trial.value == min(undisturbed)
                 assert len(epochs) == tuned.record.spec.training.max_epochs
-        decisions = tuned.storage.decisions(tuned.id)
+        decisions = tuned.storage.decisions.of(tuned.id)
         for kind in ("ask", "tell"):
             decided = [decision.trial for decision in decisions if decision.kind == kind]
             assert len(decided) == len(set(decided)), (kind, decided)
-        assert tuned.storage.lease(tuned.id) is None
+        assert tuned.storage.leases.of(tuned.id) is None
         checkpoints = tuned.artifacts.folder / "checkpoints"
         assert not checkpoints.exists() or not list(checkpoints.iterdir())
         for best in tuned.ranked()[:10]:

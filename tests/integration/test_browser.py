@@ -161,7 +161,7 @@ def test_a_person_s_round_through_the_dashboard(
     press(chrome, "Resume")
     wait(chrome, lambda page: page.find_element(By.CSS_SELECTOR, ".state.queued"))
     with Storage(ready_sqlite(tmp_path)) as service:
-        assert len(service.queued()) == 1
+        assert len(service.queue.study_ids()) == 1
         # What can be downloaded shows by itself, too.
         assert "No trial is fully trained yet." in text_of(chrome)
         trained = optuna.create_trial(value=0.5, user_attrs={CURVE_KEY: []})
@@ -274,7 +274,7 @@ def test_our_pages_fit_a_phone(server: DashboardServer, chrome: Chrome, tmp_path
         finished_study(storage, tmp_path, name="full")
         write_report(storage, "full", artifacts_root=tmp_path / "artifacts", evaluate=predict)
         detail = "refused: " + "a sentence about a mistake in a study file; " * 8
-        storage.record_change(
+        storage.audit.record(
             who="ada", address="127.0.0.1", action="POST /tuner/launch", status=422, detail=detail
         )
     chrome.get(f"{server.url}tuner")

@@ -110,6 +110,10 @@ def in_storage(folder: Path, look: Callable[[Storage], T]) -> T:
         return look(storage)
 
 
+def queued(storage: Storage) -> tuple[int, ...]:
+    return storage.queue.study_ids()
+
+
 def trials_with_epochs(folder: Path, study: str) -> int:
     """Trials of which the storage holds an epoch; 0 where there is no study yet."""
     try:
@@ -138,7 +142,7 @@ def test_a_launch_ends_with_exactly_its_budget(launched: dict, folder: Path) -> 
     assert launched["budget"] == 3
     assert launched["trials"]["COMPLETE"] + launched["trials"]["PRUNED"] == 3
     assert launched["epochs"]["spent"] + launched["epochs"]["saved"] == 9
-    assert in_storage(folder, Storage.queued) == ()
+    assert in_storage(folder, queued) == ()
     assert set(launched["best"]["sampled"]) == {"block1.filters", "learning_rate"}
 
 
@@ -308,15 +312,15 @@ def test_a_launch_that_is_refused_changes_nothing_of_the_study_that_runs(
     with Storage(url) as running:
         tuned = load(running, "tiny", artifacts_root=tmp_path)
         tuned.study.add_trial(create_trial(state=TrialState.PRUNED))
-        running.dequeue(tuned.id)
-        running.take_lease(tuned.id)
+        running.queue.remove(tuned.id)
+        running.lease.take(tuned.id)
         before = tuned.study.user_attrs
         refused = CliRunner().invoke(app, [*launch, *more])
         assert isinstance(refused.exception, TunerError)
         assert "is being run by process" in str(refused.exception)
-        assert running.heartbeat() is False  # it takes in what others change
+        assert running.lease.heartbeat() is False  # it takes in what others change
         assert tuned.study.user_attrs == before
-        assert running.queued() == ()
+        assert running.queue.study_ids() == ()
 
 
 def test_rows_that_another_study_keeps_sealed_are_told_loudly(
@@ -398,7 +402,7 @@ def test_the_service_goes_on_after_a_restart_and_takes_turns_on_one_worker(folde
     assert "The service ended; queued studies wait for the next one." in said
     assert finished() != budgets
     assert "queued" in tuner(folder, "status").stdout
-    said = serve(lambda: finished() == budgets and not in_storage(folder, Storage.queued))
+    said = serve(lambda: finished() == budgets and not in_storage(folder, queued))
     assert "Study first: finished, 3 of 3 trials" in said
     assert "Study second: finished, 2 of 2 trials" in said
     for document in json.loads(tuner(folder, "status", "--json").stdout):
@@ -446,8 +450,8 @@ def test_kill_9_of_the_service_costs_nothing_and_the_next_one_goes_on(folder: Pa
     assert_all_end(first.pid)
     before = trials()
     assert TrialState.RUNNING in [trial.state for trial in before]
-    assert in_storage(folder, Storage.queued)
-    second = serve(lambda: finished() == 2 and not in_storage(folder, Storage.queued))
+    assert in_storage(folder, queued)
+    second = serve(lambda: finished() == 2 and not in_storage(folder, queued))
     second.send_signal(signal.SIGTERM)
     said, _ = second.communicate(timeout=60)
     assert second.returncode == 0, said
@@ -483,7 +487,7 @@ def test_a_queued_study_can_be_stopped_and_deleted(folder: Path) -> None:
         "Its training and validation rows stay"
         in tuner(folder, "delete", "waiting", "--yes").stdout
     )
-    assert number not in in_storage(folder, Storage.queued)
+    assert number not in in_storage(folder, queued)
 
 
 def test_a_service_whose_port_is_taken_says_so_and_leaves_nothing_running(folder: Path) -> None:
@@ -519,9 +523,9 @@ def test_users_are_made_listed_and_removed_and_no_password_is_an_argument(folder
 
 def test_changes_through_the_dashboard_are_listed(tmp_path: Path, folder: Path) -> None:
     with Storage(f"sqlite:///{tmp_path}/tuner.db") as storage:
-        entry = storage.begin_change(who="ada", address="192.0.2.1", action="POST /x")
-        storage.end_change(entry, status=303, detail="launched tiny")
-        storage.begin_change(who="vic", address="192.0.2.2", action="POST /y")
+        entry = storage.audit.record(who="ada", address="192.0.2.1", action="POST /x")
+        storage.audit.complete(entry, status=303, detail="launched tiny")
+        storage.audit.record(who="vic", address="192.0.2.2", action="POST /y")
     where = ("--storage", f"sqlite:///{tmp_path}/tuner.db")
     lines = tuner(folder, "dashboard", "log", *where).stdout.splitlines()
     assert lines[0].endswith("vic (192.0.2.2)  POST /y  never answered  ")

@@ -111,7 +111,7 @@ def test_budgets_are_exact_with_any_number_of_worker_processes(
                 assert_whole(tuned, budget)
                 assert sorted(trial.number for trial in notes.ended) == list(range(budget))
                 asked = [
-                    one.trial for one in tuned.storage.decisions(tuned.id) if one.kind == "ask"
+                    one.trial for one in tuned.storage.decisions.of(tuned.id) if one.kind == "ask"
                 ]
                 assert sorted(asked) == list(range(budget))
 
@@ -711,12 +711,12 @@ def test_a_coordinator_that_was_frozen_and_replaced_changes_no_file(
     files = (tuned.artifacts.checkpoint(0), tuned.artifacts.weights(0))
     connection = NoConnection()
     with cluster_of(connection, tuned) as cluster:
-        tuned.storage.take_lease(tuned.id)
+        tuned.storage.lease.take(tuned.id)
         if stands:  # of the next coordinator; else it has ended the trial
             for file in files:
                 publish(file, b"new")
-        tuned.storage._held_at -= 3600.0  # an hour passes
-        tuned.storage._transaction(
+        tuned.storage.lease._certain_at -= 3600.0  # an hour passes
+        tuned.storage._transactions.run(
             lambda c: c.exec_driver_sql("UPDATE tuner_lease SET token = 'another'")
         )
         with pytest.raises(LeaseLostError):
@@ -732,8 +732,8 @@ def test_a_coordinator_that_still_holds_its_lease_writes_its_files(
 ) -> None:
     tuned = make_study(tmp_path)
     with cluster_of(NoConnection(), tuned) as cluster:
-        tuned.storage.take_lease(tuned.id)
-        tuned.storage._held_at -= slept
+        tuned.storage.lease.take(tuned.id)
+        tuned.storage.lease._certain_at -= slept
         cluster._pausing = True
         with pytest.raises(TrainingPausedError):
             FILE_CHANGES["a checkpoint of a pause"](cluster)
@@ -747,8 +747,8 @@ def test_a_coordinator_that_surely_holds_its_lease_asks_no_database_before_it_wr
 ) -> None:
     tuned = make_study(tmp_path)
     with cluster_of(NoConnection(), tuned) as cluster:
-        tuned.storage.take_lease(tuned.id)
+        tuned.storage.lease.take(tuned.id)
         with monkeypatch.context() as away:
-            away.setattr(tuned.storage, "heartbeat", pytest.fail)
+            away.setattr(tuned.storage.lease, "heartbeat", pytest.fail)
             cluster._keep_checkpoint(0, b"of a moment ago")
     assert tuned.artifacts.checkpoint(0).read_bytes() == b"of a moment ago"

@@ -167,7 +167,7 @@ def test_a_finished_study_is_reported_and_a_reported_one_is_not_again(lab: Path)
     again = verb("report", "reported")
     assert again.exit_code == 0, again.stderr
     with Storage(f"sqlite:///{lab}/tuner.db") as storage:
-        opened = [entry.study for entry in storage.ledger()]
+        opened = [entry.study for entry in storage.ledger.entries()]
     assert opened == ["reported", "finished"]
     more = verb("launch", "reported.toml", "--trials", "5")
     assert "opened by its report, so it takes no more trials" in str(more.exception)
@@ -178,7 +178,7 @@ def test_the_studies_are_deleted_with_their_files(lab: Path) -> None:
         assert verb("delete", name, "--yes").exit_code == 0
     with Storage(f"sqlite:///{lab}/tuner.db") as storage:
         assert list_names(storage) == []
-        assert [entry.study for entry in storage.ledger()] == ["reported"]
+        assert [entry.study for entry in storage.ledger.entries()] == ["reported"]
     left = [path.name for path in (lab / "artifacts").iterdir()]
     assert sorted(left) == ["dashboard", "development"]
     assert list((lab / "artifacts" / "dashboard").iterdir()) == []

@@ -34,7 +34,8 @@ from tuner.search.attributes import ERROR_KEY, RECORD_KEY, RESUMED_KEY
 from tuner.search.status import StudyStatus, status
 from tuner.search.study import create_or_resume, delete, load
 from tuner.search.tuned_study import FINISHED, TunedStudy
-from tuner.storage.lease import LeaseHolder
+from tuner.storage.holder import LeaseHolder
+from tuner.storage.queue import Queue
 from tuner.storage.storage import Storage
 from tuner.train import TrainingJob
 
@@ -275,8 +276,8 @@ class Shop:
     def queue(self, name: str, trials: int, **changes: object) -> None:
         with self.storage() as storage:
             tuned = self.create(storage, name, trials, **changes)
-            storage.keep_development(SHA256, ROWS)
-            assert storage.enqueue(tuned.id)
+            storage.development.add(SHA256, ROWS)
+            assert storage.queue.add(tuned.id)
 
     def create(self, storage: Storage, name: str, trials: int, **changes: object) -> TunedStudy:
         spec = small_spec(
@@ -361,7 +362,7 @@ class Shop:
         wait_until(lambda: self.state(name) == state)
 
     def queued(self) -> tuple[int, ...]:
-        return self.window.queued()
+        return self.window.queue.study_ids()
 
     def said(self, *words: str) -> list[str]:
         return [line for line in self.lines if all(word in line for word in words)]
@@ -453,15 +454,15 @@ def test_stop_takes_a_study_out_of_the_queue_and_it_can_come_back(shop: Shop) ->
     with shop.serving():
         wait_until(lambda: len(shop.order) >= 4)
         with shop.study("a") as tuned:
-            assert tuned.storage.dequeue(tuned.id)
-            tuned.storage.request_stop(tuned.id)
+            assert tuned.storage.queue.remove(tuned.id)
+            tuned.storage.leases.request_stop(tuned.id)
         shop.wait_for("a", "stopped")
         done = shop.finished("a")
         assert 0 < done < 300
         time.sleep(0.3)  # three looks at the queue
         assert shop.state("a") == "stopped"
         with shop.storage() as storage:
-            storage.enqueue(shop.create(storage, "a", done + 2).id)
+            storage.queue.add(shop.create(storage, "a", done + 2).id)
         shop.wait_for("a", "finished")
     assert shop.finished("a") == done + 2
     assert len(shop.said("Study a: stopped")) == 1
@@ -474,7 +475,7 @@ def test_a_study_that_left_the_queue_is_stopped_though_nobody_asked_its_coordina
     with shop.serving():
         wait_until(lambda: len(shop.order) >= 2)
         with shop.study("a") as tuned:
-            tuned.storage.dequeue(tuned.id)
+            tuned.storage.queue.remove(tuned.id)
         shop.wait_for("a", "stopped")
 
 
@@ -485,7 +486,7 @@ def test_a_deleted_study_leaves_the_queue_and_the_service_in_peace(shop: Shop) -
         delete(tuned)
     assert len(shop.queued()) == 1
     with shop.storage() as storage:
-        storage.enqueue(77)  # as if it was deleted between two looks
+        storage.queue.add(77)  # as if it was deleted between two looks
     with shop.serving():
         shop.wait_for("b", "finished")
         wait_until(lambda: shop.queued() == ())
@@ -523,7 +524,7 @@ def test_a_study_that_fails_leaves_the_queue_with_its_reason_and_hurts_no_other(
         assert now.state == "stopped"
         assert "no space left on device" in str(now.error)
         assert now.to_document()["error"] == now.error
-        assert tuned.storage.lease(tuned.id) is None
+        assert tuned.storage.leases.of(tuned.id) is None
     assert len(shop.said("Study bad: given up", "10 trials in a row failed")) == 1
 
 
@@ -542,7 +543,7 @@ def test_a_record_that_cannot_be_read_is_given_up_with_its_reason(shop: Shop) ->
 
 def test_without_development_rows_the_reason_says_how_to_bring_them(shop: Shop) -> None:
     with shop.storage() as storage:
-        storage.enqueue(shop.create(storage, "bare", 3).id)
+        storage.queue.add(shop.create(storage, "bare", 3).id)
     with shop.serving():
         wait_until(lambda: shop.queued() == ())
     with shop.study("bare") as tuned:
@@ -591,12 +592,12 @@ def test_slots_that_come_later_are_used(shop: Shop) -> None:
 def test_a_lease_that_another_process_holds_is_waited_for_quietly(shop: Shop) -> None:
     shop.queue("a", 3)
     with shop.study("a") as tuned:
-        tuned.storage.take_lease(tuned.id)
+        tuned.storage.lease.take(tuned.id)
         with shop.serving():
             wait_until(lambda: shop.said("Study a: is driven by process"))
             time.sleep(0.4)
             assert shop.finished("a") == 0
-            tuned.storage.release_lease()
+            tuned.storage.lease.release()
             shop.wait_for("a", "finished")
     assert len(shop.said("is driven by process")) == 1
 
@@ -609,11 +610,11 @@ def test_a_study_whose_service_was_killed_is_adopted_with_its_trials(
     gone.wait()
     shop.queue("a", 3)
     with shop.study("a") as tuned:
-        tuned.storage.take_lease(tuned.id)
+        tuned.storage.lease.take(tuned.id)
         tuned.record.spec.space.suggest(tuned.study.ask())  # the trial that it was training
         dead = replace(LeaseHolder.this_process(), host=host, pid=gone.pid)
         holder = json.dumps(asdict(dead if host == "here" else replace(dead, machine=host)))
-        tuned.storage._transaction(
+        tuned.storage._transactions.run(
             lambda c: c.execute(sa.text("UPDATE tuner_lease SET holder = :h"), {"h": holder})
         )
     with shop.serving():
@@ -621,7 +622,7 @@ def test_a_study_whose_service_was_killed_is_adopted_with_its_trials(
             wait_until(lambda: shop.said("Study a: is driven by process", "on elsewhere"))
             assert shop.finished("a") == 0
             monkeypatch.setattr("tuner.storage.lease.LEASE_SECONDS", 0.0)
-            monkeypatch.setattr("tuner.storage.storage._LAST_LOOK_SECONDS", 0.6)
+            monkeypatch.setattr("tuner.storage.lease._LAST_LOOK_SECONDS", 0.6)
         wait_until(lambda: shop.finished("a") == 3, seconds=25)
     assert bool(shop.said("is driven by process")) == (host == "elsewhere")
     with shop.study("a") as tuned:
@@ -635,14 +636,14 @@ def test_a_study_that_another_coordinator_took_over_stays_queued(shop: Shop) -> 
     with shop.serving():
         wait_until(lambda: len(shop.order) >= 4)
         with shop.study("a") as tuned:
-            tuned.storage._transaction(
+            tuned.storage._transactions.run(
                 lambda c: c.exec_driver_sql(
                     "UPDATE tuner_lease SET token = 'another', renewed_at = renewed_at + 3600"
                 )
             )
             wait_until(lambda: shop.said("tried again", "Another coordinator took this study over"))
             wait_until(lambda: shop.at_once == 0)
-            assert tuned.storage.queued() == (tuned.id,)
+            assert tuned.storage.queue.study_ids() == (tuned.id,)
             assert {trial.state for trial in tuned.trials()} <= {
                 TrialState.RUNNING,
                 TrialState.COMPLETE,
@@ -657,14 +658,14 @@ def test_the_queue_survives_a_database_that_is_away(
     shop.queue("a", 3)
     away = threading.Event()
     away.set()
-    queued = Storage.queued
+    study_ids = Queue.study_ids
 
-    def sometimes(self: Storage) -> tuple[int, ...]:
+    def sometimes(self: Queue) -> tuple[int, ...]:
         if away.is_set():
             raise StorageError("the database does not answer")
-        return queued(self)
+        return study_ids(self)
 
-    monkeypatch.setattr(Storage, "queued", sometimes)
+    monkeypatch.setattr(Queue, "study_ids", sometimes)
     with shop.serving():
         wait_until(lambda: shop.said("The queue cannot be read"))
         time.sleep(0.4)
@@ -731,7 +732,7 @@ def test_a_budget_that_is_raised_while_it_is_driven_is_reached(shop: Shop) -> No
     with shop.serving():
         wait_until(lambda: len(shop.order) >= 3)
         with shop.storage() as storage:
-            storage.enqueue(shop.create(storage, "a", 10).id)
+            storage.queue.add(shop.create(storage, "a", 10).id)
         wait_until(lambda: shop.finished("a") == 10)
         wait_until(lambda: shop.queued() == ())
 
@@ -740,15 +741,16 @@ def test_a_budget_that_is_raised_as_the_study_finishes_is_not_forgotten(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shop.queue("a", 2)
-    dequeue = Storage.dequeue
+    remove = Queue.remove
     raised: list[bool] = []
 
-    def raise_first(storage: Storage, study_id: int) -> bool:
+    def raise_first(queue: Queue, study_id: int) -> bool:
         if not raised:
-            raised.append(storage.enqueue(shop.create(storage, "a", 4).id))
-        return dequeue(storage, study_id)
+            with shop.storage() as storage:
+                raised.append(storage.queue.add(shop.create(storage, "a", 4).id))
+        return remove(queue, study_id)
 
-    monkeypatch.setattr(Storage, "dequeue", raise_first)
+    monkeypatch.setattr(Queue, "remove", raise_first)
     with shop.serving():
         wait_until(lambda: shop.finished("a") == 4)
         wait_until(lambda: shop.queued() == ())

@@ -215,7 +215,7 @@ def test_a_file_keeps_its_owner_where_that_is_allowed(
 def write_everything(runs: Path) -> None:
     """Every kind of file that a command leaves in its folder."""
     with Storage(f"sqlite:///{runs}/tuner.db") as storage:
-        storage.keep_development("0" * 64, b"rows")  # SQLite's journals appear
+        storage.development.add("0" * 64, b"rows")  # SQLite's journals appear
         assert (runs / "tuner.db-wal").exists()
         inspect(runs)
     publish(runs / "artifacts" / "small-0" / "checkpoints" / "0.npz", b"checkpoint")

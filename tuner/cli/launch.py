@@ -308,7 +308,7 @@ def _run(
     data = prepared.identity
     console = terminal(stderr=as_json)
     watcher = ProgressWatcher(tuned, console)
-    tuned.storage.refuse_if_run_elsewhere(tuned.id)
+    tuned.storage.leases.refuse_if_live(tuned.id)
     with connect(watcher.say) as connection:
         connection.require_workers()
         count = connection.slots()
@@ -329,7 +329,7 @@ def _run(
             stop_on_signals(lambda: coordinator.stop("interrupted"))
             with watcher.showing():
                 ending = coordinator.run(asked=spec, timeout=timeout)
-    tuned.storage.dequeue(tuned.id)  # it was driven here, and not by the service
+    tuned.storage.queue.remove(tuned.id)  # it was driven here, and not by the service
     return ending
 
 

@@ -203,7 +203,7 @@ def log(
     import dataclasses
 
     with opened_storage(storage) as opened:
-        changes = opened.changes(last=last)
+        changes = opened.audit.entries(last=last)
     if as_json:
         print_json([dataclasses.asdict(one) for one in changes])
         return

@@ -38,7 +38,8 @@ from tuner.search.stop_rule import StopRule
 from tuner.search.study import refuse_a_reported_study, take_settings
 from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.spec import StudySpec
-from tuner.storage.storage import COORDINATOR_KEY, Decision
+from tuner.storage.decisions import Decision
+from tuner.storage.lease import COORDINATOR_KEY
 from tuner.train import EpochResult, Train, TrainingJob
 
 KEPT_WEIGHTS = 10  #: the best trials whose weights are kept
@@ -184,13 +185,13 @@ class Coordinator:
 
     def _begin(self, asked: StudySpec | None) -> None:
         """Takes the lease and the settings, and what an earlier coordinator left."""
-        self._tuned.storage.take_lease(self._tuned.id)
+        self._tuned.storage.lease.take(self._tuned.id)
         try:
             refuse_a_reported_study(self._tuned)
             if asked is not None:
                 take_settings(self._tuned, asked)
         except TunerError:
-            self._tuned.storage.release_lease()
+            self._tuned.storage.lease.release()
             raise
         self._tuned.artifacts.tidy(
             {trial.number for trial in self._tuned.trials() if not trial.state.is_finished()}
@@ -226,7 +227,7 @@ class Coordinator:
         """Lets rungs that were decided before, by a coordinator that died, stay as decided."""
         recorded = {
             (decision.trial, decision.epoch): decision.verdict == "prune"
-            for decision in self._tuned.storage.decisions(self._tuned.id)
+            for decision in self._tuned.storage.decisions.of(self._tuned.id)
             if decision.kind == "rung"
         }
         study = self._tuned.study
@@ -281,7 +282,7 @@ class Coordinator:
         """Tells the storage on how many workers the study runs; they come and go."""
         workers = max(self._slots, self.running)
         if workers != self._told_workers and self._told_workers_pause.is_due():
-            self._tuned.storage.begin_note(self._tuned.id, WORKERS_KEY, workers)
+            self._tuned.storage.begin_user_attr(self._tuned.id, WORKERS_KEY, workers)
             self._told_workers = workers
 
     def _claim(self) -> optuna.Trial | None:
@@ -372,7 +373,7 @@ class Coordinator:
         page = self._pages.get(trial.number)
         said: dict[str, str] = {}
         if page is not None:
-            said = page.end(state, may_draw=self._tuned.storage.renews_lease)
+            said = page.end(state, may_draw=self._tuned.storage.lease.ensure)
         with self._together():
             for key, words in said.items():
                 trial.set_user_attr(key, words)
@@ -385,13 +386,13 @@ class Coordinator:
         # Nothing that cannot be undone before the end of the trial is committed.
         self._tuned.storage.flush()
         # Who was frozen since, and replaced, would remove what the next coordinator needs.
-        self._tuned.storage.renews_lease()
+        self._tuned.storage.lease.ensure()
         artifacts = self._tuned.artifacts
         artifacts.drop_checkpoint(trial.number)
         if state == TrialState.COMPLETE:
             with self._deciding:
                 best = {kept.number for kept in self._tuned.ranked()[:KEPT_WEIGHTS]}
-                if self._tuned.storage.renews_lease():
+                if self._tuned.storage.lease.ensure():
                     artifacts.keep_weights(best | set(self._running))
         self._watcher.trial_ended(told)
         with self._deciding:
@@ -430,7 +431,7 @@ class Coordinator:
             for result in epochs:
                 self._running[trial] = max(self._running[trial], result.epoch)
                 self._watcher.epoch(trial, result)
-                self._pages[trial].epoch(result, may_draw=self._tuned.storage.holds_lease)
+                self._pages[trial].epoch(result, may_draw=self._tuned.storage.lease.is_certain)
                 yield result
 
     def _record_verdict(self, trial: FrozenTrial, prunes: bool) -> None:
@@ -444,7 +445,7 @@ class Coordinator:
         )
 
     def _record(self, decision: Decision) -> None:
-        self._tuned.storage.record_decision(self._tuned.id, decision)
+        self._tuned.storage.record_decision(decision)
 
 
 class _Progress:

@@ -41,7 +41,7 @@ class LeaseKeeper:
         """
         if self._heartbeat is None:
             if self._pause.is_due():
-                self._heartbeat = self._storage.begin_heartbeat()
+                self._heartbeat = self._storage.lease.begin_heartbeat()
                 self._silent_since = self._clock()
             return False
         if self._heartbeat.done():
@@ -70,7 +70,7 @@ class LeaseKeeper:
         if self._stopping_since is not None:
             patience.start()
         try:
-            self._storage.release_lease()
+            self._storage.lease.release()
         except StorageError as error:
             if not is_quiet:
                 raise StorageError(self._stopped_without_it()) from error

@@ -28,7 +28,7 @@ from tuner.search.study import (
 from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.reader import load_spec
 from tuner.spec.spec import StudySpec
-from tuner.storage.lease import LeaseHolder
+from tuner.storage.holder import LeaseHolder
 from tuner.storage.storage import Storage
 
 MAX_UPLOAD_BYTES = 256 * 1024  #: a study file has two or three thousand
@@ -113,7 +113,7 @@ def queue(tuned: TunedStudy) -> Queued:
         StudyError: Its test split was opened, or its rows are nowhere.
     """
     storage = tuned.storage
-    finished, lease = len(tuned.trials(*FINISHED)), storage.lease(tuned.id)
+    finished, lease = len(tuned.trials(*FINISHED)), storage.leases.of(tuned.id)
 
     def found(outcome: Outcome, holder: LeaseHolder | None = None) -> Queued:
         return Queued(
@@ -132,16 +132,16 @@ def queue(tuned: TunedStudy) -> Queued:
         return found("running", lease.holder)
     # The service may not see this machine's files.
     rows = study_development(tuned).read_bytes()
-    storage.keep_development(tuned.record.development_sha256, rows)
+    storage.development.add(tuned.record.development_sha256, rows)
     clear_error(tuned)
-    return found("queued" if storage.enqueue(tuned.id) else "queued already")
+    return found("queued" if storage.queue.add(tuned.id) else "queued already")
 
 
 def stop(tuned: TunedStudy) -> Stopped:
     """Takes a study out of the queue and asks its coordinator to stop."""
     # In this order: a service that hears the second must not find it queued again.
-    dequeued = tuned.storage.dequeue(tuned.id)
-    asked = tuned.storage.request_stop(tuned.id)
+    dequeued = tuned.storage.queue.remove(tuned.id)
+    asked = tuned.storage.leases.request_stop(tuned.id)
     return Stopped(study=tuned.name, asked=asked, dequeued=dequeued)
 
 

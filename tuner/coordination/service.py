@@ -136,11 +136,11 @@ class Service:
         """Ends `run` soon: studies save checkpoints and stay queued. Safe in a signal handler."""
         self._stopping = True
 
-    def run(self, queue: Storage) -> None:
+    def run(self, storage: Storage) -> None:
         """Drives studies until `stop`.
 
         Args:
-            queue: For looking at the queue. It should give up on a database that is away after
+            storage: For looking at the queue. It should give up on a database that is away after
                 seconds, so that a signal is heard meanwhile; it is asked again and again.
         """
         away = False
@@ -148,7 +148,7 @@ class Service:
         try:
             while not self._stopping:
                 try:
-                    self._look(queue)
+                    self._look(storage)
                     if away:
                         self._say("The queue can be read again.")
                     away = False
@@ -161,7 +161,7 @@ class Service:
                     self._say(_slots_in_words(slots))
                 self._nap()
         finally:
-            self._stop_all(queue)
+            self._stop_all(storage)
 
     def _nap(self) -> None:
         # Short naps, and no event that a signal handler sets: it could interrupt this very
@@ -170,8 +170,8 @@ class Service:
         while not self._stopping and time.monotonic() < until:
             time.sleep(_NAP_SECONDS)
 
-    def _look(self, queue: Storage) -> None:
-        queued = queue.queued()
+    def _look(self, storage: Storage) -> None:
+        queued = storage.queue.study_ids()
         for study_id, drive in list(self._drives.items()):
             if drive.thread is not None and not drive.thread.is_alive():
                 del self._drives[study_id]
@@ -181,16 +181,16 @@ class Service:
             for study_id in set(known) - set(queued) - set(self._drives):
                 known.pop(study_id)
         for study_id in queued:
-            if study_id not in self._drives and self._may_try(queue, study_id):
+            if study_id not in self._drives and self._may_try(storage, study_id):
                 self._begin(study_id)
 
-    def _may_try(self, queue: Storage, study_id: int) -> bool:
+    def _may_try(self, storage: Storage, study_id: int) -> bool:
         setback = self._setbacks.get(study_id)
         if setback is not None and time.monotonic() < setback.not_before:
             return False
-        lease = queue.lease(study_id)
+        lease = storage.leases.of(study_id)
         if lease is not None and lease.is_live:
-            self._say_once(study_id, _waiting_for(queue, study_id, lease))
+            self._say_once(study_id, _waiting_for(storage, study_id, lease))
             return False
         return True
 
@@ -209,7 +209,7 @@ class Service:
                 if drive.coordinator is not None:
                     drive.coordinator.stop(why)
 
-    def _stop_all(self, queue: Storage) -> None:
+    def _stop_all(self, storage: Storage) -> None:
         drives = [one for one in self._drives.values() if one.thread and one.thread.is_alive()]
         if drives:
             self._say(f"Stopping {_studies(len(drives))}: running trials save a checkpoint.")
@@ -221,7 +221,7 @@ class Service:
                 if drive.thread is not None:
                     drive.thread.join(_NAP_SECONDS)  # so that a second signal is heard
             try:
-                queue.queued()
+                storage.queue.study_ids()
                 answered_at = time.monotonic()
             except StorageError:
                 if time.monotonic() - answered_at > _PATIENCE_AFTER_STOP_SECONDS:
@@ -256,7 +256,7 @@ class Service:
                     drive.name = storage.optuna.get_study_name_from_id(study_id)
                     subject.enter_context(about(study=drive.name))
                 except KeyError:  # deleted a moment ago
-                    storage.dequeue(study_id)
+                    storage.queue.remove(study_id)
                     return
                 try:
                     self._run(storage, drive)
@@ -296,7 +296,7 @@ class Service:
                 _wait_for_trainings(coordinator)
                 turn.leave()
                 if not coordinator.running:
-                    storage.release_lease()  # where it failed and still holds it
+                    storage.lease.release()  # where it failed and still holds it
         self._said.pop(drive.study_id, None)
         self._conclude(tuned, ending, time.monotonic() - began)
 
@@ -306,10 +306,10 @@ class Service:
                 again = tuned.command("launch", "STUDY.toml", "--detach")
                 self._say(f"Study {tuned.name}: stopped; `{again}` resumes it.")
             return
-        tuned.storage.dequeue(tuned.id)
+        tuned.storage.queue.remove(tuned.id)
         now = status(tuned)
         if now.finished_trials < now.budget:  # its budget was raised at this moment
-            tuned.storage.enqueue(tuned.id)
+            tuned.storage.queue.add(tuned.id)
             return
         best = "none" if now.best is None else f"{now.best.value:.4f} (trial {now.best.number})"
         self._say(
@@ -321,7 +321,7 @@ class Service:
     def _give_up(self, storage: Storage, drive: _Drive, reason: str) -> None:
         """Takes a study out of the queue that would fail again, and writes down why."""
         storage.optuna.set_study_user_attr(drive.study_id, ERROR_KEY, reason)
-        storage.dequeue(drive.study_id)
+        storage.queue.remove(drive.study_id)
         self._say(f"Study {drive.name}: given up, it left the queue. {reason}")
 
     def _try_later(self, drive: _Drive, error: Exception | None) -> None:
@@ -340,8 +340,8 @@ class Service:
             self._say(message)
 
 
-def _waiting_for(queue: Storage, study_id: int, lease: Lease) -> str:
-    name = queue.optuna.get_study_name_from_id(study_id)
+def _waiting_for(storage: Storage, study_id: int, lease: Lease) -> str:
+    name = storage.optuna.get_study_name_from_id(study_id)
     return (
         f"Study {name}: is driven by process {lease.holder.pid} on {lease.holder.host}; "
         "this service takes it up should that one die."

@@ -36,7 +36,7 @@ def begin_overview(tuned: TunedStudy, state: State) -> Future[None]:
         state: What it is in, or about to be in.
     """
     now = status(tuned, driven=True)
-    return tuned.storage.begin_overview(tuned.id, overview(tuned, now, state))
+    return tuned.storage.begin_note(tuned.id, overview(tuned, now, state))
 
 
 def hang_page(tuned: TunedStudy, name: str, content: bytes) -> None:
@@ -48,7 +48,7 @@ def hang_page(tuned: TunedStudy, name: str, content: bytes) -> None:
     key, value = tuned.artifacts.hang(name, content)
     tuned.storage.optuna.set_study_system_attr(tuned.id, key, value)
     now = status(tuned)
-    tuned.storage.begin_overview(tuned.id, overview(tuned, now, now.state)).result()
+    tuned.storage.begin_note(tuned.id, overview(tuned, now, now.state)).result()
 
 
 def overview(tuned: TunedStudy, now: StudyStatus, state: State) -> str:

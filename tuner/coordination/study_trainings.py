@@ -28,7 +28,7 @@ class StudyTrainings:
         return self.tuned.artifacts
 
     def renews_lease(self) -> bool:
-        return self.tuned.storage.renews_lease()
+        return self.tuned.storage.lease.ensure()
 
     def note_worker(self, trial: int, *, worker: str, after: int) -> None:
         trials = self.tuned.trials()

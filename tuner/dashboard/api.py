@@ -36,7 +36,7 @@ def files(request: Request) -> Response:
 def log(request: Request) -> Response:
     request.require_editor("see who changed what")
     fields = ("id", "at", "who", "address", "action", "detail", "status")
-    changes = request.site.storage.changes(last=1000)
+    changes = request.site.storage.audit.entries(last=1000)
     return json_answer({"changes": [{key: getattr(one, key) for key in fields} for one in changes]})
 
 

@@ -61,7 +61,7 @@ class Guard:
         self._policy = policy
         self._artifacts = folders.artifacts
         self._sessions = None if policy.users is None else Sessions(policy.users)
-        self._refusals = Refusals(storage.record_change)
+        self._refusals = Refusals(storage.audit.record)
         self._optuna = OptunaDashboard(storage, folders.artifacts)
         site = Site(
             storage=storage,
@@ -73,7 +73,7 @@ class Guard:
         )
         self._pages = Application(site)
         if policy.users is not None:
-            for name, address in storage.login_places():
+            for name, address in storage.audit.logins():
                 policy.limit.remember(name, address)
 
     def may_send_much(self, environ: WSGIEnvironment) -> bool:
@@ -186,7 +186,7 @@ class Guard:
                 "The dashboard must not change that: it would break the study. Use the pages "
                 f"under {ROOT} or the `tuner` command.",
             )
-        entry = self._storage.begin_change(
+        entry = self._storage.audit.record(
             who=visitor.name,
             address=str(environ.get("REMOTE_ADDR", "")),
             action=_action(environ, path),
@@ -211,7 +211,7 @@ class Guard:
             raise
         finally:
             self._optuna.forget()
-            self._storage.end_change(entry, status=status, detail=detail)
+            self._storage.audit.complete(entry, status=status, detail=detail)
         return body
 
     def _change_a_study(

@@ -17,7 +17,7 @@ from werkzeug.wrappers import Response
 from tuner.dashboard.http import LOGIN, ROOT
 from tuner.dashboard.users import MAX_PASSWORD, LoginsBusyError
 from tuner.dashboard.web import Request, Routes, json_answer, page, to_page
-from tuner.storage.storage import LOG_IN
+from tuner.storage.audit import LOG_IN
 
 routes = Routes()
 
@@ -98,7 +98,7 @@ def _begin_session(request: Request, name: str, password: str) -> str:
         site.refusals.add(who=name, address=address, action=LOG_IN, status=code, detail=said)
         raise
     site.policy.limit.succeeded(name, address)
-    site.storage.record_change(who=name, address=address, action=LOG_IN, status=200)
+    site.storage.audit.record(who=name, address=address, action=LOG_IN, status=200)
     return site.sessions.begin(name)
 
 

@@ -33,7 +33,7 @@ from tuner.artifacts import HUNG_PREFIX, HUNG_PREFIXES, StudyArtifacts, dashboar
 from tuner.dashboard.http import RequestError
 from tuner.errors import counted
 from tuner.search.attributes import RECORD_KEY
-from tuner.storage.storage import MOST_NOTE_VERSIONS, note_version
+from tuner.storage.dashboard_note import MAX_NOTE_VERSION, note_version
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
@@ -65,7 +65,7 @@ class _Body(BaseModel):
 
 
 class _Note(_Body):
-    version: int = Field(ge=1, le=MOST_NOTE_VERSIONS)
+    version: int = Field(ge=1, le=MAX_NOTE_VERSION)
     body: str
 
 

@@ -46,7 +46,7 @@ def show_studies(request: Request) -> Response:
 @routes.add("GET", "/log")
 def show_log(request: Request) -> Response:
     request.require_editor("see who changed what")
-    return page(request, "log", changes=request.site.storage.changes(last=200))
+    return page(request, "log", changes=request.site.storage.audit.entries(last=200))
 
 
 @routes.add("GET", "/static/<file>")
@@ -102,7 +102,7 @@ def _seal_in_words(request: Request, tuned: TunedStudy, state: StudyStatus) -> s
         return "opened for the report"
     opened = [
         entry
-        for entry in request.site.storage.ledger()
+        for entry in request.site.storage.ledger.entries()
         if entry.split_id == tuned.record.data.split_id and entry.study_key != tuned.key
     ]
     if not opened:

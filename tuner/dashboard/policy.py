@@ -45,7 +45,7 @@ class Refusals:
         self._left_out = 0
 
     def add(self, *, who: str, address: str, action: str, status: int, detail: str) -> None:
-        """Records one refusal: `Storage.record_change` has what the arguments mean."""
+        """Records one refusal: `AuditLog.record` has what the arguments mean."""
         now = self._clock()
         with self._lock:
             self._recorded = [when for when in self._recorded if now - when < _REFUSALS_SECONDS]

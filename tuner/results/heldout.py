@@ -80,7 +80,7 @@ def open_test_split(
         StudyError: The source is no longer the study's. The opening stays in the ledger.
     """
     record = tuned.record
-    entry = tuned.storage.open_ledger_entry(
+    entry = tuned.storage.ledger.open(
         opened_at=datetime.now(UTC).isoformat(timespec="seconds"),
         opened_by=_who(),
         study=tuned.name,
@@ -93,7 +93,7 @@ def open_test_split(
     identity, rows = read_held_out(settings or _settings(tuned), folder=record.spec.folder)
     _require_same(tuned, identity)
     # For studies of an earlier version, which did not keep it when they were launched.
-    tuned.storage.keep_split(identity.split_id, rows.hashes)
+    tuned.storage.splits.add(identity.split_id, rows.hashes)
     return entry, rows
 
 

@@ -153,7 +153,7 @@ def write_report(
 
 def _recorded_report(tuned: TunedStudy) -> dict[str, Any] | None:
     """What an earlier call recorded for this very study."""
-    reports = [entry.report for entry in tuned.storage.ledger(study_key=tuned.key)]
+    reports = [entry.report for entry in tuned.storage.ledger.entries(study_key=tuned.key)]
     return next((report for report in reports if report is not None), None)
 
 
@@ -168,7 +168,7 @@ def _open_and_evaluate(
     _require_not_running(tuned)
     _require_finished(tuned)
     # While this process holds the lease no coordinator starts, and no second report opens.
-    with tuned.storage.leased(tuned.id):
+    with tuned.storage.lease.held(tuned.id):
         recorded = _recorded_report(tuned)
         if recorded is not None:
             return recorded, False
@@ -211,7 +211,7 @@ def _open_and_evaluate(
         # As it will be read back, so that both calls show the same.
         document = dict(json.loads(json.dumps(document, allow_nan=False)))
         try:
-            tuned.storage.record_report(entry, document)
+            tuned.storage.ledger.record_report(entry, document)
         except LeaseLostError as error:
             raise StudyError(
                 f"{_lost(tuned)} The test split was opened (ledger entry {entry}), but what was "
@@ -316,7 +316,7 @@ def _with_the_ledger_of_now(tuned: TunedStudy, recorded: Mapping[str, Any]) -> d
 
 
 def _require_not_running(tuned: TunedStudy) -> None:
-    lease = tuned.storage.lease(tuned.id)
+    lease = tuned.storage.leases.of(tuned.id)
     if lease is not None and lease.is_live:
         raise StudyError(
             f"Study {tuned.name!r} is being run by process {lease.holder.pid} on "

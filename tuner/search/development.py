@@ -32,7 +32,7 @@ def find_development(storage: Storage, artifacts_root: Path, sha256: str) -> Pat
             return path
     except OSError as error:
         unreadable = error
-    content = storage.development(sha256)
+    content = storage.development.read(sha256)
     if content is not None:
         publish(path, content)
         return path

@@ -81,7 +81,7 @@ class UsedRows:
 def enter(storage: Storage, spec: StudySpec, prepared: Prepared) -> tuple[str, ...]:
     """Keeps which sequences a study's test split holds; the warnings are those of `warnings`."""
     if prepared.hashes is not None:
-        storage.keep_split(prepared.identity.split_id, prepared.hashes.test)
+        storage.splits.add(prepared.identity.split_id, prepared.hashes.test)
     _enter_earlier_studies(storage, spec, prepared)
     return warnings(storage, spec, prepared)
 
@@ -117,7 +117,7 @@ def _matters(shared: SharedRows) -> bool:
 def _shared(
     storage: Storage, name: str, identity: DataIdentity, hashes: SplitHashes
 ) -> Iterator[SharedRows]:
-    splits = storage.splits()
+    splits = storage.splits.all()
     test = hashes.test or splits.get(identity.split_id, frozenset())
     studies: dict[str, list[str]] = defaultdict(list)  # by split
     own_key = None
@@ -127,7 +127,7 @@ def _shared(
         elif other == name:
             own_key = document["folder"]
     openings: dict[str, list[LedgerEntry]] = defaultdict(list)
-    for entry in storage.ledger():
+    for entry in storage.ledger.entries():
         if entry.study_key != own_key:
             openings[entry.split_id].append(entry)
     for split_id, sequences in splits.items():
@@ -159,7 +159,7 @@ def _enter_earlier_studies(storage: Storage, spec: StudySpec, prepared: Prepared
     """Keeps the test splits of studies that an earlier version made from the data at hand."""
     if prepared.hashes is None:
         return
-    known = set(storage.splits())
+    known = set(storage.splits.all())
     for document in _records(storage).values():
         data, settings = document["data"], document["spec"]["data"]
         if data["split_id"] in known or data["sha256"] != prepared.identity.sha256:
@@ -173,7 +173,7 @@ def _enter_earlier_studies(storage: Storage, spec: StudySpec, prepared: Prepared
         except DataError:  # cannot be read so today: it is entered when it is launched itself
             continue
         if identity.split_id == data["split_id"]:
-            storage.keep_split(identity.split_id, hashes.test)
+            storage.splits.add(identity.split_id, hashes.test)
 
 
 def openings(storage: Storage, split_id: str) -> tuple[tuple[LedgerEntry, int], ...]:
@@ -184,10 +184,10 @@ def openings(storage: Storage, split_id: str) -> tuple[tuple[LedgerEntry, int], 
         split_id: The split's identity. Of one whose sequences are not known only the openings of
             the very same split are found, with 0 rows.
     """
-    splits = storage.splits()
+    splits = storage.splits.all()
     own = splits.get(split_id, frozenset())
     found = []
-    for entry in storage.ledger():
+    for entry in storage.ledger.entries():
         shared = len(own & splits.get(entry.split_id, frozenset()))
         if shared or entry.split_id == split_id:
             found.append((entry, shared))
@@ -200,7 +200,7 @@ def used_elsewhere(tuned: TunedStudy) -> tuple[UsedRows, ...]:
     Only those whose development file is under the same artifacts or in the storage can be looked
     at; cut sequences are not found.
     """
-    test = tuned.storage.splits().get(tuned.record.data.split_id, frozenset())
+    test = tuned.storage.splits.all().get(tuned.record.data.split_id, frozenset())
     root = tuned.artifacts.folder.parent
     found = []
     for name, document in _records(tuned.storage).items():

@@ -97,14 +97,14 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
     state: State
     if driven:
         state = "running"
-    elif tuned.storage.ledger(study_key=tuned.key):
+    elif tuned.storage.ledger.entries(study_key=tuned.key):
         state = "reported"
-    elif (lease := tuned.storage.lease(tuned.id)) is not None and lease.is_live:
+    elif (lease := tuned.storage.leases.of(tuned.id)) is not None and lease.is_live:
         state = "running"
     elif finished >= tuned.budget:
         state = "finished"
     else:
-        state = "queued" if tuned.id in tuned.storage.queued() else "stopped"
+        state = "queued" if tuned.id in tuned.storage.queue.study_ids() else "stopped"
     attributes = tuned.study.user_attrs
     max_epochs = tuned.record.spec.training.max_epochs
     ranked = tuned.ranked()

@@ -38,7 +38,8 @@ from tuner.search.record import (
 from tuner.search.sampler import make_sampler, sampler_document
 from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.spec.spec import StudySpec
-from tuner.storage.storage import COORDINATOR_KEY, Storage
+from tuner.storage.lease import COORDINATOR_KEY
+from tuner.storage.storage import Storage
 
 #: Begins the name of a study that is being made; no study file may give such a name.
 _MAKING = ".making."
@@ -71,7 +72,7 @@ def create_or_resume(
     changes = _changed_settings(tuned, spec)
     # More trials for a study in the service's queue: whoever drives it hears of them.
     only_more = set(changes) == {BUDGET_KEY} and spec.trials > tuned.budget
-    if only_more and tuned.id in storage.queued():
+    if only_more and tuned.id in storage.queue.study_ids():
         _set_attributes(tuned, changes)
     elif changes:
         try:
@@ -183,7 +184,7 @@ def _create(
         # Marked as ours from its first transaction on: see database.COORDINATOR_KEY.
         study.enqueue_trial(dict(known), user_attrs={COORDINATOR_KEY: "known"})
     study.set_user_attr(RECORD_KEY, record_document(record))
-    if not storage.name_study(study._study_id, name):
+    if not storage.rename_study(study._study_id, name):
         optuna.delete_study(study_name=study.study_name, storage=storage.optuna)
 
 
@@ -261,7 +262,7 @@ def delete(tuned: TunedStudy) -> None:
     Raises:
         StudyError: It is running.
     """
-    lease = tuned.storage.lease(tuned.id)
+    lease = tuned.storage.leases.of(tuned.id)
     if lease is not None and lease.is_live:
         raise StudyError(
             f"Study {tuned.name!r} is being run by process {lease.holder.pid} on "
@@ -271,7 +272,7 @@ def delete(tuned: TunedStudy) -> None:
     tuned.artifacts.delete()
     tuned.storage.forget(tuned.id)
     optuna.delete_study(study_name=tuned.name, storage=tuned.storage.optuna)
-    tuned.storage.drop_development(RECORD_KEY, "development_sha256")
+    tuned.storage.development.remove_unused(RECORD_KEY, "development_sha256")
 
 
 def _take_down_what_hangs(tuned: TunedStudy) -> None:
@@ -297,7 +298,7 @@ def refuse_a_reported_study(tuned: TunedStudy) -> None:
     Raises:
         StudyError: It is such a study.
     """
-    if tuned.storage.ledger(study_key=tuned.key):
+    if tuned.storage.ledger.entries(study_key=tuned.key):
         raise StudyError(
             f"The test split of study {tuned.name!r} was opened by its report, so it "
             "trains no more trials. Start a new study (--name) with another split seed."
@@ -340,7 +341,7 @@ def _refuse_another_study(tuned: TunedStudy, spec: StudySpec, data: DataIdentity
 
 
 def _refuse_more_trials_after_the_report(tuned: TunedStudy, trials: int) -> None:
-    if trials > tuned.budget and tuned.storage.ledger(study_key=tuned.key):
+    if trials > tuned.budget and tuned.storage.ledger.entries(study_key=tuned.key):
         raise StudyError(
             f"The test split of study {tuned.name!r} was opened by its report, so it takes no more "
             f"trials (budget {tuned.budget}, asked for {trials}). Start a new study "

@@ -20,7 +20,7 @@ from sqlalchemy import event, orm
 
 from tuner.artifacts import make_folder
 from tuner.storage.engine import Calls, Watchdog, configure, engine_arguments
-from tuner.storage.lease import renew_lease
+from tuner.storage.lease import Fence
 from tuner.storage.schema import make_current, publish_empty_database, require_tables
 from tuner.storage.url import is_sqlite
 
@@ -30,8 +30,7 @@ class FencedStorage(RDBStorage):
 
     def __init__(self, url: sa.URL, calls: Calls) -> None:
         self._calls = calls
-        self.token: str | None = None
-        self.fenced_study: int | None = None
+        self.fence = Fence()
         # What `RDBStorage` sets, but for the look at the schema's version: `open_database` had
         # it, and Optuna's imports Alembic, a tenth of a second of each verb.
         self.url = url.render_as_string(hide_password=False)
@@ -57,8 +56,8 @@ class FencedStorage(RDBStorage):
 
     def _refuse_a_stale_writer(self, session: orm.Session) -> None:
         session.flush()
-        if session.info.pop("wrote", False) and self.token is not None:
-            renew_lease(session.connection(), self.fenced_study, self.token)
+        if session.info.pop("wrote", False) and self.fence.token is not None:
+            self.fence.check(session.connection())
 
     def _get_trials(
         self,

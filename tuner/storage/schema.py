@@ -18,6 +18,7 @@ from optuna.storages._rdb import models
 from tuner.artifacts import new_file_mode
 from tuner.commands import command
 from tuner.errors import StorageError, StorageMissingError
+from tuner.storage import audit, decisions, development, lease, ledger, queue, splits
 from tuner.storage.engine import closed_engine, engine_arguments
 from tuner.storage.tables import (
     OPTUNAS_VERSION_TABLE,
@@ -32,6 +33,19 @@ from tuner.storage.url import is_sqlite, shown
 REVISION = "0005"
 #: What `tuner_schema` says from 0005 on: a tuner that counts there knows 4 at most, and refuses it.
 LAST_COUNT = 5
+
+#: Every table of ours, as a new database has it.
+_TABLES = [
+    revisions,
+    schema,
+    lease.table,
+    ledger.table,
+    decisions.table,
+    queue.table,
+    development.table,
+    splits.table,
+    audit.table,
+]
 
 SCHEMA_LOCK = 0x74756E6572  #: "tuner": the key of PostgreSQL's advisory lock
 
@@ -217,7 +231,7 @@ def _change(connection: sa.Connection, found: Found) -> None:
                 connection.execute(revisions.insert().values(version_num=found.ours))
             upgrade.run(upgrade.OURS, connection)
     if not found.ours:
-        metadata.create_all(connection)
+        metadata.create_all(connection, _TABLES)
         connection.execute(schema.insert().values(version=LAST_COUNT))
         connection.execute(revisions.insert().values(version_num=REVISION))
 

@@ -14,7 +14,7 @@ import json
 import threading
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -28,11 +28,12 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tuner.errors import LeaseLostError
+from tuner.storage import decisions, lease
+from tuner.storage.decisions import Decision
 from tuner.storage.engine import Calls
-from tuner.storage.lease import COORDINATOR_KEY, LEASE_LOST, renew_lease
+from tuner.storage.lease import COORDINATOR_KEY
 from tuner.storage.optuna_storage import FencedStorage, read_trials
-from tuner.storage.tables import decisions, lease, lock_for_writing, now
+from tuner.storage.tables import lock_for_writing
 
 
 class DrivenStorage(BaseStorage):
@@ -252,7 +253,7 @@ class _Batch:
                 self.states,
             )
         if self.decisions:
-            connection.execute(decisions.insert(), self.decisions)
+            connection.execute(decisions.table.insert(), self.decisions)
 
 
 def upsert_attributes(
@@ -323,7 +324,7 @@ class Driven:
     def _create_trial(self) -> int:
         with self._rdb.engine.begin() as connection:
             lock_for_writing(connection)
-            renew_lease(connection, self.study_id, self._token)
+            lease.renew(connection, self.study_id, self._token)
             studies = models.StudyModel.__table__
             connection.execute(  # whoever else adds a trial waits here: numbers are counted
                 sa.select(studies.c.study_id)
@@ -418,7 +419,7 @@ class Driven:
         def take() -> tuple[bool, FrozenTrial]:
             with self._rdb.engine.begin() as connection:
                 lock_for_writing(connection)
-                renew_lease(connection, self.study_id, self._token)
+                lease.renew(connection, self.study_id, self._token)
                 taken = connection.execute(
                     trials.update()
                     .where(trials.c.trial_id == trial_id, trials.c.state == TrialState.WAITING)
@@ -501,9 +502,9 @@ class Driven:
             batch.states.append({"its_id": trial_id, "its_state": state, "its_end": ended})
         return True
 
-    def record_decision(self, row: Mapping[str, Any]) -> None:
+    def record_decision(self, decision: Decision) -> None:
         with self._change() as batch:
-            batch.decisions.append(dict(row))
+            batch.decisions.append({"study_id": self.study_id, **asdict(decision)})
 
     # --- batches ---
 
@@ -552,16 +553,8 @@ class Driven:
     def _write(self, batch: _Batch) -> None:
         with self._rdb.engine.begin() as connection:
             lock_for_writing(connection)
-            mine = (lease.c.study_id == self.study_id) & (lease.c.token == self._token)
-            counted = connection.execute(
-                lease.update()
-                .where(mine, lease.c.batches == self._batches)
-                .values(batches=self._batches + 1, renewed_at=now(connection))
-            )
-            if counted.rowcount == 1:
+            if lease.count_batch(connection, self.study_id, self._token, self._batches):
                 batch.write(connection)
-            elif connection.scalar(sa.select(lease.c.batches).where(mine)) != self._batches + 1:
-                raise LeaseLostError(LEASE_LOST)
             # Else the commit of an earlier try went through, and only its answer was lost.
 
     def _note_failure(self, written: Future[None]) -> None:

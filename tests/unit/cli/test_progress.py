@@ -157,7 +157,7 @@ def test_a_watch_on_a_terminal_writes_over_what_it_wrote(tuned: TunedStudy, no_p
 
 def test_a_watch_in_a_pipe_is_read_while_the_study_runs_and_ends_with_it(tmp_path: Path) -> None:
     tuned = make_study(tmp_path)
-    tuned.storage.take_lease(tuned.id)
+    tuned.storage.lease.take(tuned.id)
     arguments = ("status", tuned.name, "--watch", "--storage", f"sqlite:///{tmp_path}/tuner.db")
     with subprocess.Popen(
         [sys.executable, "-m", "tuner", *arguments],
@@ -168,7 +168,7 @@ def test_a_watch_in_a_pipe_is_read_while_the_study_runs_and_ends_with_it(tmp_pat
         assert watching.stdout is not None
         assert watching.stdout.readline().split()[:2] == ["study", tuned.name]
         assert watching.stdout.readline().split() == ["state", "running"]
-        tuned.storage.release_lease()
+        tuned.storage.lease.release()
         rest = watching.stdout.read()
         assert re.search("^state +stopped *$", rest, re.MULTILINE)
         assert watching.wait(60) == 0

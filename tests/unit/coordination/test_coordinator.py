@@ -52,7 +52,8 @@ Make = Callable[..., TunedStudy]
 
 def steal_lease(storage: Storage) -> None:
     """What a process does that takes over."""
-    storage._transaction(lambda c: c.exec_driver_sql("UPDATE tuner_lease SET token = 'another'"))
+    steal = "UPDATE tuner_lease SET token = 'another'"
+    storage._transactions.run(lambda connection: connection.exec_driver_sql(steal))
 
 
 def finished(tuned: TunedStudy) -> int:
@@ -100,11 +101,11 @@ def test_the_search_of_one_worker_is_the_same_every_time(tmp_path: Path) -> None
 
 def test_trials_of_a_dead_coordinator_go_on_under_their_number(study: Make) -> None:
     tuned = study(trials=5)
-    tuned.storage.take_lease(tuned.id)
+    tuned.storage.lease.take(tuned.id)
     dead = tuned.study.ask()
     config = tuned.record.spec.space.suggest(dead)
     dead.report(1.0, step=1)
-    tuned.storage.release_lease()
+    tuned.storage.lease.release()
     notes = Notes()
     Coordinator(tuned, FakeWorkers(), notes).run()
     trials = tuned.trials()
@@ -117,10 +118,10 @@ def test_trials_of_a_dead_coordinator_go_on_under_their_number(study: Make) -> N
 
 def test_a_budget_that_was_lowered_is_not_exceeded_by_trials_left_open(study: Make) -> None:
     tuned = study(trials=3)
-    tuned.storage.take_lease(tuned.id)
+    tuned.storage.lease.take(tuned.id)
     for _ in range(3):
         tuned.record.spec.space.suggest(tuned.study.ask())
-    tuned.storage.release_lease()
+    tuned.storage.lease.release()
     tuned.study.set_user_attr(BUDGET_KEY, 2)
     Coordinator(tuned, FakeWorkers(4), Notes()).run()
     assert finished(tuned) == 2
@@ -264,11 +265,11 @@ def test_tuner_stop_from_another_process_stops_the_study(study: Make) -> None:
         if trial == 1 and not asked.is_set():
             asked.set()
             with Storage(tuned.storage.url) as other:
-                other.request_stop(tuned.id)
+                other.leases.request_stop(tuned.id)
 
     assert Coordinator(tuned, FakeWorkers(2), Notes(ask)).run() == "stopped"
     assert finished(tuned) < 500
-    assert tuned.storage.lease(tuned.id) is None
+    assert tuned.storage.leases.of(tuned.id) is None
 
 
 class FastWorkers(FakeWorkers):
@@ -313,7 +314,7 @@ def test_a_timeout_stops_the_study(study: Make) -> None:
 def test_a_second_coordinator_is_refused(study: Make) -> None:
     tuned = study()
     with Storage(tuned.storage.url) as other:
-        other.take_lease(tuned.id)
+        other.lease.take(tuned.id)
         with pytest.raises(StorageError, match="is being run by"):
             Coordinator(tuned, FakeWorkers(), Notes()).run()
 
@@ -322,11 +323,11 @@ def test_budget_and_stop_rule_are_taken_once_the_lease_is_held(study: Make) -> N
     tuned = study(trials=12, stop={"patience": 9})
     asked = small_spec(trials=2)
     with Storage(tuned.storage.url) as other:
-        other.take_lease(tuned.id)
+        other.lease.take(tuned.id)
         with pytest.raises(StorageError, match="is being run by"):
             Coordinator(tuned, FakeWorkers(), Notes()).run(asked=asked)
         assert (tuned.budget, tuned.stop) == (12, StopSettings(patience=9))
-        other.release_lease()
+        other.lease.release()
     assert Coordinator(tuned, FakeWorkers(), Notes()).run(asked=asked) == "finished"
     assert (tuned.budget, tuned.stop) == (2, None)
     assert finished(tuned) == 2
@@ -365,7 +366,7 @@ def test_a_coordinator_that_was_frozen_as_a_trial_ended_removes_no_file(
             for file in files:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(b"new")
-            tuned.storage._held_at -= 3600.0
+            tuned.storage.lease._certain_at -= 3600.0
             with Storage(tuned.storage.url) as other:
                 steal_lease(other)
 
@@ -396,9 +397,9 @@ def test_what_a_killed_coordinator_was_writing_is_removed_when_the_lease_is_take
     tuned = study(trials=2)
     Coordinator(tuned, FakeWorkers(), Notes()).run()
     tuned.study.set_user_attr(BUDGET_KEY, 3)
-    tuned.storage.take_lease(tuned.id)
+    tuned.storage.lease.take(tuned.id)
     tuned.record.spec.space.suggest(tuned.study.ask())
-    tuned.storage.release_lease()
+    tuned.storage.lease.release()
     folder = tuned.artifacts.folder
     kept = {"checkpoints/2.npz", "weights/0.npz", "report/.report.html.ab12.new", "notes.new"}
     left = {"checkpoints/.2.npz.ab12.new", "checkpoints/1.npz", "weights/.0.npz.ab12.new"}
@@ -422,7 +423,7 @@ def test_who_does_not_get_the_lease_removes_nothing(study: Make) -> None:
     half.parent.mkdir(parents=True)
     half.write_bytes(b"some")
     with Storage(tuned.storage.url) as other:
-        other.take_lease(tuned.id)
+        other.lease.take(tuned.id)
         with pytest.raises(StorageError, match="is being run by"):
             Coordinator(tuned, FakeWorkers(), Notes()).run()
     assert half.exists()
@@ -431,7 +432,7 @@ def test_who_does_not_get_the_lease_removes_nothing(study: Make) -> None:
 def test_every_decision_is_recorded_in_order(study: Make) -> None:
     tuned = study(trials=8)
     Coordinator(tuned, FakeWorkers(2), Notes()).run()
-    decisions = tuned.storage.decisions(tuned.id)
+    decisions = tuned.storage.decisions.of(tuned.id)
     for trial in tuned.trials():
         mine = [decision for decision in decisions if decision.trial == trial.number]
         assert mine[0].kind == "ask"
@@ -445,17 +446,17 @@ def test_every_decision_is_recorded_in_order(study: Make) -> None:
 
 def test_a_reported_study_trains_nothing_more_not_even_a_trial_left_open(study: Make) -> None:
     tuned = study(trials=3)
-    tuned.storage.take_lease(tuned.id)
+    tuned.storage.lease.take(tuned.id)
     tuned.record.spec.space.suggest(tuned.study.ask())
-    tuned.storage.release_lease()
-    tuned.storage.open_ledger_entry(
+    tuned.storage.lease.release()
+    tuned.storage.ledger.open(
         opened_at="", opened_by="", study="small", study_key=tuned.key, trial=0,
         config_hash="", spec_hash="", split_id="s",
     )  # fmt: skip
     with pytest.raises(StudyError, match="trains no more trials"):
         Coordinator(tuned, FakeWorkers(), Notes()).run()
     assert [trial.state for trial in tuned.trials()] == [TrialState.RUNNING]
-    assert tuned.storage.lease(tuned.id) is None
+    assert tuned.storage.leases.of(tuned.id) is None
 
 
 def test_enqueued_trials_of_the_user_are_run(study: Make) -> None:

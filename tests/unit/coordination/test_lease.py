@@ -19,6 +19,7 @@ class Database:
         self.gave_up = 0
         self.error: Exception | None = None
         self.now = 50.0
+        self.lease = self
 
     def begin_heartbeat(self) -> Future[bool]:
         self.heartbeats.append(Future())
@@ -27,7 +28,7 @@ class Database:
     def give_up(self) -> None:
         self.gave_up += 1
 
-    def release_lease(self) -> None:
+    def release(self) -> None:
         if self.error is not None:
             raise self.error
 

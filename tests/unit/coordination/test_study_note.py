@@ -112,21 +112,21 @@ def test_a_study_that_ended_early_says_why(study: Make) -> None:
 
 def test_only_who_holds_the_lease_writes_the_overview(study: Make) -> None:
     tuned = study(trials=3)
-    tuned.storage.take_lease(tuned.id)
-    tuned.storage.begin_overview(tuned.id, "mine").result()
-    tuned.storage._rdb.token = "another's"
+    tuned.storage.lease.take(tuned.id)
+    tuned.storage.begin_note(tuned.id, "mine").result()
+    tuned.storage._rdb.fence.token = "another's"
     with pytest.raises(LeaseLostError):
-        tuned.storage.begin_overview(tuned.id, "late").result()
+        tuned.storage.begin_note(tuned.id, "late").result()
     assert shown(tuned) == "mine"
 
 
 def test_a_note_that_somebody_wrote_in_the_dashboard_is_replaced_whole(study: Make) -> None:
     tuned = study(trials=3)
-    tuned.storage.begin_overview(tuned.id, "first").result()
+    tuned.storage.begin_note(tuned.id, "first").result()
     long = "x" * 5000  # in three pieces
     save_note_with_version(tuned.storage.optuna, tuned.id, None, 2, long)
     assert shown(tuned) == long
-    tuned.storage.begin_overview(tuned.id, "second").result()
+    tuned.storage.begin_note(tuned.id, "second").result()
     assert shown(tuned) == "second"
     attributes = tuned.storage.optuna.get_study_system_attrs(tuned.id)
     assert attributes["dashboard:note_ver"] == 3

@@ -38,7 +38,7 @@ from tuner.search.study import delete
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import parameter_count
 from tuner.spec.reader import load_spec
-from tuner.storage.storage import COORDINATOR_KEY
+from tuner.storage.lease import COORDINATOR_KEY
 from tuner.train import EpochResult
 
 Make = Callable[..., TunedStudy]
@@ -230,7 +230,7 @@ def test_a_coordinator_that_was_frozen_while_it_draws_replaces_no_drawing(
 
     def draw(shown: list[EpochResult], *arguments: object, **names: object) -> str:
         if len(shown) >= 4:  # an hour passes while the process is frozen
-            tuned.storage._held_at -= 3600.0
+            tuned.storage.lease._certain_at -= 3600.0
         return draw_curves(shown, *arguments, **names)
 
     monkeypatch.setattr(trial_page, "draw_curves", draw)

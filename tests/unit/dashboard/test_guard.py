@@ -315,7 +315,7 @@ def test_a_viewer_changes_nothing(lab: Lab) -> None:
         assert answer.status_code == 403, path
         assert "vic is a viewer" in answer.text
     assert optuna.get_all_study_names(lab.storage.optuna) == ["demo"]
-    recorded = [(one.action, one.status) for one in reversed(lab.storage.changes())]
+    recorded = [(one.action, one.status) for one in reversed(lab.storage.audit.entries())]
     refused = [(f"{method} {path.rstrip('/')}", 403) for method, path in REFUSED + ALLOWED]
     assert recorded == [("log in", 200), *refused]
 
@@ -330,7 +330,7 @@ def test_what_would_break_a_study_is_refused_to_an_editor_too(
         assert "would break the study" in answer.text
     assert optuna.get_all_study_names(storage.optuna) == ["demo"]
     assert storage.optuna.get_all_trials(1) == before
-    assert {one.status for one in storage.changes()} <= {403}
+    assert {one.status for one in storage.audit.entries()} <= {403}
 
 
 def test_the_lists_here_hold_every_writing_route_of_optuna_s_dashboard(storage: Storage) -> None:
@@ -398,7 +398,7 @@ def test_a_form_of_another_site_cannot_pass_for_json(lab: Lab) -> None:
 
 
 def test_an_editor_deletes_a_study_as_the_command_does(lab: Lab, tuned: TunedStudy) -> None:
-    entry = lab.storage.open_ledger_entry(
+    entry = lab.storage.ledger.open(
         opened_at="2026-01-01", opened_by="ada@lab", study="demo", study_key=tuned.key, trial=1,
         config_hash="c", spec_hash="s", split_id="i",
     )  # fmt: skip
@@ -419,8 +419,8 @@ def test_an_editor_deletes_a_study_as_the_command_does(lab: Lab, tuned: TunedStu
     assert optuna.get_all_study_names(lab.storage.optuna) == []
     assert not tuned.artifacts.folder.exists()
     assert list(shown.iterdir()) == []
-    assert [one.id for one in lab.storage.ledger(study_key=tuned.key)] == [entry]
-    assert lab.storage.changes()[0].detail == "deleted demo with 6 trials"
+    assert [one.id for one in lab.storage.ledger.entries(study_key=tuned.key)] == [entry]
+    assert lab.storage.audit.entries()[0].detail == "deleted demo with 6 trials"
 
 
 @pytest.mark.parametrize(
@@ -435,12 +435,12 @@ def test_a_study_that_runs_is_not_deleted(
     local: Browser, tuned: TunedStudy, tmp_path: Path, method: str, path: str, data: Any
 ) -> None:
     with Storage(ready_sqlite(tmp_path)) as coordinator:
-        coordinator.take_lease(tuned.id)
+        coordinator.lease.take(tuned.id)
         answer = local.open(path, method=method, data=data)
         assert answer.status_code == 409
         assert "is being run by process" in answer.text
         assert tuned.artifacts.folder.exists()
-        coordinator.release_lease()
+        coordinator.lease.release()
     assert local.open(path, method=method, data=data).status_code in (200, 204, 303)
 
 
@@ -461,7 +461,7 @@ def test_every_change_is_recorded_with_who_when_what_and_how_it_ended(lab: Lab) 
     assert ada.put("/api/studies/1/note", json=note, environ_overrides=address).status_code == 204
     assert ada.put("/api/studies/1/note", json=note).status_code == 409
     assert ada.delete("/api/studies/77").status_code == 404
-    newest = lab.storage.changes()
+    newest = lab.storage.audit.entries()
     assert [(one.who, one.action, one.status) for one in newest[::-1]] == [
         ("ada", "log in", 200),
         ("ada", "PUT /api/studies/1/note", 204),
@@ -486,13 +486,13 @@ def test_a_record_is_one_line_in_the_letters_that_were_asked_for(lab: Lab) -> No
     ada = lab.browser("ada")
     forged = "%0a2026-01-01%20%20bob%1b%5b31m%00%E2%80%AE%ff"
     assert ada.post(f"/tuner/studies/l%C3%B6slich{forged}/stop").status_code == 404
-    newest = lab.storage.changes()[0]
+    newest = lab.storage.audit.entries()[0]
     there = "löslich 2026-01-01 bob\ufffd[31m\ufffd\ufffd\ufffd"
     assert newest.action == f"POST /tuner/studies/{there}/stop"
     assert newest.detail.isprintable()
     mistakes = {"upload": (io.BytesIO(b"x = 1\ny = 2\n"), "a\x1b[31m.toml")}
     assert ada.post("/tuner/launch", data=mistakes).status_code == 422
-    detail = lab.storage.changes()[0].detail
+    detail = lab.storage.audit.entries()[0].detail
     assert detail.startswith("refused: a\ufffd[31m.toml:1: x: ")
     assert detail.isprintable()
 
@@ -503,7 +503,7 @@ def test_no_record_no_change(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(**_: object) -> int:
         raise TunerError("the database is away")
 
-    monkeypatch.setattr(lab.storage, "begin_change", away)
+    monkeypatch.setattr(lab.storage.audit, "record", away)
     assert ada.delete("/api/studies/1").status_code == 409
     assert optuna.get_all_study_names(lab.storage.optuna) == ["demo"]
 
@@ -753,7 +753,7 @@ def test_behind_a_proxy_only_the_proxy_is_answered(storage: Storage, tmp_path: P
         status, body = get(server.port, "/tuner/login", **{"X-Real-IP": "10.0.0.2"})
         assert (status, b"--trust-proxy" in body) == (403, True)
         assert get(server.port, "/healthz")[0] == 200
-    assert storage.changes()[0].address == "127.0.0.1"
+    assert storage.audit.entries()[0].address == "127.0.0.1"
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -822,7 +822,7 @@ def test_with_tls_browsers_are_told_to_ask_in_the_clear_no_more(
 
 def test_failed_logins_and_refusals_are_recorded(lab: Lab) -> None:
     def newest() -> tuple[str, str, int | None]:
-        entry = lab.storage.changes(last=1)[0]
+        entry = lab.storage.audit.entries(last=1)[0]
         return entry.who, entry.action, entry.status
 
     def log_in(name: str) -> None:
@@ -840,10 +840,10 @@ def test_failed_logins_and_refusals_are_recorded(lab: Lab) -> None:
     assert newest() == ("vic", "GET /tuner/api/log", 403)
     viewer.post("/tuner/logout", headers={"Origin": "https://evil.example"})
     assert newest() == ("", "POST /tuner/logout", 403)
-    before = len(lab.storage.changes())
+    before = len(lab.storage.audit.entries())
     for _ in range(200):  # a flood
         viewer.post("/tuner/api/studies", json={})
-    assert len(lab.storage.changes(last=1000)) <= before + 100
+    assert len(lab.storage.audit.entries(last=1000)) <= before + 100
 
 
 def test_where_a_user_has_logged_in_strangers_cannot_lock_the_user_out(
@@ -1064,7 +1064,7 @@ def test_only_a_proxy_that_was_named_says_who_asks(storage: Storage, tmp_path: P
             connection.request("POST", "/tuner/api/login", document, kind)
             assert json.load(connection.getresponse()) == {"name": "ada", "role": "editor"}
             connection.close()
-        assert storage.changes()[0].address == expected
+        assert storage.audit.entries()[0].address == expected
 
 
 def test_a_request_that_is_being_answered_ends_before_the_server_does(

@@ -329,7 +329,7 @@ def test_a_broken_version_of_a_note_does_not_stop_the_overview(
 ) -> None:
     for version in NO_VERSIONS:
         storage.optuna.set_study_system_attr(tuned.id, "dashboard:note_ver", version)
-        storage.begin_overview(tuned.id, "the overview").result()
+        storage.begin_note(tuned.id, "the overview").result()
         attributes = storage.optuna.get_study_system_attrs(tuned.id)
         assert isinstance(attributes["dashboard:note_ver"], int)
         assert attributes["dashboard:note_str:0"] == "the overview"

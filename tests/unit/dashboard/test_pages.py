@@ -60,16 +60,16 @@ def test_a_launched_study_waits_in_the_queue_with_its_rows(lab: Lab, ada: Browse
     answer = ada.post("/tuner/launch", data={"file": "tiny.toml", "name": "mine", "trials": "5"})
     assert (answer.status_code, answer.location) == (303, "/tuner/studies/mine")
     tuned = load(lab.storage, "mine", artifacts_root=lab.folders.artifacts)
-    assert lab.storage.queued() == (tuned.id,)
+    assert lab.storage.queue.study_ids() == (tuned.id,)
     assert tuned.budget == 5
-    assert lab.storage.development(tuned.record.development_sha256)
-    assert lab.storage.changes()[0].detail.startswith("launched: Study mine is queued")
+    assert lab.storage.development.read(tuned.record.development_sha256)
+    assert lab.storage.audit.entries()[0].detail.startswith("launched: Study mine is queued")
 
 
 def test_stop_and_resume_take_it_out_of_the_queue_and_back(lab: Lab, ada: Browser) -> None:
     ada.post("/tuner/launch", data={"file": "tiny.toml"})
     assert ada.post("/tuner/studies/tiny/stop").location == "/tuner/studies/tiny"
-    assert lab.storage.queued() == ()
+    assert lab.storage.queue.study_ids() == ()
     assert "stopped" in ada.get("/tuner/studies/tiny").text
     document = ada.post("/tuner/api/studies/tiny/resume").json
     assert document["outcome"] == "queued"
@@ -83,13 +83,13 @@ def test_a_running_study_is_asked_to_stop(lab: Lab, ada: Browser, tmp_path: Path
     ada.post("/tuner/launch", data={"file": "tiny.toml"})
     tuned = load(lab.storage, "tiny", artifacts_root=lab.folders.artifacts)
     with Storage(ready_sqlite(tmp_path)) as coordinator:
-        coordinator.take_lease(tuned.id)
+        coordinator.lease.take(tuned.id)
         assert ada.get("/tuner/api/studies/tiny").json["state"] == "running"
         document = ada.post("/tuner/api/studies/tiny/resume").json
         assert document["outcome"] == "running"
         assert ada.post("/tuner/api/studies/tiny/stop").json["asked"] is True
-        assert coordinator.heartbeat() is True
-        coordinator.release_lease()
+        assert coordinator.lease.heartbeat() is True
+        coordinator.lease.release()
 
 
 def test_a_launch_with_another_budget_changes_nothing_of_a_study_that_runs(
@@ -98,8 +98,8 @@ def test_a_launch_with_another_budget_changes_nothing_of_a_study_that_runs(
     ada.post("/tuner/launch", data={"file": "tiny.toml", "trials": "30"})
     tuned = load(lab.storage, "tiny", artifacts_root=lab.folders.artifacts)
     with Storage(ready_sqlite(tmp_path)) as coordinator:
-        lab.storage.dequeue(tuned.id)  # it is driven by a launch of its own
-        coordinator.take_lease(tuned.id)
+        lab.storage.queue.remove(tuned.id)  # it is driven by a launch of its own
+        coordinator.lease.take(tuned.id)
         before = tuned.study.user_attrs
         for trials in ("5", "60"):
             page = ada.post("/tuner/launch", data={"file": "tiny.toml", "trials": trials})
@@ -111,8 +111,8 @@ def test_a_launch_with_another_budget_changes_nothing_of_a_study_that_runs(
             assert f"asks for {trials} trials" in answer.json["reason"]
         assert ada.post("/tuner/api/studies/tiny/resume").json["outcome"] == "running"
         assert tuned.study.user_attrs == before
-        assert lab.storage.queued() == ()
-        coordinator.release_lease()
+        assert lab.storage.queue.study_ids() == ()
+        coordinator.lease.release()
 
 
 def test_rows_that_another_study_keeps_sealed_are_told_where_one_is_launched_or_checked(
@@ -152,11 +152,11 @@ def test_the_same_verbs_as_json(ada: Browser) -> None:
 def test_a_page_and_the_api_record_a_refusal_in_the_same_words(lab: Lab, ada: Browser) -> None:
     finished_study(lab.storage, lab.folder)
     with Storage(lab.storage.url) as coordinator:
-        coordinator.take_lease(load(lab.storage, "demo", artifacts_root=lab.folders.artifacts).id)
+        coordinator.lease.take(load(lab.storage, "demo", artifacts_root=lab.folders.artifacts).id)
         assert ada.post("/tuner/studies/demo/delete", data={"confirm": "demo"}).status_code == 409
         assert ada.delete("/tuner/api/studies/demo").status_code == 409
-        coordinator.release_lease()
-    by_api, by_page = (one.detail for one in lab.storage.changes()[:2])
+        coordinator.lease.release()
+    by_api, by_page = (one.detail for one in lab.storage.audit.entries()[:2])
     assert by_api == by_page
     assert by_api.startswith("refused: ")
 
@@ -226,7 +226,7 @@ def test_a_mistake_in_a_field_is_told_by_the_field_and_several_are_told_apart(
     assert "does; remove it" in page.text
     assert "Trials: must be at least 1" in page.text
     assert "--set" not in page.text
-    told = lab.storage.changes()[0].detail
+    told = lab.storage.audit.entries()[0].detail
     assert told.startswith("refused: name: must not contain /")
     assert "remove it; trials: must be at least 1" in told
     answer = ada.post("/tuner/api/studies", json={"file": "tiny.toml", "trials": 0})
@@ -440,7 +440,7 @@ def test_a_report_is_shown_in_an_origin_of_its_own_and_no_page_opens_the_test_sp
     for method in ("POST", "PUT"):
         assert ada.open("/tuner/studies/demo/report", method=method).status_code == 405
         assert ada.open("/tuner/api/studies/demo/report", method=method).status_code == 404
-    assert lab.storage.ledger() == ()
+    assert lab.storage.ledger.entries() == ()
     folder = tuned.artifacts.report_folder
     folder.mkdir(parents=True)
     (folder / "report.html").write_text("<script>1</script>")
@@ -455,7 +455,7 @@ def test_a_report_is_shown_in_an_origin_of_its_own_and_no_page_opens_the_test_sp
 def test_a_page_says_sealed_until_the_test_split_was_opened(lab: Lab, tuned: TunedStudy) -> None:
     vic = lab.browser("vic")
     assert "test rows (sealed)" in vic.get("/tuner/studies/demo").text
-    lab.storage.open_ledger_entry(
+    lab.storage.ledger.open(
         opened_at="2026-01-01", opened_by="ada@lab", study="demo", study_key=tuned.key, trial=1,
         config_hash="c", spec_hash="s", split_id="i",
     )  # fmt: skip
@@ -467,7 +467,7 @@ def test_a_page_says_if_another_study_opened_the_same_split(lab: Lab, tuned: Tun
     split = tuned.record.data.split_id
     entries = (("first", "f", split), ("other", "o", "i"), ("first", "g", split))
     for study, key, its_split in entries:
-        lab.storage.open_ledger_entry(
+        lab.storage.ledger.open(
             opened_at="", opened_by="", study=study, study_key=key, trial=0,
             config_hash="", spec_hash="", split_id=its_split,
         )  # fmt: skip
@@ -573,7 +573,7 @@ def test_names_with_other_letters_work_everywhere(
     assert quoted in ada.get("/tuner").text
     assert ada.get(f"/tuner/api/studies/{quote(name)}").json["study"] == name
     assert ada.post(f"{answer.location}/stop").status_code == 303
-    assert lab.storage.queued() == ()
+    assert lab.storage.queue.study_ids() == ()
 
 
 def test_a_name_in_another_unicode_normalisation_is_the_same_study(lab: Lab, ada: Browser) -> None:

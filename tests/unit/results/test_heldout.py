@@ -64,7 +64,7 @@ def test_the_ledger_row_stands_before_a_test_row_is_read(
     def read(settings: object, *, folder: Path) -> NoReturn:
         # As another process sees it: committed, not merely begun.
         with Storage(tuned.storage.url) as other:
-            seen.extend(other.ledger())
+            seen.extend(other.ledger.entries())
         raise RuntimeError("the machine went down here")
 
     monkeypatch.setattr(heldout, "read_held_out", read)
@@ -72,7 +72,7 @@ def test_the_ledger_row_stands_before_a_test_row_is_read(
     with pytest.raises(RuntimeError, match="went down"):
         open_split(tuned)
     (entry,) = seen
-    assert tuned.storage.ledger() == (entry,)
+    assert tuned.storage.ledger.entries() == (entry,)
     assert before <= datetime.fromisoformat(entry.opened_at) <= datetime.now(UTC)
     assert entry.opened_by == f"{getpass.getuser()}@{socket.gethostname()}"
     assert (entry.study, entry.study_key, entry.trial) == ("demo", tuned.key, WINNER)
@@ -84,7 +84,7 @@ def test_the_ledger_row_stands_before_a_test_row_is_read(
 
 def test_the_rows_are_those_of_the_studys_test_split(tuned: TunedStudy) -> None:
     entry, rows = open_split(tuned)
-    assert entry == tuned.storage.ledger()[0].id
+    assert entry == tuned.storage.ledger.entries()[0].id
     assert len(rows.labels) == len(rows.tokens) == tuned.record.data.test_rows
     development = load_development(
         tuned.artifacts.folder.parent / "development" / f"{tuned.record.development_sha256}.npz"
@@ -96,7 +96,7 @@ def test_the_rows_are_those_of_the_studys_test_split(tuned: TunedStudy) -> None:
 
 def test_every_opening_has_a_row_of_its_own(tuned: TunedStudy) -> None:
     entries = [open_split(tuned)[0] for _ in range(2)]
-    assert [row.id for row in tuned.storage.ledger()] == entries == [1, 2]
+    assert [row.id for row in tuned.storage.ledger.entries()] == entries == [1, 2]
 
 
 @pytest.mark.parametrize("field", ["sha256", "split_id"])
@@ -112,7 +112,7 @@ def test_rows_of_another_identity_are_refused_and_the_opening_stays(
     monkeypatch.setattr(heldout, "read_held_out", other_rows)
     with pytest.raises(StudyError, match=f"{field} is ffffffffffff, but study 'demo' was made"):
         open_split(tuned)
-    assert len(tuned.storage.ledger()) == 1
+    assert len(tuned.storage.ledger.entries()) == 1
 
 
 def test_a_source_that_changed_or_is_gone_is_found_before_anything_is_opened(
@@ -128,7 +128,7 @@ def test_a_source_that_changed_or_is_gone_is_found_before_anything_is_opened(
     (tmp_path / "rows.csv").mkdir()
     with pytest.raises(StudyError, match=r"rows\.csv: it is not a regular file"):
         heldout.check_source(tuned)
-    assert tuned.storage.ledger() == ()
+    assert tuned.storage.ledger.entries() == ()
 
 
 def test_two_fasta_files_are_checked_together(storage: Storage, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_study_of_real_data_never_falls_back(
     monkeypatch.setattr(solubility, "download_to", unavailable)
     with pytest.raises(DataError, match="is not here"):
         heldout.check_source(real)
-    assert tuned.storage.ledger() == ()
+    assert tuned.storage.ledger.entries() == ()
     with pytest.raises(DataError, match="is not here"):
         open_split(real)
 
@@ -199,7 +199,7 @@ def test_an_opener_without_a_name_is_still_written_down(
 
     monkeypatch.setattr(getpass, "getuser", nameless)
     open_split(tuned)
-    assert tuned.storage.ledger()[0].opened_by.startswith("uid ")
+    assert tuned.storage.ledger.entries()[0].opened_by.startswith("uid ")
 
 
 # --- data that is elsewhere now ---
@@ -292,7 +292,7 @@ def test_the_data_can_be_named_as_a_file_or_as_its_folder(
     ):
         with pytest.raises(StudyError, match=told):
             heldout.check_source(tuned, given)
-    assert tuned.storage.ledger() == ()
+    assert tuned.storage.ledger.entries() == ()
 
 
 def test_data_that_was_generated_cannot_be_named(tuned: TunedStudy, tmp_path: Path) -> None:

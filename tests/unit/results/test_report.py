@@ -35,6 +35,7 @@ from tuner.search import study
 from tuner.search.status import status
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import ModelConfig
+from tuner.storage.held_lease import HeldLease
 from tuner.storage.storage import Storage
 
 
@@ -123,7 +124,11 @@ def test_the_winner_is_evaluated_from_its_kept_weights_on_the_test_split(
     assert sum(document["confusion_matrix"].values()) == identity.test_rows
     assert document["confusion_matrix"]["true_positive"] == expected.confusion.true_positive
     assert document["ledger"]["entry"] == document["ledger"]["openings"] == 1
-    assert tuned.storage.ledger()[0].config_hash == document["config_hash"] == config_hash(config)
+    assert (
+        tuned.storage.ledger.entries()[0].config_hash
+        == document["config_hash"]
+        == config_hash(config)
+    )
 
 
 def test_the_json_file_holds_what_the_verb_prints(tuned: TunedStudy, tmp_path: Path) -> None:
@@ -184,7 +189,7 @@ def test_a_second_call_shows_the_recorded_report_and_opens_nothing(
     assert second.document == first.document
     assert (first.opened_now, second.opened_now) == (True, False)
     assert second.html_file.read_bytes() == first.html_file.read_bytes()
-    assert len(tuned.storage.ledger()) == 1
+    assert len(tuned.storage.ledger.entries()) == 1
 
 
 def test_an_opening_that_was_cut_off_counts_and_the_next_call_opens_again_and_says_so(
@@ -202,7 +207,7 @@ def test_an_opening_that_was_cut_off_counts_and_the_next_call_opens_again_and_sa
 
     with pytest.raises(KeyboardInterrupt):
         reported(tuned, evaluate=dies_on_the_test_rows)
-    (entry,) = tuned.storage.ledger()
+    (entry,) = tuned.storage.ledger.entries()
     assert entry.report is None
     written = reported(tuned)
     assert written.opened_now
@@ -258,13 +263,13 @@ def test_no_coordinator_can_start_while_the_test_split_is_open(tuned: TunedStudy
     ) -> npt.NDArray[np.float64]:
         with Storage(tuned.storage.url) as other:
             with pytest.raises(TunerError, match="is being run by process"):
-                other.take_lease(tuned.id)
+                other.lease.take(tuned.id)
             refusals.append(len(tokens))
         return predict(config, weights, tokens)
 
     reported(tuned, evaluate=evaluate)
     assert len(refusals) == 2
-    assert tuned.storage.lease(tuned.id) is None
+    assert tuned.storage.leases.of(tuned.id) is None
 
 
 @pytest.mark.parametrize(
@@ -283,12 +288,12 @@ def test_a_report_that_was_frozen_and_replaced_opens_nothing(
         config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
     ) -> npt.NDArray[np.float64]:
         with Storage(tuned.storage.url) as other:
-            other._transaction(lambda c: c.exec_driver_sql(meanwhile))
+            other._transactions.run(lambda c: c.exec_driver_sql(meanwhile))
         return predict(config, weights, tokens)
 
     with pytest.raises(StudyError, match=r"took study 'demo' over.*Nothing was opened"):
         reported(tuned, evaluate=freeze)
-    assert tuned.storage.ledger() == ()
+    assert tuned.storage.ledger.entries() == ()
 
 
 def test_a_report_that_loses_its_lease_once_the_split_is_open_records_nothing(
@@ -302,32 +307,32 @@ def test_a_report_that_loses_its_lease_once_the_split_is_open_records_nothing(
         evaluated.append(len(tokens))
         if len(evaluated) == 2:
             with Storage(tuned.storage.url) as other:
-                other._transaction(lambda c: c.exec_driver_sql("DELETE FROM tuner_lease"))
+                other._transactions.run(lambda c: c.exec_driver_sql("DELETE FROM tuner_lease"))
         return predict(config, weights, tokens)
 
     with pytest.raises(StudyError, match=r"was opened \(ledger entry 1\).*`tuner report demo "):
         reported(tuned, evaluate=freeze)
-    assert [row.report for row in tuned.storage.ledger()] == [None]
+    assert [row.report for row in tuned.storage.ledger.entries()] == [None]
     assert status(tuned).state == "reported"
 
 
 def test_a_report_renews_its_lease_in_rehearsal_and_evaluation(
     tuned: TunedStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.storage.storage._RENEWAL_SECONDS", 0.01)
+    monkeypatch.setattr("tuner.storage.held_lease._RENEWAL_SECONDS", 0.01)
     renewed = []
 
     def takes_an_hour(
         config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
     ) -> npt.NDArray[np.float64]:
         with Storage(tuned.storage.url) as other:
-            other._transaction(
+            other._transactions.run(
                 lambda c: c.exec_driver_sql("UPDATE tuner_lease SET renewed_at = renewed_at - 3600")
             )
             deadline = time.monotonic() + 60.0
-            while other.lease(tuned.id).age_seconds > 3000.0 and time.monotonic() < deadline:
+            while other.leases.of(tuned.id).age_seconds > 3000.0 and time.monotonic() < deadline:
                 time.sleep(0.01)
-            renewed.append(other.lease(tuned.id).age_seconds < 3000.0)
+            renewed.append(other.leases.of(tuned.id).age_seconds < 3000.0)
         return predict(config, weights, tokens)
 
     reported(tuned, evaluate=takes_an_hour)
@@ -336,14 +341,14 @@ def test_a_report_renews_its_lease_in_rehearsal_and_evaluation(
 
 def before_the_lease(monkeypatch: pytest.MonkeyPatch, tuned: TunedStudy, do: Any) -> None:
     """Something happens once the report has looked, and before it holds the lease."""
-    take_lease = Storage.take_lease
+    take = HeldLease.take
 
-    def too_late(storage: Storage, study_id: int) -> str:
-        monkeypatch.setattr(Storage, "take_lease", take_lease)
+    def too_late(lease: HeldLease, study_id: int) -> str:
+        monkeypatch.setattr(HeldLease, "take", take)
         do()
-        return take_lease(storage, study_id)
+        return take(lease, study_id)
 
-    monkeypatch.setattr(Storage, "take_lease", too_late)
+    monkeypatch.setattr(HeldLease, "take", too_late)
 
 
 def test_of_two_reports_at_once_the_second_shows_what_the_first_recorded(
@@ -360,7 +365,7 @@ def test_of_two_reports_at_once_the_second_shows_what_the_first_recorded(
     second = reported(tuned, evaluate=fail)
     assert (first[0].opened_now, second.opened_now) == (True, False)
     assert second.document == first[0].document
-    assert len(tuned.storage.ledger()) == 1
+    assert len(tuned.storage.ledger.entries()) == 1
 
 
 def test_a_budget_that_was_raised_before_the_report_held_the_lease_is_seen(
@@ -369,7 +374,7 @@ def test_a_budget_that_was_raised_before_the_report_held_the_lease_is_seen(
     before_the_lease(monkeypatch, tuned, lambda: unfinished(tuned, Path()))
     with pytest.raises(StudyError, match="has finished 4 of its 5 trials"):
         reported(tuned)
-    assert tuned.storage.ledger() == ()
+    assert tuned.storage.ledger.entries() == ()
 
 
 def test_many_reports_at_once_open_the_split_once(tuned: TunedStudy) -> None:
@@ -390,7 +395,7 @@ def test_many_reports_at_once_open_the_split_once(tuned: TunedStudy) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert outcomes.count(True) == len(tuned.storage.ledger()) == 1
+    assert outcomes.count(True) == len(tuned.storage.ledger.entries()) == 1
     assert all(one is False or "is being run by" in str(one) for one in outcomes if one is not True)
 
 
@@ -444,13 +449,13 @@ def test_the_page_says_how_each_interval_was_made(tuned: TunedStudy) -> None:
 
 def test_a_report_that_an_earlier_version_recorded_is_shown_again(tuned: TunedStudy) -> None:
     reported(tuned)
-    (entry,) = tuned.storage.ledger()
+    (entry,) = tuned.storage.ledger.entries()
     old = json.loads(json.dumps(entry.report))
     for part in ("test", "validation"):
         del old[part]["method"]
-    tuned.storage.take_lease(tuned.id)
-    tuned.storage.record_report(entry.id, old)
-    tuned.storage.release_lease()
+    tuned.storage.lease.take(tuned.id)
+    tuned.storage.ledger.record_report(entry.id, old)
+    tuned.storage.lease.release()
     again = reported(tuned, evaluate=fail)
     assert "percentiles of a bootstrap" in Page(again).text
     assert "method" not in again.document["test"]
@@ -461,7 +466,7 @@ def test_a_report_that_an_earlier_version_recorded_is_shown_again(tuned: TunedSt
 
 def running(tuned: TunedStudy, _: Path) -> None:
     with Storage(tuned.storage.url) as other:
-        other.take_lease(tuned.id)
+        other.lease.take(tuned.id)
 
 
 def unfinished(tuned: TunedStudy, _: Path) -> None:
@@ -509,7 +514,7 @@ def test_a_report_that_cannot_be_made_opens_nothing(
     spoil(tuned, tmp_path)
     with pytest.raises(StudyError, match=message):
         reported(tuned)
-    assert tuned.storage.ledger() == ()
+    assert tuned.storage.ledger.entries() == ()
 
 
 def nonsense(*_: object) -> npt.NDArray[np.float64]:
@@ -542,8 +547,8 @@ def test_weights_that_are_not_the_winners_are_found_out_on_the_validation_split(
     monkeypatch.setattr(heldout, "read_held_out", fail)
     with pytest.raises(StudyError, match=message):
         reported(tuned, evaluate=evaluate)
-    assert tuned.storage.ledger() == ()
-    assert tuned.storage.lease(tuned.id) is None
+    assert tuned.storage.ledger.entries() == ()
+    assert tuned.storage.leases.of(tuned.id) is None
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -604,7 +609,7 @@ def test_a_file_that_cannot_be_opened_is_told_and_not_called_damaged(
             reported(tuned)
     assert (getattr(error, "strerror", None) or "MemoryError") in str(told.value)
     assert "amaged" not in str(told.value)
-    assert tuned.storage.ledger() == ()
+    assert tuned.storage.ledger.entries() == ()
     assert reported(tuned).opened_now
 
 
@@ -626,7 +631,7 @@ def test_an_evaluation_that_the_system_refuses_is_told(
     with pytest.raises(StudyError, match=r"evaluated.*once that is solved, report again") as told:
         reported(tuned, evaluate=refused)
     assert "amaged" not in str(told.value)
-    assert len(tuned.storage.ledger()) == opened
+    assert len(tuned.storage.ledger.entries()) == opened
 
 
 def test_a_study_without_a_fully_trained_trial_has_no_winner(
@@ -645,7 +650,7 @@ def test_a_study_without_a_fully_trained_trial_has_no_winner(
     tell(other, 0.6, 0.01, epochs=1, state=TrialState.PRUNED)
     with pytest.raises(StudyError, match=r"no fully trained trial .*larger budget \(--trials\)"):
         reported(other)
-    assert storage.ledger() == ()
+    assert storage.ledger.entries() == ()
 
 
 def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_opened(
@@ -654,7 +659,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_opened(
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(TunerError, match=r"file: the report cannot be written there .*-o"):
         reported(tuned, tmp_path / "file")
-    assert tuned.storage.ledger() == ()
+    assert tuned.storage.ledger.entries() == ()
 
 
 @pytest.mark.parametrize("name", ["report.json", "report.html"])
@@ -665,7 +670,7 @@ def test_a_pipe_in_the_way_of_a_report_is_found_out_before_anything_is_opened(
     os.mkfifo(tmp_path / "report" / name)
     with pytest.raises(TunerError, match=rf"{name}: the report cannot be written there \(it is a"):
         reported(tuned, tmp_path / "report")
-    assert tuned.storage.ledger() == ()
+    assert tuned.storage.ledger.entries() == ()
 
 
 def test_a_report_can_be_told_where_the_data_is_now(tuned: TunedStudy, tmp_path: Path) -> None:
@@ -683,7 +688,7 @@ def test_a_report_can_be_told_where_the_data_is_now(tuned: TunedStudy, tmp_path:
         evaluate=predict,
     )
     assert written.opened_now
-    assert len(tuned.storage.ledger()) == 1
+    assert len(tuned.storage.ledger.entries()) == 1
 
 
 def test_a_disk_that_fills_up_loses_no_report(
@@ -781,7 +786,7 @@ def test_a_report_on_synthetic_data_says_so_first(storage: Storage, tmp_path: Pa
 
 
 def test_names_from_the_storage_are_text_and_no_html(tuned: TunedStudy) -> None:
-    tuned.storage.open_ledger_entry(
+    tuned.storage.ledger.open(
         opened_at="2026-01-01T00:00:00+00:00",
         opened_by="<img src=x onerror=alert(1)>",
         study="<script>alert(1)</script>",

@@ -52,7 +52,7 @@ def test_whoever_reads_the_rows_takes_them_from_the_storage_where_the_file_is_no
     remedy = rf"demo' are neither in {re.escape(str(path))} nor in the storage; `tuner launch "
     with pytest.raises(StudyError, match=remedy):
         read(tuned)
-    tuned.storage.keep_development(sha256, content)
+    tuned.storage.development.add(sha256, content)
     read(tuned)
     assert path.read_bytes() == content
 
@@ -70,14 +70,14 @@ def test_a_report_compares_its_test_rows_with_rows_that_only_the_storage_has(
     (before,) = used_elsewhere(tuned)
     spoil(file_of(other))
     assert used_elsewhere(tuned) == ()
-    tuned.storage.keep_development(other.record.development_sha256, content)
+    tuned.storage.development.add(other.record.development_sha256, content)
     assert used_elsewhere(tuned) == (before,)
 
 
 def test_a_file_that_is_whole_is_not_asked_for_in_the_storage(
     tuned: TunedStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(tuned.storage), "development", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(tuned.storage.development, "read", lambda _: pytest.fail("asked"))
     root, sha256 = tuned.artifacts.folder.parent, tuned.record.development_sha256
     assert find_development(tuned.storage, root, sha256) == file_of(tuned)
 

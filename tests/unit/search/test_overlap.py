@@ -81,7 +81,7 @@ def made(storage: Storage, folder: Path, spec: StudySpec, prepared: Prepared) ->
 
 def open_split(tuned: TunedStudy) -> int:
     """What a report does to the ledger."""
-    return tuned.storage.open_ledger_entry(
+    return tuned.storage.ledger.open(
         opened_at="", opened_by="", study=tuned.name, study_key=tuned.key, trial=0,
         config_hash="", spec_hash="", split_id=tuned.record.data.split_id,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def test_a_launch_that_goes_on_says_it_again_and_a_look_writes_nothing(
     spec, prepared = prepared_study(tmp_path, "second", **other)
     looked = overlap.warnings(storage, spec, prepared)
     assert len(looked) == 1
-    assert prepared.identity.split_id not in storage.splits()
+    assert prepared.identity.split_id not in storage.splits.all()
     assert launch(storage, tmp_path, "second", **other)[1] == looked
     assert launch(storage, tmp_path, "second", **other)[1] == looked
 
@@ -232,7 +232,7 @@ def test_a_study_of_an_earlier_version_is_entered_where_its_data_is_at_hand(
     for name, source in (("same data", "rows.csv"), ("other data", "others.csv")):
         spec, prepared = prepared_study(tmp_path, name, source, max_length=250)
         made(storage, tmp_path, spec, prepared)  # and no more, as that version did
-    assert storage.splits() == {}
+    assert storage.splits.all() == {}
     (words,) = launch(storage, tmp_path, "new", split=SPLIT | {"seed": 2})[1]
     assert "'same data' keeps" in words
     launch(storage, tmp_path, "other data", "others.csv", max_length=250)  # it goes on
@@ -250,7 +250,7 @@ def test_a_launch_keeps_its_split_from_the_rows_that_it_prepared(
     hashes = {hash_sequence(sequence) for sequence in sequences_of(tuned)["test"]}
     (tmp_path / "rows.csv").unlink()  # what was read once need not be there a second time
     assert overlap.enter(storage, spec, prepared) == ()
-    assert storage.splits() == {tuned.record.data.split_id: hashes}
+    assert storage.splits.all() == {tuned.record.data.split_id: hashes}
 
 
 def test_many_splits_are_counted_and_many_studies_of_one_are_not_all_named(
@@ -278,7 +278,7 @@ def test_two_that_keep_the_same_split_at_once_keep_it_once(database_url: str) ->
         with Storage(database_url) as storage:
             barrier.wait()
             try:
-                storage.keep_split("s" * 64, hashes)
+                storage.splits.add("s" * 64, hashes)
             except BaseException as error:  # noqa: BLE001
                 failed.append(error)
 
@@ -289,7 +289,7 @@ def test_two_that_keep_the_same_split_at_once_keep_it_once(database_url: str) ->
         thread.join()
     assert failed == []
     with Storage(database_url) as storage:
-        assert storage.splits() == {"s" * 64: hashes}
+        assert storage.splits.all() == {"s" * 64: hashes}
 
 
 def test_tokens_are_hashed_as_the_sequences_that_they_are() -> None:
@@ -385,7 +385,7 @@ def test_a_report_enters_the_split_of_a_study_of_an_earlier_version(
     old = made(storage, tmp_path, spec, prepared)
     finish(old)
     assert reported(old)["ledger"]["rows"][0]["shared_rows"] == 40
-    assert storage.splits().keys() == {old.record.data.split_id}
+    assert storage.splits.all().keys() == {old.record.data.split_id}
 
 
 def test_the_words_count_no_more_studies_than_they_can() -> None:

@@ -87,12 +87,12 @@ def test_a_launch_changes_nothing_of_a_study_that_another_process_runs(
     made.study.set_user_attr(ENDED_EARLY_KEY, "no better trial")
     before = made.study.user_attrs
     with Storage(database_url) as running:
-        running.take_lease(made.id)
+        running.lease.take(made.id)
         with pytest.raises(StudyError, match=r"is being run by process.*It runs to 12 trials"):
             again(made, small_spec(**changes))
         assert made.study.user_attrs == before
         assert again(made, small_spec()).budget == 12  # the same: nothing to refuse
-        running.release_lease()
+        running.lease.release()
     running_no_more = again(made, small_spec(**changes))
     assert running_no_more.budget == changes["trials"]
     assert running_no_more.study.user_attrs[ENDED_EARLY_KEY] is None
@@ -122,9 +122,9 @@ def test_of_a_queued_study_that_runs_the_budget_is_raised_and_never_lowered(
     tmp_path: Path, database_url: str
 ) -> None:
     made = make_study(tmp_path, url=database_url)
-    made.storage.enqueue(made.id)
+    made.storage.queue.add(made.id)
     with Storage(database_url) as service:
-        service.take_lease(made.id)
+        service.lease.take(made.id)
         assert again(made, small_spec(trials=30)).budget == 30
         with pytest.raises(StudyError, match="asks for 12 trials"):
             again(made, small_spec(trials=12))
@@ -137,14 +137,14 @@ def test_a_frozen_coordinator_that_comes_back_keeps_its_budget(
 ) -> None:
     made = make_study(tmp_path, url=database_url)
     with Storage(database_url) as frozen:
-        frozen.take_lease(made.id)
+        frozen.lease.take(made.id)
         elsewhere = """'{"host": "elsewhere", "pid": 7}'"""
-        made.storage._transaction(
+        made.storage._transactions.run(
             lambda c: c.exec_driver_sql(
                 f"UPDATE tuner_lease SET holder = {elsewhere}, renewed_at = renewed_at - 3600"
             )
         )
-        back = threading.Timer(0.3, frozen.heartbeat)
+        back = threading.Timer(0.3, frozen.lease.heartbeat)
         back.start()
         with pytest.raises(StudyError, match="is being run by process 7 on elsewhere"):
             again(made, small_spec(trials=5))
@@ -172,7 +172,7 @@ def test_equally_good_trials_are_ranked_by_their_numbers(tmp_path: Path) -> None
 
 def test_a_reported_study_takes_no_more_trials(tmp_path: Path) -> None:
     made = make_study(tmp_path)
-    made.storage.open_ledger_entry(
+    made.storage.ledger.open(
         opened_at="", opened_by="", study="small", study_key=made.key, trial=0,
         config_hash="", spec_hash="", split_id=IDENTITY.split_id,
     )  # fmt: skip
@@ -310,7 +310,7 @@ def test_names_that_differ_in_unicode_normalisation_alone_are_one(tmp_path: Path
 
 def test_studies_of_earlier_versions_are_found_in_either_normalisation(tmp_path: Path) -> None:
     made = make_study(tmp_path, small_spec(name="old"))
-    assert made.storage.name_study(made.id, DECOMPOSED)
+    assert made.storage.rename_study(made.id, DECOMPOSED)
     for name in (COMPOSED, DECOMPOSED):
         found = again(made, small_spec(name=name))
         assert (found.id, found.name) == (made.id, DECOMPOSED)
@@ -406,10 +406,10 @@ def test_development_rows_leave_the_storage_with_the_last_study_that_names_them(
         for name, sha256 in (("a", "1" * 64), ("b", "1" * 64), ("other", "2" * 64))
     )
     for one in (a, b, other):
-        one.storage.keep_development(one.record.development_sha256, b"rows")
+        one.storage.development.add(one.record.development_sha256, b"rows")
 
     def kept() -> list[str]:
-        return [sha for sha in ("1" * 64, "2" * 64) if other.storage.development(sha)]
+        return [sha for sha in ("1" * 64, "2" * 64) if other.storage.development.read(sha)]
 
     delete(a)
     assert kept() == ["1" * 64, "2" * 64]
@@ -426,11 +426,11 @@ def test_rows_that_are_kept_while_others_are_dropped_are_not_lost(
 ) -> None:
     """A study comes with the same rows just when it is known that no study has them."""
     old = make_study(tmp_path, small_spec(name="old"), url=database_url)
-    old.storage.keep_development("c" * 64, b"rows")
+    old.storage.development.add("c" * 64, b"rows")
 
     def come() -> None:
         new = make_study(tmp_path, small_spec(name="new"), url=database_url)
-        new.storage.keep_development("c" * 64, b"rows")
+        new.storage.development.add("c" * 64, b"rows")
         new.storage.close()
 
     coming = threading.Thread(target=come)
@@ -444,7 +444,7 @@ def test_rows_that_are_kept_while_others_are_dropped_are_not_lost(
     delete(old)
     coming.join()
     assert list_names(old.storage) == ["new"]
-    assert old.storage.development("c" * 64) == b"rows"
+    assert old.storage.development.read("c" * 64) == b"rows"
     old.storage.close()
 
 
@@ -452,18 +452,18 @@ def test_delete_removes_trials_and_artifacts_but_never_ledger_rows(tmp_path: Pat
     made = make_study(tmp_path)
     made.artifacts.weights(0).parent.mkdir(parents=True)
     made.artifacts.weights(0).write_bytes(b"w")
-    made.storage.open_ledger_entry(
+    made.storage.ledger.open(
         opened_at="", opened_by="", study="small", study_key=made.key, trial=0,
         config_hash="", spec_hash="", split_id=IDENTITY.split_id,
     )  # fmt: skip
-    made.storage.take_lease(made.id)
+    made.storage.lease.take(made.id)
     with pytest.raises(StudyError, match="is being run"):
         delete(made)
-    made.storage.release_lease()
+    made.storage.lease.release()
     delete(made)
     assert list_names(made.storage) == []
     assert not made.artifacts.folder.exists()
-    assert len(made.storage.ledger(split_id=IDENTITY.split_id)) == 1
+    assert len(made.storage.ledger.entries(split_id=IDENTITY.split_id)) == 1
     made.storage.close()
 
 
@@ -491,10 +491,10 @@ def test_a_launch_elsewhere_renews_where_the_study_file_and_its_data_are(
     moved = in_a_folder(base, tmp_path / folder, source)
     assert moved.spec_hash == base.spec_hash
     with Storage(made.storage.url) as running:
-        running.take_lease(made.id)
+        running.lease.take(made.id)
         with pytest.raises(StudyError, match=rf"asks for the data {told}\."):
             again(made, moved)
-        running.release_lease()
+        running.lease.release()
     assert load(made.storage, made.name, artifacts_root=tmp_path).record.spec == base
     renewed = again(made, moved)
     assert renewed.record.spec == moved

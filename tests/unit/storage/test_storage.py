@@ -22,9 +22,10 @@ from waiting import wait_until
 from tuner.errors import LeaseLostError, StorageError, StorageMissingError, StudyInUseError
 from tuner.storage import engine as database
 from tuner.storage.check import check_storage
+from tuner.storage.decisions import Decision
 from tuner.storage.engine import closed_engine
-from tuner.storage.lease import LeaseHolder
-from tuner.storage.storage import Decision, Storage
+from tuner.storage.holder import LeaseHolder
+from tuner.storage.storage import Storage
 from tuner.storage.url import PASSWORD_FILE_VARIABLE, parse_url, shown
 
 
@@ -293,7 +294,7 @@ def test_who_only_reads_makes_nothing(empty_database_url: str, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
     open_and_close(empty_database_url)
     with Storage(empty_database_url, create=False) as storage:
-        assert storage.queued() == ()
+        assert storage.queue.study_ids() == ()
 
 
 def test_who_only_reads_leaves_anothers_database_as_it_is(tmp_path: Path) -> None:
@@ -315,7 +316,7 @@ def test_who_opens_a_database_that_is_right_does_not_wait_for_who_writes(tmp_pat
     writer = sqlite3.connect(tmp_path / "tuner.db", isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
     with Storage(f"{url}?timeout=0.01", patience_seconds=0.1) as storage:
-        assert storage.queued() == ()
+        assert storage.queue.study_ids() == ()
     writer.close()
 
 
@@ -348,7 +349,7 @@ def test_a_plain_optuna_database_gets_our_tables_beside_its_own(empty_database_u
         assert [one.study_name for one in optuna.get_all_study_summaries(storage.optuna)] == [
             "theirs"
         ]
-        assert storage.ledger() == ()
+        assert storage.ledger.entries() == ()
 
 
 def test_a_check_says_what_it_found_and_changes_nothing(
@@ -395,11 +396,11 @@ def test_the_password_may_come_from_a_file(
 def test_only_one_coordinator_holds_the_lease_and_the_second_hears_who(database_url: str) -> None:
     with Storage(database_url) as one, Storage(database_url) as two:
         study = new_study(one)
-        one.take_lease(study._study_id)
+        one.lease.take(study._study_id)
         with pytest.raises(StorageError, match="is being run by process"):
-            two.take_lease(study._study_id)
-        one.release_lease()
-        two.take_lease(study._study_id)
+            two.lease.take(study._study_id)
+        one.lease.release()
+        two.lease.take(study._study_id)
 
 
 def test_of_many_who_begin_at_once_one_gets_the_lease(database_url: str) -> None:
@@ -411,7 +412,7 @@ def test_of_many_who_begin_at_once_one_gets_the_lease(database_url: str) -> None
     def take(storage: Storage) -> None:
         barrier.wait()
         try:
-            outcomes.append(storage.take_lease(study_id))
+            outcomes.append(storage.lease.take(study_id))
         except StorageError as error:
             outcomes.append(str(error))
 
@@ -438,11 +439,11 @@ def test_a_lease_that_is_renewed_while_it_is_looked_at_is_in_use(
 
     with Storage(database_url) as first, Storage(database_url) as second:
         study_id = new_study(first)._study_id
-        first.take_lease(study_id)
+        first.lease.take(study_id)
         execute(database_url, "UPDATE tuner_lease SET renewed_at = renewed_at + 0.5")
-        monkeypatch.setattr("tuner.storage.storage.time.sleep", watched)
+        monkeypatch.setattr("tuner.storage.lease.time.sleep", watched)
         with pytest.raises(StudyInUseError):
-            second.take_lease(study_id)
+            second.lease.take(study_id)
         monkeypatch.undo()
 
 
@@ -450,18 +451,18 @@ def test_a_lease_that_is_renewed_while_it_is_looked_at_is_in_use(
 def test_a_lapsed_lease_is_taken_over_and_its_holder_writes_nothing_more(
     database_url: str, clock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.storage.storage._LAST_LOOK_SECONDS", 0.6)
+    monkeypatch.setattr("tuner.storage.lease._LAST_LOOK_SECONDS", 0.6)
     with Storage(database_url) as one, Storage(database_url) as two:
         study = new_study(one)
-        one.take_lease(study._study_id)
+        one.lease.take(study._study_id)
         execute(
             database_url, OF_ELSEWHERE, f"UPDATE tuner_lease SET renewed_at = renewed_at {clock}"
         )
         if clock == "+3600":  # the clock was set back: nothing to go by but our own waiting
             monkeypatch.setattr("tuner.storage.lease.LEASE_SECONDS", 0.6)
-        two.take_lease(study._study_id)
+        two.lease.take(study._study_id)
         with pytest.raises(LeaseLostError):
-            one.heartbeat()
+            one.lease.heartbeat()
 
 
 @pytest.mark.parametrize("clock", ["- 3600", "+ 3600"])
@@ -470,13 +471,13 @@ def test_who_renews_its_lease_is_alive_whatever_the_clock_says(
 ) -> None:
     with Storage(database_url) as one, Storage(database_url) as two:
         study = new_study(one)
-        one.take_lease(study._study_id)
+        one.lease.take(study._study_id)
         jump = f"UPDATE tuner_lease SET renewed_at = renewed_at {clock}"
         execute(database_url, OF_ELSEWHERE, jump)
-        renewal = threading.Timer(0.3, one.heartbeat)
+        renewal = threading.Timer(0.3, one.lease.heartbeat)
         renewal.start()
         with pytest.raises(StorageError, match="is being run by"):
-            two.take_lease(study._study_id)
+            two.lease.take(study._study_id)
         renewal.join()
 
 
@@ -490,13 +491,13 @@ def test_a_dead_process_of_this_machine_holds_no_lease(database_url: str) -> Non
     with Storage(database_url) as storage:
         (study,) = optuna.get_all_study_summaries(storage.optuna)
         began = time.monotonic()
-        storage.take_lease(study._study_id)
+        storage.lease.take(study._study_id)
         assert time.monotonic() - began < 3.0
 
 
 def take_and_die(url: str) -> None:
     storage = Storage(url)
-    storage.take_lease(new_study(storage)._study_id)
+    storage.lease.take(new_study(storage)._study_id)
     multiprocessing.process.os._exit(7)
 
 
@@ -508,7 +509,7 @@ def write_through(storage: Storage, write: Callable[[], object]) -> None:
 def test_a_coordinator_that_was_replaced_writes_nothing_more(database_url: str) -> None:
     with Storage(database_url) as stale, Storage(database_url) as other:
         study = new_study(stale)
-        stale.take_lease(study._study_id)
+        stale.lease.take(study._study_id)
         trial = study.ask()
         stale.flush()
         entry = open_an_entry(stale)
@@ -517,14 +518,14 @@ def test_a_coordinator_that_was_replaced_writes_nothing_more(database_url: str) 
         writes = [
             study.ask,
             lambda: study.set_user_attr("a", 1),
-            stale.heartbeat,
+            stale.lease.heartbeat,
             lambda: open_an_entry(stale),
-            lambda: stale.record_report(entry, {"accuracy": 0.5}),
+            lambda: stale.ledger.record_report(entry, {"accuracy": 0.5}),
             # From here on one batch fails, and with it everything after.
             lambda: trial.suggest_float("x", 0, 1),
             lambda: trial.report(0.5, 1),
             lambda: trial.set_user_attr("a", 1),
-            lambda: stale.record_decision(study._study_id, decision),
+            lambda: stale.record_decision(decision),
             lambda: study.tell(trial, 0.5),
         ]
         for write in writes:
@@ -534,12 +535,12 @@ def test_a_coordinator_that_was_replaced_writes_nothing_more(database_url: str) 
         assert kept.state == optuna.trial.TrialState.RUNNING
         assert not kept.params
         assert not kept.intermediate_values
-        assert other.decisions(study._study_id) == ()
-        assert [(row.id, row.report) for row in other.ledger()] == [(entry, None)]
+        assert other.decisions.of(study._study_id) == ()
+        assert [(row.id, row.report) for row in other.ledger.entries()] == [(entry, None)]
 
 
 def open_an_entry(storage: Storage) -> int:
-    return storage.open_ledger_entry(
+    return storage.ledger.open(
         opened_at="2026-01-01T00:00:00+00:00",
         opened_by="ada@lab",
         study="q",
@@ -554,16 +555,16 @@ def open_an_entry(storage: Storage) -> int:
 def test_a_lease_is_renewed_for_as_long_as_a_block_lasts(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.storage.storage._RENEWAL_SECONDS", 0.01)
+    monkeypatch.setattr("tuner.storage.held_lease._RENEWAL_SECONDS", 0.01)
     with Storage(database_url) as one, Storage(database_url) as two:
         study_id = new_study(one)._study_id
 
         def is_fresh() -> bool:
-            lease = two.lease(study_id)
+            lease = two.leases.of(study_id)
             return lease is not None and lease.age_seconds < 3000.0
 
         def fail_in_the_block() -> None:
-            with one.leased(study_id):
+            with one.lease.held(study_id):
                 for _ in range(2):
                     execute(database_url, "UPDATE tuner_lease SET renewed_at = renewed_at - 3600")
                     wait_until(is_fresh)
@@ -571,25 +572,25 @@ def test_a_lease_is_renewed_for_as_long_as_a_block_lasts(
 
         with pytest.raises(RuntimeError, match="in the block"):
             fail_in_the_block()
-        assert two.lease(study_id) is None
+        assert two.leases.of(study_id) is None
         assert "lease" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_block_whose_lease_is_lost_writes_nothing_more(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.storage.storage._RENEWAL_SECONDS", 0.01)
+    monkeypatch.setattr("tuner.storage.held_lease._RENEWAL_SECONDS", 0.01)
     with Storage(database_url) as one, Storage(database_url) as two:
         study_id = new_study(one)._study_id
-        with one.leased(study_id):
+        with one.lease.held(study_id):
             execute(database_url, "DELETE FROM tuner_lease")
             # The renewals end, and do not make a lease that is not there.
             wait_until(lambda: "lease" not in {each.name for each in threading.enumerate()})
             with pytest.raises(LeaseLostError):
                 open_an_entry(one)
-            with two.leased(study_id):
-                assert two.lease(study_id) is not None
-        assert two.ledger() == ()
+            with two.lease.held(study_id):
+                assert two.leases.of(study_id) is not None
+        assert two.ledger.entries() == ()
 
 
 @pytest.mark.parametrize(("since", "certain"), [(0.0, True), (14.0, True), (16.0, False)])
@@ -597,22 +598,22 @@ def test_a_lease_is_certain_for_half_of_the_time_for_which_it_is_left_alone(
     database_url: str, since: float, certain: bool
 ) -> None:
     with Storage(database_url) as storage:
-        assert storage.holds_lease()  # none was taken: nobody fences this process
+        assert storage.lease.is_certain()  # none was taken: nobody fences this process
         study_id = new_study(storage)._study_id
-        storage.take_lease(study_id)
-        storage._held_at -= since  # 30 s until somebody may take it over
-        assert storage.holds_lease() is certain
-        assert storage.renews_lease()
-        assert storage.holds_lease()
-        storage.heartbeat()
-        storage._held_at -= since
+        storage.lease.take(study_id)
+        storage.lease._certain_at -= since  # 30 s until somebody may take it over
+        assert storage.lease.is_certain() is certain
+        assert storage.lease.ensure()
+        assert storage.lease.is_certain()
+        storage.lease.heartbeat()
+        storage.lease._certain_at -= since
         execute(database_url, "UPDATE tuner_lease SET token = 'another'")
         if certain:
-            assert storage.renews_lease()
+            assert storage.lease.ensure()
         else:
             with pytest.raises(LeaseLostError):
-                storage.renews_lease()
-            assert not storage.holds_lease()
+                storage.lease.ensure()
+            assert not storage.lease.is_certain()
 
 
 def test_attributes_are_set_all_together_while_nobody_drives_the_study(database_url: str) -> None:
@@ -621,10 +622,10 @@ def test_attributes_are_set_all_together_while_nobody_drives_the_study(database_
         two.set_undriven(study._study_id, {"trials": 5, "stop": None})
         two.set_undriven(study._study_id, {"trials": 7})
         assert study.user_attrs == {"trials": 7, "stop": None}
-        one.take_lease(study._study_id)
+        one.lease.take(study._study_id)
         with pytest.raises(StudyInUseError, match="is being run by"):
             two.set_undriven(study._study_id, {"trials": 9, "more": 1})
-        one.release_lease()
+        one.lease.release()
         assert study.user_attrs == {"trials": 7, "stop": None}
 
 
@@ -633,15 +634,15 @@ def test_a_coordinator_that_came_between_the_look_and_the_write_keeps_its_study(
 ) -> None:
     with Storage(database_url) as one, Storage(database_url) as two:
         study = new_study(one)
-        look = Storage.lease
+        look = two.leases.of
 
-        def look_a_moment_too_early(storage: Storage, study_id: int) -> object:
-            seen = look(storage, study_id)
-            if storage is two and one._rdb.token is None:
-                one.take_lease(study_id)
+        def look_a_moment_too_early(study_id: int) -> object:
+            seen = look(study_id)
+            if one._rdb.fence.token is None:
+                one.lease.take(study_id)
             return seen
 
-        monkeypatch.setattr(Storage, "lease", look_a_moment_too_early)
+        monkeypatch.setattr(two.leases, "of", look_a_moment_too_early)
         with pytest.raises(StudyInUseError):
             two.set_undriven(study._study_id, {"trials": 9})
         assert study.user_attrs == {}
@@ -666,21 +667,21 @@ def test_the_lease_of_a_reused_process_id_is_taken_over_at_once(
         dead = dataclasses.replace(dead, started=dead.started - 60.0)
         with monkeypatch.context() as earlier:
             earlier.setattr(LeaseHolder, "this_process", lambda: dead)
-            one.take_lease(study_id)
-        assert not two.request_stop(study_id)
-        two.take_lease(study_id)
+            one.lease.take(study_id)
+        assert not two.leases.request_stop(study_id)
+        two.lease.take(study_id)
         with pytest.raises(LeaseLostError):
-            one.heartbeat()
+            one.lease.heartbeat()
 
 
 def test_a_stop_request_reaches_the_coordinator_and_nobody_else(database_url: str) -> None:
     with Storage(database_url) as driving, Storage(database_url) as user:
         study = new_study(driving)
-        assert user.request_stop(study._study_id) is False
-        driving.take_lease(study._study_id)
-        assert driving.heartbeat() is False
-        assert user.request_stop(study._study_id) is True
-        assert driving.heartbeat() is True
+        assert user.leases.request_stop(study._study_id) is False
+        driving.lease.take(study._study_id)
+        assert driving.lease.heartbeat() is False
+        assert user.leases.request_stop(study._study_id) is True
+        assert driving.lease.heartbeat() is True
 
 
 # --- outages ---
@@ -717,7 +718,7 @@ def test_a_server_that_was_restarted_is_found_again(
     said: list[str] = []
     with Storage(postgres.database(), patience_seconds=None, say=said.append) as storage:
         study = new_study(storage)
-        storage.take_lease(study._study_id)
+        storage.lease.take(study._study_id)
         trial = study.ask()
         postgres.stop()
         trial.report(0.5, 1)  # taken into the next batch, which waits
@@ -725,8 +726,8 @@ def test_a_server_that_was_restarted_is_found_again(
         start.start()
         storage.flush()
         start.join()
-        assert storage.heartbeat() is False
-        storage.release_lease()
+        assert storage.lease.heartbeat() is False
+        storage.lease.release()
         assert study.trials[0].intermediate_values == {1: 0.5}
     assert "is back" in said[-1]
 
@@ -734,7 +735,7 @@ def test_a_server_that_was_restarted_is_found_again(
 def test_who_gives_up_on_a_database_that_is_away_hears_why(postgres: Postgres) -> None:
     storage = Storage(postgres.database(), patience_seconds=None, say=lambda _: None)
     trial = (study := new_study(storage)).ask()
-    storage.take_lease(study._study_id)
+    storage.lease.take(study._study_id)
     postgres.stop()
     try:
         trial.report(0.5, 1)
@@ -767,7 +768,7 @@ def test_a_writer_frozen_in_the_middle_of_a_batch_does_not_keep_its_locks(
     monkeypatch.setitem(database._POSTGRESQL_17_SETTINGS, "transaction_timeout", "1s")
     url = postgres.database()
     with Storage(url) as storage:
-        storage.take_lease(new_study(storage)._study_id)
+        storage.lease.take(new_study(storage)._study_id)
         with closed_engine(parse_url(url)) as engine:
             pooled = engine.raw_connection()
             frozen = pooled.driver_connection
@@ -778,7 +779,7 @@ def test_a_writer_frozen_in_the_middle_of_a_batch_does_not_keep_its_locks(
             while frozen.pgconn.flush():
                 pass
             # The server waits for the rest of the batch, and calls that active.
-            assert storage.heartbeat() is False
+            assert storage.lease.heartbeat() is False
             pooled.invalidate()
 
 
@@ -792,40 +793,43 @@ def test_decisions_come_back_in_order(database_url: str) -> None:
             Decision(trial=0, kind="rung", epoch=3, verdict="prune"),
             Decision(trial=0, kind="tell", epoch=3, verdict="PRUNED"),
         ]
+        study_id = new_study(storage)._study_id
+        storage.lease.take(study_id)
         for decision in taken:
-            storage.record_decision(7, decision)
-        assert storage.decisions(7) == tuple(taken)
-        assert storage.decisions(8) == ()
+            storage.record_decision(decision)
+        storage.flush()
+        assert storage.decisions.of(study_id) == tuple(taken)
+        assert storage.decisions.of(study_id + 1) == ()
 
 
 def test_ledger_rows_outlive_their_study(database_url: str) -> None:
     with Storage(database_url) as storage:
         study = new_study(storage)
         entry = open_an_entry(storage)
-        storage.record_report(entry, {"accuracy": 0.5})
+        storage.ledger.record_report(entry, {"accuracy": 0.5})
         storage.forget(study._study_id)
         optuna.delete_study(study_name="q", storage=storage.optuna)
-        (row,) = storage.ledger(split_id="split")
+        (row,) = storage.ledger.entries(split_id="split")
         assert (row.opened_by, row.trial, row.report) == ("ada@lab", 3, {"accuracy": 0.5})
-        assert storage.ledger(split_id="another") == ()
+        assert storage.ledger.entries(split_id="another") == ()
 
 
 def test_the_queue_keeps_its_order_and_takes_a_study_once(database_url: str) -> None:
     with Storage(database_url) as storage, Storage(database_url) as service:
-        assert storage.enqueue(7) is True
-        assert storage.enqueue(3) is True
-        assert storage.enqueue(7) is False
-        assert service.queued() == (7, 3)
-        assert service.dequeue(7) is True
-        assert service.dequeue(7) is False
-        assert storage.queued() == (3,)
+        assert storage.queue.add(7) is True
+        assert storage.queue.add(3) is True
+        assert storage.queue.add(7) is False
+        assert service.queue.study_ids() == (7, 3)
+        assert service.queue.remove(7) is True
+        assert service.queue.remove(7) is False
+        assert storage.queue.study_ids() == (3,)
         storage.forget(3)
-        assert storage.queued() == ()
+        assert storage.queue.study_ids() == ()
 
 
 def test_development_rows_travel_through_the_database(database_url: str) -> None:
     with Storage(database_url) as storage, Storage(database_url) as service:
-        assert service.development("a" * 64) is None
-        storage.keep_development("a" * 64, b"rows")
-        storage.keep_development("a" * 64, b"rows")
-        assert service.development("a" * 64) == b"rows"
+        assert service.development.read("a" * 64) is None
+        storage.development.add("a" * 64, b"rows")
+        storage.development.add("a" * 64, b"rows")
+        assert service.development.read("a" * 64) == b"rows"

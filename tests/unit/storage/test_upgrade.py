@@ -73,10 +73,10 @@ def test_an_upgraded_database_can_be_worked_with(empty_database_url: str, versio
     init(empty_database_url)
     with Storage(empty_database_url) as storage:
         study = optuna.create_study(storage=storage.optuna, study_name="new")
-        storage.take_lease(study._study_id)
-        storage.release_lease()
-        assert len(storage.ledger()) == 2
-        assert len(storage.decisions(7)) == 2
+        storage.lease.take(study._study_id)
+        storage.lease.release()
+        assert len(storage.ledger.entries()) == 2
+        assert len(storage.decisions.of(7)) == 2
 
 
 def test_a_database_upgraded_by_a_tuner_without_revisions_keeps_nothing_of_the_first_version(

@@ -31,7 +31,7 @@ def storage(database_url: str) -> Iterator[Storage]:
 @pytest.fixture
 def study(storage: Storage) -> optuna.Study:
     made = optuna.create_study(storage=storage.optuna, study_name="q")
-    storage.take_lease(made._study_id)
+    storage.lease.take(made._study_id)
     return made
 
 
@@ -60,7 +60,7 @@ def in_some_order(trial: FrozenTrial) -> list[tuple[str, str]]:
 
 def test_memory_and_database_say_the_same(storage: Storage, study: optuna.Study) -> None:
     study.enqueue_trial({"x": 0.25}, user_attrs={"why": "known"})
-    storage.heartbeat()  # takes it in
+    storage.lease.heartbeat()  # takes it in
     for number in range(6):
         trial = study.ask()
         trial.suggest_float("x", 0.001, 1, log=True)
@@ -87,7 +87,7 @@ def test_memory_and_database_say_the_same(storage: Storage, study: optuna.Study)
 
 def test_our_reading_of_trials_is_optunas(storage: Storage, study: optuna.Study) -> None:
     test_memory_and_database_say_the_same(storage, study)
-    storage.release_lease()
+    storage.lease.release()
     parsed = storage._parsed.render_as_string(hide_password=False)
     plain = optuna.storages.RDBStorage(parsed)
     for states in (None, (TrialState.PRUNED, TrialState.RUNNING)):
@@ -106,7 +106,7 @@ def test_others_trials_and_attributes_are_heard_of(storage: Storage, study: optu
         theirs.enqueue_trial({"x": 0.5})
         running = theirs.ask()  # the one enqueued: their own optimize() runs it
         theirs.set_user_attr("trials", 7)
-        storage.heartbeat()
+        storage.lease.heartbeat()
         assert study.user_attrs["trials"] == 7
         assert [trial.state.name for trial in study.trials] == ["RUNNING", "RUNNING"]
         running.suggest_float("x", 0, 1)
@@ -114,7 +114,7 @@ def test_others_trials_and_attributes_are_heard_of(storage: Storage, study: optu
         # A trial of theirs in between, not heard of yet: numbers stay exact.
         theirs.add_trial(optuna.trial.create_trial(value=0.75))
     assert study.ask().number == 3
-    storage.heartbeat()
+    storage.lease.heartbeat()
     assert [trial.value for trial in study.trials] == [None, 0.5, 0.75, None]
 
 
@@ -165,7 +165,7 @@ def test_a_batch_is_written_by_its_number(
     trial.report(0.5, 1)
     storage.flush()
     with Storage(storage.url) as other:
-        other._transaction(
+        other._transactions.run(
             lambda c: c.exec_driver_sql(f"UPDATE tuner_lease SET batches = {counted}")
         )
     trial.report(0.25, 2)
@@ -242,7 +242,7 @@ def test_a_verdict_that_was_committed_stands_though_its_coordinator_died(
     coordinator._tell = tell  # type: ignore[method-assign]
     with pytest.raises(CoordinatorDiesError):
         coordinator.run()
-    last = tuned.storage.decisions(tuned.id)[-1]
+    last = tuned.storage.decisions.of(tuned.id)[-1]
     assert (last.kind, last.verdict) == ("rung", "prune")
     tuned.storage.close()
     with Storage(database_url) as storage:
@@ -288,7 +288,7 @@ def test_a_stop_is_heard_while_the_database_is_away(
     with Storage(tuned.storage.url) as storage:
         again = load(storage, "small", artifacts_root=tmp_path / "artifacts")
         # The lease was not given back: who holds it is this very process.
-        storage._transaction(lambda c: c.exec_driver_sql("DELETE FROM tuner_lease"))
+        storage._transactions.run(lambda c: c.exec_driver_sql("DELETE FROM tuner_lease"))
         Coordinator(again, FakeWorkers(2), Notes()).run()
         assert len(again.trials()) == len(again.trials(*FINISHED)) == 50
         for trial in again.trials():
