@@ -48,11 +48,11 @@ from tuner.search.objective import Objective  # noqa: E402
 from tuner.search.study import create_or_resume  # noqa: E402
 from tuner.spec.reader import load_spec, spec_from_document  # noqa: E402
 from tuner.spec.spec import StudySpec  # noqa: E402
+from tuner.storage.batch import Batch  # noqa: E402
 from tuner.storage.engine import closed_engine  # noqa: E402
 from tuner.storage.lease import COORDINATOR_KEY  # noqa: E402
 from tuner.storage.storage import Storage  # noqa: E402
 from tuner.storage.url import parse_url  # noqa: E402
-from tuner.storage.write_behind import _Batch  # noqa: E402
 from tuner.train import EpochResult, TrainingJob  # noqa: E402
 
 EPOCHS = 27
@@ -118,7 +118,7 @@ def fill(url: str, study_id: int, trials: list[FrozenTrial]) -> None:
     """Writes finished trials in bulk, with the coordinator's own statements."""
     if not trials:
         return
-    table, batch = models.TrialModel.__table__, _Batch()
+    table, batch = models.TrialModel.__table__, Batch()
     now = datetime.now(UTC).replace(tzinfo=None)
     with closed_engine(parse_url(url)) as engine, engine.begin() as connection:
         first = (connection.scalar(sa.select(sa.func.max(table.c.trial_id))) or 0) + 1
@@ -142,36 +142,14 @@ def fill(url: str, study_id: int, trials: list[FrozenTrial]) -> None:
             its = first + trial.number
             for name, value in trial.params.items():
                 distribution = trial.distributions[name]
-                batch.params.append(
-                    {
-                        "trial_id": its,
-                        "param_name": name,
-                        "param_value": distribution.to_internal_repr(value),
-                        "distribution_json": optuna.distributions.distribution_to_json(
-                            distribution
-                        ),
-                    }
-                )
+                batch.set_param(its, name, distribution.to_internal_repr(value), distribution)
             for step, value in trial.intermediate_values.items():
-                stored, kind = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(
-                    value
-                )
-                batch.reports.append(
-                    {
-                        "trial_id": its,
-                        "step": step,
-                        "intermediate_value": stored,
-                        "intermediate_value_type": kind,
-                    }
-                )
-            stored, kind = models.TrialValueModel.value_to_stored_repr(trial.value)
-            batch.values.append(
-                {"trial_id": its, "objective": 0, "value": stored, "value_type": kind}
-            )
+                batch.set_intermediate_value(its, step, value)
+            batch.set_value(its, 0, trial.value)
             for key, value in trial.user_attrs.items():
-                batch.user_attrs[its, key] = json.dumps(value)
+                batch.set_user_attr(its, key, value)
             for key, value in trial.system_attrs.items():
-                batch.system_attrs[its, key] = json.dumps(value)
+                batch.set_system_attr(its, key, value)
         batch.write(connection)
 
 

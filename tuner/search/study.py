@@ -76,7 +76,7 @@ def create_or_resume(
         _set_attributes(tuned, changes)
     elif changes:
         try:
-            storage.set_undriven(tuned.id, changes)
+            storage.set_user_attrs_unless_live(tuned.id, changes)
         except StudyInUseError as error:
             raise StudyError(
                 f"{error} It runs to {counted(tuned.budget, 'trial')}; this launch asks for "

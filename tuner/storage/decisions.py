@@ -37,7 +37,7 @@ class Decision:
 
 
 class Decisions:
-    """The decisions in one database; a study that is driven writes them with its trials."""
+    """The decisions in one database; `WriteBehindStudy` writes them with its trials."""
 
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions

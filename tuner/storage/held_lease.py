@@ -1,4 +1,4 @@
-"""The lease that this process holds: taken, renewed and given back with the study it drives."""
+"""The lease that this process holds, and with it the study in memory: taken, renewed, released."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import sqlalchemy as sa
 from tuner.errors import LeaseLostError, StorageError
 from tuner.storage import lease
 from tuner.storage.lease import Fence, Leases
+from tuner.storage.study_router import StudyRouter
 from tuner.storage.tables import lock_for_writing
 from tuner.storage.transactions import Transactions
-from tuner.storage.write_behind import DrivenStorage
 
 _RENEWAL_SECONDS = 1.0  #: between two renewals of a lease that `HeldLease.held` keeps
 
@@ -25,11 +25,11 @@ class HeldLease:
     """At most one lease; while it is held, every write of this storage is fenced by it."""
 
     def __init__(
-        self, leases: Leases, fence: Fence, optuna: DrivenStorage, transactions: Transactions
+        self, leases: Leases, fence: Fence, router: StudyRouter, transactions: Transactions
     ) -> None:
         self._leases = leases
         self._fence = fence
-        self._optuna = optuna
+        self._router = router
         self._transactions = transactions
         # When the lease was certainly this process's, last; infinity if none was taken.
         self._certain_at = math.inf
@@ -48,7 +48,7 @@ class HeldLease:
         self._certain_at = began
         self._fence.study_id, self._fence.token = study_id, token
         with self._transactions.explained():
-            self._optuna.drive(study_id, token)
+            self._router.hold(study_id, token)
         return token
 
     def release(self) -> None:
@@ -63,7 +63,7 @@ class HeldLease:
             return
         try:
             with self._transactions.explained():
-                self._optuna.release()
+                self._router.release()
         finally:
             self._fence.study_id = self._fence.token = None
             self._certain_at = math.inf
@@ -133,8 +133,9 @@ class HeldLease:
 
         def beat(connection: sa.Connection) -> bool:
             lock_for_writing(connection)
-            if self._optuna.driven is not None:
-                self._optuna.driven.look_at_others(connection)
+            study = self._router.in_memory
+            if study is not None:
+                study.look_at_others(connection)
             current = lease.read(connection, self._fence.study_id)
             return current is not None and current.stop_requested
 

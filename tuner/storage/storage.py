@@ -15,6 +15,7 @@ from optuna.storages._rdb import models
 from tuner.errors import StorageError
 from tuner.storage import decisions, lease, queue
 from tuner.storage.audit import AuditLog
+from tuner.storage.batch import upsert
 from tuner.storage.dashboard_note import replace_note
 from tuner.storage.decisions import Decision, Decisions
 from tuner.storage.development import DevelopmentFiles
@@ -26,9 +27,9 @@ from tuner.storage.optuna_storage import FencedStorage, open_database
 from tuner.storage.queue import Queue
 from tuner.storage.schema import look_at
 from tuner.storage.splits import Splits
+from tuner.storage.study_router import StudyRouter
 from tuner.storage.transactions import Transactions
 from tuner.storage.url import mask, parse_url
-from tuner.storage.write_behind import DrivenStorage, upsert_attributes
 
 
 class Storage:
@@ -37,7 +38,7 @@ class Storage:
     Attributes:
         url: Where it is, as SQLAlchemy takes it.
         optuna: Its studies and trials, as Optuna's storage.
-        lease: The lease that this process holds, and the study that it drives by it.
+        lease: The lease that this process holds; its study is held in memory.
         leases: Those of all studies.
         decisions: What each search decided.
         ledger: The openings of test splits.
@@ -87,7 +88,8 @@ class Storage:
         self._transactions = Transactions(
             self._parsed, self._rdb.engine, self._calls, fence=fence.check
         )
-        self.optuna = DrivenStorage(self._rdb, self._calls)
+        # Its methods are made from `BaseStorage`, which no type checker sees.
+        self.optuna = StudyRouter(self._rdb, self._calls)  # type: ignore[abstract]
         self.leases = Leases(self._transactions)
         self.lease = HeldLease(self.leases, fence, self.optuna, self._transactions)
         self.decisions = Decisions(self._transactions)
@@ -125,7 +127,7 @@ class Storage:
         """Stops waiting for an unavailable database: what waits for it fails with its error."""
         self._calls.give_up()
 
-    # --- the study that this process drives ---
+    # --- the study in memory, whose lease this process holds ---
 
     def flush(self) -> None:
         """Waits until everything that was written so far is committed.
@@ -134,26 +136,26 @@ class Storage:
             LeaseLostError: Another coordinator took over.
             StorageError: The database is unavailable, and `give_up` was called.
         """
-        driven = self.optuna.driven
-        if driven is not None:
+        study = self.optuna.in_memory
+        if study is not None:
             with explained(self._parsed):
-                driven.flush()
+                study.flush()
 
     def together(self) -> AbstractContextManager[None]:
-        """A block whose writes to the driven study are committed together, or none of them."""
-        driven = self.optuna.driven
-        return contextlib.nullcontext() if driven is None else driven.together()
+        """A block whose writes to the study are committed together, or none of them."""
+        study = self.optuna.in_memory
+        return contextlib.nullcontext() if study is None else study.together()
 
     def record_decision(self, decision: Decision) -> None:
-        """Writes a decision with the driven study's trials.
+        """Writes a decision with the study's trials.
 
         Raises:
             LeaseLostError: Another coordinator took over.
         """
-        driven = self.optuna.driven
-        if driven is None:
+        study = self.optuna.in_memory
+        if study is None:
             raise RuntimeError("decisions belong to a study whose lease is held")
-        driven.record_decision(decision)
+        study.record_decision(decision)
 
     # --- studies, beside what Optuna's interface can ---
 
@@ -180,16 +182,19 @@ class Storage:
         self.optuna.forget_names()
         return True
 
-    def set_undriven(self, study_id: int, attributes: Mapping[str, Any]) -> None:
-        """Sets attributes of a study that no coordinator drives, all of them or none.
+    def set_user_attrs_unless_live(self, study_id: int, attributes: Mapping[str, Any]) -> None:
+        """Sets attributes of a study that no coordinator runs, all of them or none.
 
         Raises:
             StudyInUseError: A live coordinator holds the lease; nothing was written.
         """
-        rows = {(study_id, key): json.dumps(value) for key, value in attributes.items()}
+        rows = [
+            {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
+            for key, value in attributes.items()
+        ]
         model = models.StudyUserAttributeModel
         self.leases.unless_live(
-            study_id, lambda connection, _: upsert_attributes(connection, model, "study_id", rows)
+            study_id, lambda connection, _: upsert(connection, model, ("study_id", "key"), rows)
         )
 
     def forget(self, study_id: int) -> None:

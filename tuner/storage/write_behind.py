@@ -1,10 +1,10 @@
-"""The study that this process drives: answered from memory, written behind in batches.
+"""A study in memory: answered without a query, written behind in batches.
 
-A coordinator is the only writer of its study. So every trial stands in memory, a read costs no
-query, and what is written in a moment goes to the database in one transaction. The transaction
-renews the lease (a coordinator that was replaced writes nothing) and counts the batch (one that
-is tried again after a lost connection is not written twice). `flush` waits until everything so
-far is committed; nothing that cannot be undone may happen before.
+A coordinator is the only writer of its study. So every trial is in memory, a read costs no query,
+and what is written in a moment goes to the database in one transaction. The transaction renews
+the lease (a coordinator that was replaced writes nothing) and counts the batch (one that is tried
+again after a lost connection is not written twice). `flush` waits until everything so far is
+committed; nothing that cannot be undone may happen before.
 """
 
 from __future__ import annotations
@@ -12,23 +12,19 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
-from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.storages import BaseStorage, InMemoryStorage, get_storage
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.storages._rdb import models
-from optuna.study import StudyDirection
-from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.dialects import postgresql, sqlite
 
-from tuner.storage import decisions, lease
+from tuner.storage import lease
+from tuner.storage.batch import Batch
 from tuner.storage.decisions import Decision
 from tuner.storage.engine import Calls
 from tuner.storage.lease import COORDINATOR_KEY
@@ -36,266 +32,39 @@ from tuner.storage.optuna_storage import FencedStorage, read_trials
 from tuner.storage.tables import lock_for_writing
 
 
-class DrivenStorage(BaseStorage):
-    """What Optuna sees: the driven study from memory, every other one from the database."""
+class WriteBehindStudy(InMemoryStorage):
+    """One study, with the ids of the database: what reads is Optuna's, what writes is here.
 
-    def __init__(self, rdb: FencedStorage, calls: Calls) -> None:
-        self._rdb = rdb
-        self._calls = calls
-        self._plain: BaseStorage = get_storage(rdb)
-        self._driven: Driven | None = None
-
-    def drive(self, study_id: int, token: str) -> None:
-        """Takes a study into memory; this process holds its lease.
-
-        Raises:
-            LeaseLostError: It holds it no more.
-        """
-        self._driven = Driven(self._rdb, self._calls, study_id, token)
-
-    def release(self) -> None:
-        """Writes what is open, and answers from the database again."""
-        driven, self._driven = self._driven, None
-        if driven is not None:
-            driven.flush()
-
-    def forget_names(self) -> None:
-        """A study was renamed, and Optuna's cache keeps names for ever: begins a new one."""
-        self._plain = get_storage(self._rdb)
-
-    @property
-    def driven(self) -> Driven | None:
-        return self._driven
-
-    def _of_study(self, study_id: int) -> Driven | None:
-        driven = self._driven
-        return driven if driven is not None and driven.study_id == study_id else None
-
-    def _of_trial(self, trial_id: int) -> Driven | None:
-        driven = self._driven
-        return driven if driven is not None and driven.holds(trial_id) else None
-
-    # --- studies: few and small, always in the database ---
-
-    def create_new_study(
-        self, directions: Sequence[StudyDirection], study_name: str | None = None
-    ) -> int:
-        return self._plain.create_new_study(directions, study_name)
-
-    def delete_study(self, study_id: int) -> None:
-        self._plain.delete_study(study_id)
-
-    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
-        self._plain.set_study_user_attr(study_id, key, value)
-        driven = self._of_study(study_id)
-        if driven is not None:
-            driven.memory.set_study_user_attr(study_id, key, value)
-
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        self._plain.set_study_system_attr(study_id, key, value)
-
-    # A coordinator and its pruner ask for these four all the time.
-
-    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
-        driven = self._of_study(study_id)
-        source = self._plain if driven is None else driven.memory
-        return dict(source.get_study_user_attrs(study_id))
-
-    def get_study_id_from_name(self, study_name: str) -> int:
-        driven = self._driven
-        if (
-            driven is not None
-            and driven.memory.get_study_name_from_id(driven.study_id) == study_name
-        ):
-            return driven.study_id
-        return self._plain.get_study_id_from_name(study_name)
-
-    def get_study_name_from_id(self, study_id: int) -> str:
-        driven = self._of_study(study_id)
-        source = self._plain if driven is None else driven.memory
-        return source.get_study_name_from_id(study_id)
-
-    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        driven = self._of_study(study_id)
-        source = self._plain if driven is None else driven.memory
-        return source.get_study_directions(study_id)
-
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        return self._plain.get_study_system_attrs(study_id)
-
-    def get_all_studies(self) -> list[FrozenStudy]:
-        return self._plain.get_all_studies()
-
-    # --- trials ---
-
-    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        driven = self._of_study(study_id)
-        if driven is None or template_trial is not None:
-            return self._plain.create_new_trial(study_id, template_trial)
-        return driven.create_trial()
-
-    def set_trial_param(
-        self,
-        trial_id: int,
-        param_name: str,
-        param_value_internal: float,
-        distribution: BaseDistribution,
-    ) -> None:
-        target = self._of_trial(trial_id) or self._plain
-        target.set_trial_param(trial_id, param_name, param_value_internal, distribution)
-
-    def set_trial_state_values(
-        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
-    ) -> bool:
-        target = self._of_trial(trial_id) or self._plain
-        return target.set_trial_state_values(trial_id, state, values)
-
-    def set_trial_intermediate_value(
-        self, trial_id: int, step: int, intermediate_value: float
-    ) -> None:
-        target = self._of_trial(trial_id) or self._plain
-        target.set_trial_intermediate_value(trial_id, step, intermediate_value)
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        (self._of_trial(trial_id) or self._plain).set_trial_user_attr(trial_id, key, value)
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        (self._of_trial(trial_id) or self._plain).set_trial_system_attr(trial_id, key, value)
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        driven = self._of_trial(trial_id)
-        return (
-            self._plain.get_trial(trial_id) if driven is None else driven.memory.get_trial(trial_id)
-        )
-
-    def get_all_trials(
-        self,
-        study_id: int,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
-    ) -> list[FrozenTrial]:
-        driven = self._of_study(study_id)
-        source = self._plain if driven is None else driven.memory
-        return source.get_all_trials(study_id, deepcopy, states)
-
-    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
-        return self._plain.get_trial_id_from_study_id_trial_number(study_id, trial_number)
-
-    def remove_session(self) -> None:
-        self._plain.remove_session()
-
-
-class _Memory(InMemoryStorage):
-    """Optuna's storage in memory, for one study whose ids are those of the database."""
-
-    def __init__(self, study_id: int, name: str, directions: list[StudyDirection]) -> None:
-        super().__init__()
-        self._max_study_id = study_id - 1
-        self.create_new_study(directions, name)
-
-    def put(self, study_id: int, trial: FrozenTrial) -> None:
-        """Takes a trial that stands in the database."""
-        trials = self._studies[study_id].trials
-        if trial.number != len(trials):
-            raise RuntimeError(f"trial {trial.number} after {len(trials)} trials")
-        trials.append(trial)
-        self._trial_id_to_study_id_and_number[trial._trial_id] = (study_id, trial.number)
-        self._studies[study_id].param_distribution |= trial.distributions
-        self._update_cache(trial._trial_id, study_id)
-
-    def replace(self, trial: FrozenTrial) -> None:
-        self._set_trial(trial._trial_id, trial)
-
-    def holds(self, trial_id: int) -> bool:
-        return trial_id in self._trial_id_to_study_id_and_number
-
-
-@dataclass(slots=True, kw_only=True)
-class _Batch:
-    """What waits to be written, by table."""
-
-    params: list[dict[str, Any]] = field(default_factory=list)
-    reports: list[dict[str, Any]] = field(default_factory=list)
-    values: list[dict[str, Any]] = field(default_factory=list)
-    user_attrs: dict[tuple[int, str], str] = field(default_factory=dict)
-    system_attrs: dict[tuple[int, str], str] = field(default_factory=dict)
-    states: list[dict[str, Any]] = field(default_factory=list)
-    decisions: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, other: _Batch) -> None:
-        self.params += other.params
-        self.reports += other.reports
-        self.values += other.values
-        self.user_attrs |= other.user_attrs
-        self.system_attrs |= other.system_attrs
-        self.states += other.states
-        self.decisions += other.decisions
-
-    def write(self, connection: sa.Connection) -> None:
-        for model, rows in (
-            (models.TrialParamModel, self.params),
-            (models.TrialIntermediateValueModel, self.reports),
-            (models.TrialValueModel, self.values),
-        ):
-            if rows:
-                connection.execute(model.__table__.insert(), rows)
-        for model, attributes in (
-            (models.TrialUserAttributeModel, self.user_attrs),
-            (models.TrialSystemAttributeModel, self.system_attrs),
-        ):
-            upsert_attributes(connection, model, "trial_id", attributes)
-        if self.states:
-            trials = models.TrialModel.__table__
-            connection.execute(
-                trials.update()
-                .where(trials.c.trial_id == sa.bindparam("its_id"))
-                .values(state=sa.bindparam("its_state"), datetime_complete=sa.bindparam("its_end")),
-                self.states,
-            )
-        if self.decisions:
-            connection.execute(decisions.table.insert(), self.decisions)
-
-
-def upsert_attributes(
-    connection: sa.Connection, model: Any, owner: str, attributes: Mapping[tuple[int, str], str]
-) -> None:
-    """Writes attributes, as JSON by owner's id and key, over those that stand there.
-
-    Args:
-        connection: Where to.
-        model: Optuna's model of the attributes: of studies or trials, user's or system's.
-        owner: The column of the owner's id.
-        attributes: What to write.
+    Attributes:
+        study_id: Of the study.
     """
-    if not attributes:
-        return
-    upsert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    insert = upsert(model.__table__)
-    connection.execute(
-        insert.on_conflict_do_update(
-            index_elements=[owner, "key"], set_={"value_json": insert.excluded.value_json}
-        ),
-        [
-            {owner: its_id, "key": key, "value_json": text}
-            for (its_id, key), text in attributes.items()
-        ],
-    )
 
+    def __init__(
+        self,
+        rdb: FencedStorage,
+        database: BaseStorage,
+        calls: Calls,
+        study_id: int,
+        token: str,
+    ) -> None:
+        """Reads a study whose lease this process took.
 
-class Driven:
-    """The trials of one study in memory, and the batches that carry them to the database."""
-
-    def __init__(self, rdb: FencedStorage, calls: Calls, study_id: int, token: str) -> None:
+        Args:
+            rdb: The database.
+            database: The same behind Optuna's cache.
+            calls: Runs what needs the database.
+            study_id: The study.
+            token: Of the lease.
+        """
+        super().__init__()
         self.study_id = study_id
         self._rdb = rdb
+        self._database = database
         self._calls = calls
         self._token = token
-        self.memory = _Memory(
-            study_id, rdb.get_study_name_from_id(study_id), rdb.get_study_directions(study_id)
-        )
-        self._lock = threading.RLock()  # while memory and batch change; never during a query
+        # Optuna's `_lock` guards what is here, too. It is never held during a query.
         self._written = threading.Condition(self._lock)
-        self._batch = _Batch()
+        self._batch = Batch()
         self._own = threading.local()  # the batch of a thread that writes several changes together
         self._batches = 0  # written
         self._changes = 0  # taken into a batch
@@ -303,30 +72,78 @@ class Driven:
         self._scheduled = False
         self._failure: BaseException | None = None
         self._last_known = -1  # highest trial id in memory
+        # What a call may be about, by the name of the parameter.
+        self._held: Mapping[str, Mapping[Any, object]] = {
+            "study_id": self._studies,
+            "study_name": self._study_name_to_id,
+            "trial_id": self._trial_id_to_study_id_and_number,
+        }
+        self._max_study_id = study_id - 1
+        super().create_new_study(
+            rdb.get_study_directions(study_id), rdb.get_study_name_from_id(study_id)
+        )
         for key, value in rdb.get_study_user_attrs(study_id).items():
-            self.memory.set_study_user_attr(study_id, key, value)
+            super().set_study_user_attr(study_id, key, value)
         for trial in rdb._get_trials(study_id, None, set(), -1):  # noqa: SLF001 - our override
             self._put(trial)
 
-    def holds(self, trial_id: int) -> bool:
-        return self.memory.holds(trial_id)
+    def holds(self, parameter: str, value: Any) -> bool:
+        """Whether a "study_id", "study_name" or "trial_id" is of this study."""
+        return value in self._held.get(parameter, ())
 
     def _put(self, trial: FrozenTrial) -> None:
-        self.memory.put(self.study_id, trial)
+        """Takes in a trial that is in the database."""
+        its_study = self._studies[self.study_id]
+        if trial.number != len(its_study.trials):
+            raise RuntimeError(f"trial {trial.number} after {len(its_study.trials)} trials")
+        its_study.trials.append(trial)
+        self._trial_id_to_study_id_and_number[trial._trial_id] = (self.study_id, trial.number)
+        its_study.param_distribution |= trial.distributions
+        self._update_cache(trial._trial_id, self.study_id)
         self._last_known = max(self._last_known, trial._trial_id)
+
+    # --- the study: its attributes are few and small, so each is written at once ---
+
+    def delete_study(self, study_id: int) -> None:
+        self.flush()
+        self._database.delete_study(study_id)
+        super().delete_study(study_id)
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        self._database.set_study_user_attr(study_id, key, value)
+        super().set_study_user_attr(study_id, key, value)
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        self._database.set_study_system_attr(study_id, key, value)
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        # Others write these, as the dashboard its notes, and a coordinator hardly reads them.
+        return self._database.get_study_system_attrs(study_id)
 
     # --- what needs the database's answer ---
 
-    def create_trial(self) -> int:
-        """A new RUNNING trial with this coordinator's mark; returns its id."""
-        return self._calls.run(self._create_trial)
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """A new RUNNING trial with this coordinator's mark, or one as its template."""
+        if template_trial is None:
+            return self._calls.run(self._create_trial)
+        trial_id = self._database.create_new_trial(study_id, template_trial)
+        self._calls.run(self._read_unknown_trials)
+        return trial_id
+
+    def _read_unknown_trials(self) -> None:
+        with self._rdb.engine.begin() as connection:
+            lock_for_writing(connection)  # one snapshot of SQLite's
+            new = self._unknown_trials(connection)
+        with self._lock:
+            for trial in new:
+                self._put(trial)
 
     def _create_trial(self) -> int:
         with self._rdb.engine.begin() as connection:
             lock_for_writing(connection)
             lease.renew(connection, self.study_id, self._token)
             studies = models.StudyModel.__table__
-            connection.execute(  # whoever else adds a trial waits here: numbers are counted
+            connection.execute(  # whoever adds a trial waits here: numbers are counted
                 sa.select(studies.c.study_id)
                 .where(studies.c.study_id == self.study_id)
                 .with_for_update()
@@ -335,7 +152,7 @@ class Driven:
             # The answer of an earlier try may have been lost on its way.
             made = next((one for one in new if self._is_untouched_and_ours(one)), None)
             if made is None:
-                number = self.memory.get_n_trials(self.study_id) + len(new)
+                number = self.get_n_trials(self.study_id) + len(new)
                 made = self._insert_trial(connection, number)
                 new.append(made)
         with self._lock:
@@ -358,7 +175,7 @@ class Driven:
             .returning(trials.c.trial_id)
         ).scalar_one()
         # Marked from its first transaction on, so that one whose coordinator died right after
-        # it is adopted, and nobody else's ever is.
+        # it is adopted, and no other process's ever is.
         mark = {"trial_id": trial_id, "key": COORDINATOR_KEY, "value_json": json.dumps(self._token)}
         connection.execute(attributes.insert().values(mark))
         return FrozenTrial(
@@ -394,11 +211,11 @@ class Driven:
                 attributes.c.study_id == self.study_id
             )
         ):
-            self.memory.set_study_user_attr(self.study_id, key, json.loads(text))
+            super().set_study_user_attr(self.study_id, key, json.loads(text))
         trials = models.TrialModel.__table__
         theirs = [
             trial._trial_id
-            for trial in self.memory.get_all_trials(self.study_id, deepcopy=False)
+            for trial in self.get_all_trials(self.study_id, deepcopy=False)
             if not trial.state.is_finished() and COORDINATOR_KEY not in trial.user_attrs
         ]
         changed = self._unknown_trials(connection)
@@ -406,10 +223,10 @@ class Driven:
             changed += read_trials(connection, trials.c.trial_id.in_(theirs))
         with self._lock:
             for trial in changed:
-                if not self.holds(trial._trial_id):
+                if not self.holds("trial_id", trial._trial_id):
                     self._put(trial)
-                elif COORDINATOR_KEY not in self.memory.get_trial(trial._trial_id).user_attrs:
-                    self.memory.replace(trial)
+                elif COORDINATOR_KEY not in self.get_trial(trial._trial_id).user_attrs:
+                    self._set_trial(trial._trial_id, trial)
 
     def _take_waiting(self, trial_id: int) -> bool:
         """Makes a WAITING trial RUNNING, unless another process was faster."""
@@ -430,7 +247,7 @@ class Driven:
 
         taken, trial = self._calls.run(take)
         with self._lock:
-            self.memory.replace(trial)
+            self._set_trial(trial._trial_id, trial)
         return taken
 
     # --- what is written behind ---
@@ -443,68 +260,42 @@ class Driven:
         distribution: BaseDistribution,
     ) -> None:
         with self._change() as batch:
-            self.memory.set_trial_param(trial_id, param_name, param_value_internal, distribution)
-            batch.params.append(
-                {
-                    "trial_id": trial_id,
-                    "param_name": param_name,
-                    "param_value": param_value_internal,
-                    "distribution_json": _distribution_json(distribution),
-                }
-            )
+            super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
+            batch.set_param(trial_id, param_name, param_value_internal, distribution)
 
     def set_trial_intermediate_value(
         self, trial_id: int, step: int, intermediate_value: float
     ) -> None:
-        stored = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr
         with self._change() as batch:
-            if step in self.memory.get_trial(trial_id).intermediate_values:
-                return  # the first of two reports of one step is kept, as Optuna does
-            self.memory.set_trial_intermediate_value(trial_id, step, intermediate_value)
-            value, kind = stored(intermediate_value)
-            batch.reports.append(
-                {
-                    "trial_id": trial_id,
-                    "step": step,
-                    "intermediate_value": value,
-                    "intermediate_value_type": kind,
-                }
-            )
+            super().set_trial_intermediate_value(trial_id, step, intermediate_value)
+            batch.set_intermediate_value(trial_id, step, intermediate_value)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         with self._change() as batch:
-            self.memory.set_trial_user_attr(trial_id, key, value)
-            batch.user_attrs[trial_id, key] = json.dumps(value)
+            super().set_trial_user_attr(trial_id, key, value)
+            batch.set_user_attr(trial_id, key, value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         with self._change() as batch:
-            self.memory.set_trial_system_attr(trial_id, key, value)
-            batch.system_attrs[trial_id, key] = json.dumps(value)
+            super().set_trial_system_attr(trial_id, key, value)
+            batch.set_system_attr(trial_id, key, value)
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
         if state == TrialState.RUNNING:
+            self.check_trial_is_updatable(trial_id, self.get_trial(trial_id).state)
             return self._take_waiting(trial_id)
         with self._change() as batch:
-            self.memory.set_trial_state_values(trial_id, state, values)
+            super().set_trial_state_values(trial_id, state, values)
             for objective, value in enumerate(values or ()):
-                stored, kind = models.TrialValueModel.value_to_stored_repr(value)
-                batch.values.append(
-                    {
-                        "trial_id": trial_id,
-                        "objective": objective,
-                        "value": stored,
-                        "value_type": kind,
-                    }
-                )
-            ended = datetime.now(UTC).replace(tzinfo=None) if state.is_finished() else None
-            batch.states.append({"its_id": trial_id, "its_state": state, "its_end": ended})
+                batch.set_value(trial_id, objective, value)
+            batch.set_state(trial_id, state)
         return True
 
     def record_decision(self, decision: Decision) -> None:
         with self._change() as batch:
-            batch.decisions.append({"study_id": self.study_id, **asdict(decision)})
+            batch.add_decision(self.study_id, decision)
 
     # --- batches ---
 
@@ -517,7 +308,7 @@ class Driven:
         if getattr(self._own, "batch", None) is not None:
             yield
             return
-        self._own.batch = _Batch()
+        self._own.batch = Batch()
         try:
             yield
         finally:
@@ -527,10 +318,10 @@ class Driven:
                 shared.add(batch)
 
     @contextlib.contextmanager
-    def _change(self) -> Iterator[_Batch]:
+    def _change(self) -> Iterator[Batch]:
         with self._lock:
             self._raise_failure()
-            own: _Batch | None = getattr(self._own, "batch", None)
+            own: Batch | None = getattr(self._own, "batch", None)
             yield self._batch if own is None else own
             if own is not None:
                 return
@@ -542,7 +333,7 @@ class Driven:
     def _take_batch(self) -> None:
         with self._lock:
             self._scheduled = False
-            batch, self._batch = self._batch, _Batch()
+            batch, self._batch = self._batch, Batch()
             until = self._changes
         self._calls.persist(lambda: self._write(batch))
         with self._lock:
@@ -550,7 +341,7 @@ class Driven:
             self._changes_written = until
             self._written.notify_all()
 
-    def _write(self, batch: _Batch) -> None:
+    def _write(self, batch: Batch) -> None:
         with self._rdb.engine.begin() as connection:
             lock_for_writing(connection)
             if lease.count_batch(connection, self.study_id, self._token, self._batches):
@@ -573,15 +364,10 @@ class Driven:
 
         Raises:
             LeaseLostError: Another coordinator took over; the rest will never be written.
-            StorageError: The database is away, and nobody waits for it any more.
+            StorageError: The database is unavailable, and `Calls.give_up` was called.
         """
         with self._lock:
             until = self._changes
             while self._changes_written < until:
                 self._raise_failure()
                 self._written.wait()
-
-
-@lru_cache(maxsize=4096)
-def _distribution_json(distribution: BaseDistribution) -> str:
-    return distribution_to_json(distribution)

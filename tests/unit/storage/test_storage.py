@@ -619,12 +619,12 @@ def test_a_lease_is_certain_for_half_of_the_time_for_which_it_is_left_alone(
 def test_attributes_are_set_all_together_while_nobody_drives_the_study(database_url: str) -> None:
     with Storage(database_url) as one, Storage(database_url) as two:
         study = new_study(one)
-        two.set_undriven(study._study_id, {"trials": 5, "stop": None})
-        two.set_undriven(study._study_id, {"trials": 7})
+        two.set_user_attrs_unless_live(study._study_id, {"trials": 5, "stop": None})
+        two.set_user_attrs_unless_live(study._study_id, {"trials": 7})
         assert study.user_attrs == {"trials": 7, "stop": None}
         one.lease.take(study._study_id)
         with pytest.raises(StudyInUseError, match="is being run by"):
-            two.set_undriven(study._study_id, {"trials": 9, "more": 1})
+            two.set_user_attrs_unless_live(study._study_id, {"trials": 9, "more": 1})
         one.lease.release()
         assert study.user_attrs == {"trials": 7, "stop": None}
 
@@ -644,7 +644,7 @@ def test_a_coordinator_that_came_between_the_look_and_the_write_keeps_its_study(
 
         monkeypatch.setattr(two.leases, "of", look_a_moment_too_early)
         with pytest.raises(StudyInUseError):
-            two.set_undriven(study._study_id, {"trials": 9})
+            two.set_user_attrs_unless_live(study._study_id, {"trials": 9})
         assert study.user_attrs == {}
 
 
