@@ -80,7 +80,13 @@ class FencedStorage(RDBStorage):
             connection.exec_driver_sql(
                 "BEGIN" if sqlite else "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"
             )
-            return read_trials(connection, wanted)
+            found = read_trials(connection, wanted)
+            if not found:
+                studies = models.StudyModel.__table__
+                known = sa.select(studies.c.study_id).where(studies.c.study_id == study_id)
+                if connection.scalar(known) is None:
+                    raise KeyError(f"No study with study_id {study_id} exists.")
+            return found
 
 
 def on_the_storage_thread(method: Callable[..., Any]) -> Callable[..., Any]:
