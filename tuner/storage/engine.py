@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import optuna
@@ -56,6 +57,8 @@ class Calls:
 
     def __init__(self, patience_seconds: float | None, say: Callable[[str], None]) -> None:
         self.patience_seconds = patience_seconds
+        #: Makes the block in which each try runs.
+        self.each_try: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self._say = say
         self._thread_id: int | None = None
         self._given_up = threading.Event()
@@ -89,7 +92,7 @@ class Calls:
             wait_initial=0.1,
             wait_max=_RETRY_SECONDS,
         ):
-            with attempt:
+            with attempt, self.each_try():
                 if not said and time.monotonic() - began > _SAY_SO_AFTER_SECONDS:
                     said = True
                     self._say("The database does not answer; waiting for it, nothing is lost.")
@@ -119,49 +122,80 @@ def say_on_stderr(message: str) -> None:
     sys.stderr.write(f"{message}\n")
 
 
-class Watchdog:
-    """Ends a connection that answers nothing, so that its caller can try another.
+class SilenceTimer:
+    """Ends the connection of a try that is not answered, so that it is tried on another one.
 
     TCP notices a peer that is gone. It does not notice a path that swallows what is sent after
     the last acknowledgement: the statement would wait for ever.
+
+    To start a thread for each try would cost more than many a statement. So one that was started
+    waits for the deadline of its try, then for that of the try which runs by then; it ends when
+    it finds none, and the next try starts another.
     """
 
     def __init__(self, engine: sa.Engine) -> None:
-        self._waiting: tuple[float, int] | None = None  # since when, and the socket
-        self._closed = threading.Event()
-        event.listen(engine, "before_cursor_execute", self._begin)
-        event.listen(engine, "after_cursor_execute", self._progress)
-        event.listen(engine, "commit", self._progress_of)
-        event.listen(engine, "rollback", self._progress_of)
-        event.listen(engine, "checkin", self._end)
-        self._thread = threading.Thread(target=self._watch, name="database-watch", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._connection: Any = None  # the driver's, from which an answer is awaited
+        self._deadline: float | None = None  # seconds, monotonic; None while nothing is awaited
+        self._timer: threading.Timer | None = None
+        event.listen(engine, "connect", self._begin, insert=True)  # before `configure` asks
+        for sent in ("before_cursor_execute", "commit", "rollback"):
+            event.listen(engine, sent, self._begin_of)
+        event.listen(engine, "after_cursor_execute", self._end)
 
-    def _begin(self, connection: sa.Connection, *_: object) -> None:
-        self._progress_of(connection)
+    @contextlib.contextmanager
+    def each_try(self) -> Iterator[None]:
+        """A block after which no connection is ended for what was sent in it."""
+        try:
+            yield
+        finally:
+            self._end()
 
-    def _progress(self, connection: sa.Connection, *_: object) -> None:
-        self._progress_of(connection)
+    def _begin_of(self, connection: sa.Connection, *_: object) -> None:
+        with contextlib.suppress(SQLAlchemyError):  # it is closed, or was invalidated
+            self._begin(connection.connection.driver_connection)
 
-    def _progress_of(self, connection: sa.Connection) -> None:
-        with contextlib.suppress(Exception):  # a connection that is closed has no socket
-            driver: Any = connection.connection.driver_connection
-            self._waiting = (time.monotonic(), driver.fileno())
+    def _begin(self, connection: Any, *_: object) -> None:
+        with self._lock:
+            self._connection = connection
+            self._deadline = time.monotonic() + _SILENCE_SECONDS
+            if self._timer is None:
+                self._start(_SILENCE_SECONDS)
 
     def _end(self, *_: object) -> None:
-        self._waiting = None
+        with self._lock:
+            self._connection = self._deadline = None
 
-    def _watch(self) -> None:
-        while not self._closed.wait(1.0):
-            waiting = self._waiting
-            if waiting is not None and time.monotonic() - waiting[0] > _SILENCE_SECONDS:
-                self._waiting = None
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(waiting[1])) as end:
-                    end.shutdown(socket.SHUT_RDWR)
+    def _start(self, seconds: float) -> None:
+        self._timer = threading.Timer(seconds, self._look)
+        self._timer.name, self._timer.daemon = "database-silence", True
+        self._timer.start()
+
+    def _look(self) -> None:
+        with self._lock:
+            self._timer = None
+            if self._deadline is None:
+                return
+            left = self._deadline - time.monotonic()
+            if left > 0:
+                self._start(left)
+                return
+            self._deadline = None
+            # Any error: the connection was closed meanwhile.
+            with (
+                contextlib.suppress(Exception),
+                socket.socket(fileno=os.dup(self._connection.fileno())) as end,
+            ):
+                end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._closed.set()
-        self._thread.join()
+        """Ends the thread, if one waits; nothing is sent any more."""
+        with self._lock:
+            self._deadline = None
+            timer = self._timer
+        if timer is not None:
+            timer.cancel()
+            timer.join()
 
 
 # --- engine and schema ---

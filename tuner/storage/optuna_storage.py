@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, orm
 
 from tuner.artifacts import make_folder
-from tuner.storage.engine import Calls, Watchdog, configure, engine_arguments
+from tuner.storage.engine import Calls, SilenceTimer, configure, engine_arguments
 from tuner.storage.lease import Fence
 from tuner.storage.schema import make_current, publish_empty_database, require_tables
 from tuner.storage.url import is_sqlite
@@ -41,7 +41,9 @@ class FencedStorage(RDBStorage):
         self.engine = sa.create_engine(self.url, **self.engine_kwargs)
         self.scoped_session = orm.scoped_session(orm.sessionmaker(bind=self.engine))
         configure(self.engine)
-        self._watchdog = None if is_sqlite(self.engine) else Watchdog(self.engine)
+        self._silence = None if is_sqlite(self.engine) else SilenceTimer(self.engine)
+        if self._silence is not None:
+            calls.each_try = self._silence.each_try
         event.listen(self.scoped_session, "after_flush", _note_flush)
         event.listen(self.scoped_session, "do_orm_execute", _note_bulk_write)
         event.listen(self.scoped_session, "before_commit", self._refuse_a_stale_writer)
@@ -51,8 +53,8 @@ class FencedStorage(RDBStorage):
         event.remove(self.scoped_session, "before_commit", self._refuse_a_stale_writer)
         self.remove_session()
         self.engine.dispose()
-        if self._watchdog is not None:
-            self._watchdog.close()
+        if self._silence is not None:
+            self._silence.close()
 
     def _refuse_a_stale_writer(self, session: orm.Session) -> None:
         session.flush()

@@ -7,6 +7,7 @@ import errno
 import multiprocessing
 import os
 import re
+import socket
 import sqlite3
 import threading
 import time
@@ -23,7 +24,7 @@ from tuner.errors import LeaseLostError, StorageError, StorageMissingError, Stud
 from tuner.storage import engine as database
 from tuner.storage.check import check_storage
 from tuner.storage.decisions import Decision
-from tuner.storage.engine import closed_engine
+from tuner.storage.engine import SilenceTimer, closed_engine
 from tuner.storage.holder import LeaseHolder
 from tuner.storage.storage import Storage
 from tuner.storage.url import PASSWORD_FILE_VARIABLE, parse_url, shown
@@ -760,6 +761,45 @@ def test_a_statement_that_is_never_answered_is_given_up(
             proxy.cut("blackhole")
             threading.Timer(1.0, proxy.heal).start()
             assert study.ask().number == 0
+
+
+class Link:
+    """What a driver's connection is to the timer: a socket's number."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.theirs.setblocking(False)
+
+    def fileno(self) -> int:
+        return self.ours.fileno()
+
+    def is_ended(self) -> bool:
+        try:
+            return self.theirs.recv(1) == b""
+        except BlockingIOError:
+            return False
+
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+
+
+def test_a_connection_is_ended_only_in_a_try_that_awaits_its_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(database, "_SILENCE_SECONDS", 0.05)
+    idle, silent = Link(), Link()
+    timer = SilenceTimer(sa.create_engine("sqlite://"))
+    with timer.each_try():
+        timer._begin(idle)  # it is answered, and the try ends
+    wait_until(lambda: "database-silence" not in {one.name for one in threading.enumerate()})
+    assert not idle.is_ended()
+    with timer.each_try():
+        timer._begin(silent)
+        wait_until(silent.is_ended)
+    timer.close()
+    idle.close()
+    silent.close()
 
 
 def test_a_writer_frozen_in_the_middle_of_a_batch_does_not_keep_its_locks(
