@@ -43,7 +43,7 @@ def check_storage(url: str) -> StorageCheck:
     """
     parsed = parse_url(url)
     try:
-        with explained(parsed):
+        with explained(parsed, by_check=True):
             return _look_at(parsed)
     except StorageError as error:
         return StorageCheck(

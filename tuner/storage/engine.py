@@ -25,7 +25,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError, SQLAlchemyError
 
 from tuner.errors import StorageError
-from tuner.storage.url import PSYCOPG_ARGUMENTS, is_sqlite, shown
+from tuner.storage.url import PASSWORD_FILE_VARIABLE, PSYCOPG_ARGUMENTS, is_sqlite, shown
 
 OPENING_SECONDS = 10.0  #: longest patience with a database that never answered
 _SAY_SO_AFTER_SECONDS = 2.0  #: an outage shorter than this is nobody's business
@@ -282,23 +282,40 @@ def is_outage(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def explained(url: sa.URL) -> Iterator[None]:
-    """Turns the database's errors into ours."""
+def explained(url: sa.URL, *, by_check: bool = False) -> Iterator[None]:
+    """Turns the database's errors into ours.
+
+    Args:
+        url: Of the database, for the message.
+        by_check: The command is `tuner storage check`, which is then not suggested.
+    """
     masked = shown(url)
-    remedy = (
-        "Check that the path is right, readable and writable, and is a database of the tuner."
-        if url.get_backend_name() == "sqlite"
-        else "Check the address, its options, the user and the password, and that the server runs "
-        "(`tuner storage check`)."
-    )
+
+    def remedy(reason: str) -> str:
+        if url.get_backend_name() == "sqlite":
+            return (
+                "Check that the path is right, readable and writable, and is a database of the "
+                "tuner."
+            )
+        if "no password supplied" in reason:
+            return (
+                "Set PGPASSWORD, or name a file that holds the password in "
+                f"{PASSWORD_FILE_VARIABLE}."
+            )
+        command = "" if by_check else " (`tuner storage check`)"
+        return (
+            "Check the address, its options, the user and the password, and that the server runs"
+            f"{command}."
+        )
+
     try:
         yield
     except (DatabaseError, InterfaceError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ if not isinstance(error, SQLAlchemyError) else error
         reason = str(getattr(cause, "orig", None) or cause or error).strip().rstrip(".")
-        raise StorageError(f"{masked}: {reason}. {remedy}") from error
+        raise StorageError(f"{masked}: {reason}. {remedy(reason)}") from error
     except UnicodeError as error:  # a host of $PGHOST, say, that no name can be
-        raise StorageError(f"{masked}: {error}. {remedy}") from error
+        raise StorageError(f"{masked}: {error}. {remedy(str(error))}") from error
     except OSError as error:
         raise StorageError(
             f"{masked}: {error.strerror or error}. Name a --storage in a folder that you may write."

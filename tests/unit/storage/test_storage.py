@@ -391,6 +391,25 @@ def test_the_password_may_come_from_a_file(
         Storage(without)
 
 
+def test_who_gives_no_password_is_told_where_to_give_it(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PGPASSWORD", raising=False)
+    url = sa.make_url(postgres.database())._replace(password=None).render_as_string()
+    with pytest.raises(StorageError, match=f"(?s)no password .*{PASSWORD_FILE_VARIABLE}"):
+        Storage(url)
+    assert PASSWORD_FILE_VARIABLE in check_storage(url).detail
+
+
+def test_a_check_does_not_suggest_itself() -> None:
+    url = "postgresql://u:secret@127.0.0.1:1/db"
+    with pytest.raises(StorageError, match="tuner storage check"):
+        Storage(url, patience_seconds=0.1)
+    detail = check_storage(url).detail
+    assert "that the server runs." in detail
+    assert "storage check" not in detail
+
+
 # --- lease ---
 
 
