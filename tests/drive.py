@@ -24,7 +24,7 @@ import stamina.instrumentation
 from fakes import IDENTITY, FakeRun, small_spec
 from optuna.trial import FrozenTrial
 
-import tuner.cluster.attempt
+import tuner.cluster.training_task
 import tuner.storage.engine
 import tuner.storage.lease
 from tuner.cli.terminal import stop_on_signals
@@ -93,7 +93,7 @@ class HeldRun(FakeRun):
         self._plan = plan
         self._sending = False
         # Of this worker process: the coordinator's own copy says nothing here.
-        tuner.cluster.attempt._CHECKPOINT_SECONDS = plan.checkpoint_seconds
+        tuner.cluster.training_task._CHECKPOINT_SECONDS = plan.checkpoint_seconds
 
     def _hold(self, phase: Phase) -> bool:
         return self._plan.hold(self._job.trial, phase, os.getpid())

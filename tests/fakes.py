@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -12,10 +13,11 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
 
+from tuner.artifacts import publish
 from tuner.cluster.messages import TrainingTask
 from tuner.data.identity import DataIdentity
 from tuner.errors import TrainingPausedError
@@ -27,6 +29,9 @@ from tuner.spec.reader import spec_from_document
 from tuner.spec.spec import StudySpec
 from tuner.storage.storage import Storage
 from tuner.train import EpochResult, Train, TrainingJob
+
+if TYPE_CHECKING:  # worker processes import this file
+    import pytest
 
 IDENTITY = DataIdentity(
     source="synthetic",
@@ -222,3 +227,28 @@ class FakeRun:
 
     def best_weights(self) -> bytes:
         return b"weights"
+
+
+def refuse_writes(
+    monkeypatch: pytest.MonkeyPatch, kind: str, *, times: int, number: int = errno.ENOSPC
+) -> list[Path]:
+    """A coordinator cannot write files of a kind so many times; returns the attempts.
+
+    Args:
+        monkeypatch: Undoes it.
+        kind: The folder's name, "weights" or "checkpoints".
+        times: After which they can be written.
+        number: Of the system's error; a full disk where left out.
+    """
+    attempts: list[Path] = []
+
+    def write(path: Path, content: bytes, **options: Any) -> None:
+        if path.parent.name == kind:
+            attempts.append(path)
+            if len(attempts) <= times:
+                raise OSError(number, os.strerror(number))
+        publish(path, content, **options)
+
+    monkeypatch.setattr("tuner.cluster.trial_files.publish", write)
+    monkeypatch.setattr("tuner.cluster.trial_files._RETRY_SECONDS", 0.01)
+    return attempts

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import dask
 import psutil
@@ -30,16 +29,16 @@ from fakes import (
     epoch_result,
     loss_of,
     make_study,
+    refuse_writes,
     small_job,
     small_spec,
 )
 from optuna.trial import TrialState
 from waiting import wait_until
 
-from tuner.artifacts import publish
-from tuner.cluster.attempt import _Permits
 from tuner.cluster.connection import Connection, local_connection
 from tuner.cluster.messages import Left, Orders, Started, TrainingOutcome, to_wire
+from tuner.cluster.training_task import _Permits
 from tuner.cluster.trainings import Cluster
 from tuner.coordination.coordinator import Coordinator
 from tuner.coordination.study_trainings import StudyTrainings
@@ -133,9 +132,9 @@ def test_a_worker_waits_at_a_rung_for_the_verdict(tmp_path: Path, local: Connect
     with cluster_of(local, tuned) as cluster:
         epochs = cluster.train(small_job(tuned.record.spec, rungs=(3,)))
         assert next(epochs).epoch == 1
-        (attempt,) = cluster._attempts.values()
+        (attempt,) = cluster._attempts._living.values()
         time.sleep(0.5)  # a hundred epochs' time
-        assert attempt.inbox.qsize() == 2
+        assert attempt._inbox.qsize() == 2
         epochs.close()
 
 
@@ -299,7 +298,7 @@ def test_a_damaged_checkpoint_costs_epochs_and_never_its_trial(
         checkpoint.write_bytes(damage(checkpoint.read_bytes()))
         reported = tuned.trials(TrialState.RUNNING)[0].intermediate_values
         assert len(reported) >= 3
-        cluster._pausing = False
+        cluster._pausing.clear()
         Coordinator(tuned, cluster, Notes()).run()
         assert_whole(tuned, 1)
         (trial,) = tuned.trials()
@@ -326,7 +325,7 @@ def test_a_checkpoint_that_cannot_be_opened_is_waited_for_and_stays(
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr(local, "say", told.append)
-    monkeypatch.setattr("tuner.cluster.trainings._DISK_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.cluster.trial_files._RETRY_SECONDS", 0.2)
     tuned = make_study(tmp_path, small_spec(trials=1, hyperband=None))
     config = tuned.record.spec.space.resolve({"blocks": 1, "learning_rate": 1e-3})
     rows = [asdict(epoch_result(loss_of(config, 0, epoch), epoch)) for epoch in (1, 2, 3)]
@@ -378,7 +377,7 @@ def test_a_stop_does_not_wait_for_a_checkpoint_that_cannot_be_opened(
 def test_a_worker_whose_system_refuses_files_fails_no_trial(
     tmp_path: Path, local: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.cluster.trainings._DISK_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.cluster.trial_files._RETRY_SECONDS", 0.2)
     mark = tmp_path / "refused"
 
     class RefusedRun(FakeRun):
@@ -397,22 +396,6 @@ def test_a_worker_whose_system_refuses_files_fails_no_trial(
     assert "its worker was refused by its system (Too many open files); it" in line
 
 
-def full_disk(monkeypatch: pytest.MonkeyPatch, kind: str, times: int) -> list[Path]:
-    """Files of a kind cannot be written so many times; returns the attempts."""
-    attempts: list[Path] = []
-
-    def write(path: Path, content: bytes, **options: Any) -> None:
-        if path.parent.name == kind:
-            attempts.append(path)
-            if len(attempts) <= times:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        publish(path, content, **options)
-
-    monkeypatch.setattr("tuner.cluster.trainings.publish", write)
-    monkeypatch.setattr("tuner.cluster.trainings._DISK_PAUSE_SECONDS", 0.2)
-    return attempts
-
-
 @pytest.fixture
 def said(local: Connection, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
@@ -421,24 +404,10 @@ def said(local: Connection, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def test_best_weights_wait_for_a_full_disk(
-    tmp_path: Path, local: Connection, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attempts = full_disk(monkeypatch, "weights", 3)
-    tuned = make_study(tmp_path, small_spec(trials=1))
-    with cluster_of(local, tuned) as cluster:
-        Coordinator(tuned, cluster, Notes()).run()
-        assert tuned.trials(TrialState.COMPLETE)
-        assert attempts[-1].read_bytes() == b"weights"
-    assert len(attempts) == 4
-    assert len(said) == 1
-    assert "cannot be written (No space left on device)" in said[0]
-
-
 def test_a_stop_does_not_wait_for_a_full_disk(
     tmp_path: Path, local: Connection, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempts = full_disk(monkeypatch, "weights", 1000)
+    attempts = refuse_writes(monkeypatch, "weights", times=1000)
     tuned = make_study(tmp_path, small_spec(trials=1))
     with cluster_of(local, tuned) as cluster:
         coordinator = Coordinator(tuned, cluster, Notes())
@@ -451,7 +420,7 @@ def test_a_stop_does_not_wait_for_a_full_disk(
         (trial,) = tuned.trials()
         assert trial.state == TrialState.RUNNING
         monkeypatch.undo()
-        cluster._pausing = False
+        cluster._pausing.clear()
         Coordinator(tuned, cluster, Notes()).run()
         assert_whole(tuned, 1)
 
@@ -459,7 +428,7 @@ def test_a_stop_does_not_wait_for_a_full_disk(
 def test_a_checkpoint_that_finds_the_disk_full_is_skipped(
     tmp_path: Path, local: Connection, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempts = full_disk(monkeypatch, "checkpoints", 1000)
+    attempts = refuse_writes(monkeypatch, "checkpoints", times=1000)
     tuned = make_study(tmp_path, small_spec(trials=1, seed=60, hyperband=None))
     gone: list[int] = []
 
@@ -482,7 +451,7 @@ def test_a_training_that_dask_started_again_by_itself_is_given_up(
     with cluster_of(local, tuned) as cluster:
         epochs = cluster.train(small_job(tuned.record.spec, rungs=(9,)))
         next(epochs)
-        (attempt,) = cluster._attempts
+        (attempt,) = cluster._attempts._living
         cluster._hear((0.0, to_wire(Started(attempt=attempt))))
         with pytest.raises(WorkerLostError) as lost:
             list(epochs)
@@ -494,7 +463,7 @@ def test_an_attempt_that_was_given_up_is_not_believed(tmp_path: Path, local: Con
     with cluster_of(local, tuned) as cluster:
         epochs = cluster.train(small_job(tuned.record.spec, rungs=(1,)))
         next(epochs)
-        (old,) = cluster._attempts
+        (old,) = cluster._attempts._living
         epochs.close()
         again = cluster.train(small_job(tuned.record.spec, rungs=(1,)))
         next(again)
@@ -627,7 +596,7 @@ def permits(monkeypatch: pytest.MonkeyPatch) -> _Permits:
         def subscribe_topic(self, topic: str, handler: object) -> None:
             pass
 
-    monkeypatch.setattr("tuner.cluster.attempt.get_client", Deaf)
+    monkeypatch.setattr("tuner.cluster.training_task.get_client", Deaf)
     heard = _Permits("topic")
     heard.begin("attempt", 3)
     return heard
@@ -667,7 +636,7 @@ def test_an_attempt_that_the_scheduler_forgot_stops_where_it_waits(permits: _Per
 def test_a_worker_without_a_coordinator_saves_and_ends(
     permits: _Permits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.cluster.attempt._SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr("tuner.cluster.training_task._SILENCE_SECONDS", 0.2)
     assert permits.wait("attempt", 3, wanted) == "pause"
 
 
@@ -689,66 +658,38 @@ class NoConnection:
         return lambda *_: None
 
 
-FILE_CHANGES = {
-    "a checkpoint": lambda cluster: cluster._keep_checkpoint(0, b"old"),
-    "weights": lambda cluster: cluster._keep_weights(0, b"old"),
-    "a checkpoint of a pause": lambda cluster: cluster._conclude(
-        TrainingOutcome(ending="paused", curve=(), checkpoint=b"old"), 0
-    ),
-    "weights of an end": lambda cluster: cluster._conclude(
-        TrainingOutcome(ending="finished", curve=(), best_weights=b"old"), 0
-    ),
-    "a checkpoint that is no good": lambda cluster: cluster._drop_checkpoint(0, "damaged"),
+ENDINGS = {
+    "paused": TrainingOutcome(ending="paused", curve=(), checkpoint=b"old"),
+    "finished": TrainingOutcome(ending="finished", curve=(), best_weights=b"old"),
 }
 
 
-@pytest.mark.parametrize("change", FILE_CHANGES.values(), ids=FILE_CHANGES.keys())
-@pytest.mark.parametrize("stands", [True, False])
-def test_a_coordinator_that_was_frozen_and_replaced_changes_no_file(
-    tmp_path: Path, change, stands: bool
+@pytest.mark.parametrize("outcome", ENDINGS.values(), ids=ENDINGS.keys())
+def test_what_an_outcome_brings_is_not_kept_by_a_coordinator_that_was_replaced(
+    tmp_path: Path, outcome: TrainingOutcome
 ) -> None:
     tuned = make_study(tmp_path)
-    files = (tuned.artifacts.checkpoint(0), tuned.artifacts.weights(0))
-    connection = NoConnection()
-    with cluster_of(connection, tuned) as cluster:
+    with cluster_of(NoConnection(), tuned) as cluster:
         tuned.storage.lease.take(tuned.id)
-        if stands:  # of the next coordinator; else it has ended the trial
-            for file in files:
-                publish(file, b"new")
         tuned.storage.lease._certain_at -= 3600.0  # an hour passes
         tuned.storage._transactions.run(
             lambda c: c.exec_driver_sql("UPDATE tuner_lease SET token = 'another'")
         )
         with pytest.raises(LeaseLostError):
-            change(cluster)
-    assert [file.read_bytes() for file in files if file.exists()] == [b"new", b"new"] * stands
-    assert [one for file in files for one in file.parent.glob(".*")] == []
-    assert connection.said == []
+            cluster._conclude(outcome, 0)
+    assert not tuned.artifacts.checkpoint(0).exists()
+    assert not tuned.artifacts.weights(0).exists()
 
 
-@pytest.mark.parametrize("slept", [0.0, 3600.0])
-def test_a_coordinator_that_still_holds_its_lease_writes_its_files(
-    tmp_path: Path, slept: float
-) -> None:
+def test_what_an_outcome_brings_is_kept(tmp_path: Path) -> None:
     tuned = make_study(tmp_path)
     with cluster_of(NoConnection(), tuned) as cluster:
         tuned.storage.lease.take(tuned.id)
-        tuned.storage.lease._certain_at -= slept
-        cluster._pausing = True
+        with pytest.raises(WorkerLeftError, match="heard nothing"):
+            cluster._conclude(ENDINGS["paused"], 0)
+        cluster.pause()
         with pytest.raises(TrainingPausedError):
-            FILE_CHANGES["a checkpoint of a pause"](cluster)
-        cluster._keep_weights(0, b"best")
+            cluster._conclude(ENDINGS["paused"], 0)
+        cluster._conclude(ENDINGS["finished"], 0)
     assert tuned.artifacts.checkpoint(0).read_bytes() == b"old"
-    assert tuned.artifacts.weights(0).read_bytes() == b"best"
-
-
-def test_a_coordinator_that_surely_holds_its_lease_asks_no_database_before_it_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tuned = make_study(tmp_path)
-    with cluster_of(NoConnection(), tuned) as cluster:
-        tuned.storage.lease.take(tuned.id)
-        with monkeypatch.context() as away:
-            away.setattr(tuned.storage.lease, "heartbeat", pytest.fail)
-            cluster._keep_checkpoint(0, b"of a moment ago")
-    assert tuned.artifacts.checkpoint(0).read_bytes() == b"of a moment ago"
+    assert tuned.artifacts.weights(0).read_bytes() == b"old"

@@ -44,10 +44,10 @@ from fakes import FakeRun, Notes, assert_whole, make_study, small_job, small_spe
 from ports import free_port
 from waiting import wait_until
 
-from tuner.cluster.attempt import find_development_file
 from tuner.cluster.connection import Connection, remote_connection
 from tuner.cluster.gpus import Gpu, gpus_for, visible_gpus
 from tuner.cluster.scheduler import TlsFiles, exposure, is_loopback, scheduler_address
+from tuner.cluster.training_task import find_development_file
 from tuner.cluster.trainings import Cluster
 from tuner.cluster.worker import WorkerSettings, _environments
 from tuner.coordination.coordinator import Coordinator
@@ -735,7 +735,7 @@ print(sorted({{"optuna", "sqlalchemy", "tensorflow"}} & set(sys.modules)))
     ("module", "found"),
     [
         ("tuner.cluster.worker", []),
-        ("tuner.cluster.attempt", []),
+        ("tuner.cluster.training_task", []),
         ("tuner.cluster.trainings", []),
         ("tuner.search.study", ["optuna", "sqlalchemy"]),  # the probe can see them
     ],

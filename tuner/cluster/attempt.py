@@ -1,248 +1,179 @@
-"""One attempt at training one trial, on a Dask worker.
-
-Two topics join a coordinator to its workers (`tuner.cluster.messages`). On the *events* topic
-workers say what they did: epochs and checkpoints, each with the attempt that they belong to. On
-the *orders* topic the coordinator says how far each attempt may train, again and again, so that a
-lost message costs seconds. The task's result repeats the whole curve, because events may be lost.
-
-A worker needs neither Optuna nor a database: nothing here imports them.
-"""
+"""Attempts at training, on the coordinator's side: what each was told and may do next."""
 
 from __future__ import annotations
 
-import os
-import socket
+import contextlib
+import queue
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any, ClassVar, Literal, Protocol
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from distributed import get_client, get_worker
-
-from tuner.cluster.leaving import IN_FLIGHT, InFlight, give_back_on_leaving, leave_unfit
 from tuner.cluster.messages import (
     STOP,
-    CheckpointSaved,
-    CheckpointUnusable,
     EpochTrained,
+    LeaveReason,
+    Left,
     Opened,
     Orders,
     Started,
     TrainingOutcome,
-    TrainingTask,
     WorkerMessage,
-    from_wire,
-    metadata_keys,
-    to_wire,
 )
-from tuner.cluster.processes import THREADS_VARIABLE
-from tuner.data.delivery import development_file
-from tuner.errors import SetupError, TrialEndedError, is_outage
+from tuner.errors import WorkerDiedEarlyError, WorkerLeftError, WorkerLostError
 from tuner.every import Every
-from tuner.train import EpochResult
+from tuner.train import EpochResult, TrainingJob
 
-_SILENCE_SECONDS = 60.0  #: a worker that heard no orders for this long saves and ends
-_LOOK_SECONDS = 0.5  #: between two looks at whether the scheduler still wants an attempt
-#: A checkpoint is sent at the end of the first epoch that ends so long after the one before: what
-#: a killed worker costs is this time and one epoch at most. A run can be put down between epochs
-#: only: in the middle of one, its sums and the state of each dropout would belong to it, too.
-_CHECKPOINT_SECONDS = 60.0
+_PULSE_SECONDS = 2.0  #: between two complete orders
+_JOIN_SECONDS = 5.0  #: for the thread that sends orders to end
 
-
-class Run(Protocol):
-    """One trial's training on a worker: a `TrainingRun`, or a cheap one in a test."""
-
-    history: list[EpochResult]  #: of the checkpoint
-
-    def epochs(self) -> Iterator[EpochResult]: ...
-
-    def checkpoint(self) -> bytes: ...
-
-    def best_weights(self) -> bytes: ...
+_LEFT: dict[LeaveReason, tuple[type[WorkerLostError], str]] = {
+    "asked": (WorkerLeftError, "its worker left and gave it back"),
+    "unfit": (WorkerLeftError, "its worker cannot train and left"),
+    "too large": (WorkerLostError, "its worker ran out of memory"),
+}
 
 
-OpenRun = Callable[[TrainingTask], Run]
+class Attempt:
+    """One attempt at training a job. Messages arrive on one thread and are read on another."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.name = uuid.uuid4().hex  # no other attempt's messages are believed
+        # Epochs after which a worker waits for a verdict; it waits for none after the last one.
+        self._stations = (*sorted(job.rungs), job.settings.max_epochs + 1)
+        self.train_until = self._stations[0]  # the epoch after which it waits to be told more
+        self.is_started = False  # else it waits for a worker
+        self._is_opened = False  # the network was built, and began to train
+        self._epochs = 0  # that were taken from its messages
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def receive(self, message: WorkerMessage) -> None:
+        """Takes in what its worker says."""
+        if isinstance(message, Started):
+            if self.is_started:  # Dask started it again on its own
+                self.end(self.death())
+            self.is_started = True
+            return
+        self._is_opened |= isinstance(message, Opened)
+        self._inbox.put(message)
+        if isinstance(message, Left):
+            kind, what = _LEFT[message.reason]
+            self.end(kind(what))
+
+    def end(self, how: object) -> None:
+        """Ends it after what was said so far: with its Dask future, or with an error."""
+        self._inbox.put(how)
+
+    def next(self, timeout: float) -> Any:
+        """What its worker said next, or how it ended; `queue.Empty` after `timeout` seconds."""
+        return self._inbox.get(timeout=timeout)
+
+    def death(self) -> WorkerLostError:
+        """What it means if its worker dies now: before it trained, that is no fault of the job."""
+        if self._is_opened:
+            return WorkerLostError("its worker died")
+        return WorkerDiedEarlyError("its worker died before it trained")
+
+    def new_epochs(self, message: WorkerMessage | TrainingOutcome) -> Iterator[EpochResult]:
+        """The epochs of a message that follow on those before; the outcome fills any gap."""
+        told: tuple[EpochResult, ...] = ()
+        if isinstance(message, EpochTrained):
+            told = (message.result,)
+        elif isinstance(message, TrainingOutcome):
+            told = message.curve
+        for result in told:
+            if result.epoch == self._epochs + 1:
+                self._epochs += 1
+                yield result
+
+    def allow_more(self) -> bool:
+        """Lets it train to the next rung; whether that is a change."""
+        before, self.train_until = (
+            self.train_until,
+            next(epoch for epoch in self._stations if epoch > self._epochs),
+        )
+        return self.train_until > before
 
 
-def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
-    """Trains one attempt on a Dask worker; see `tuner.cluster.trainings.Cluster.train`."""
-    worker = get_worker()
-    give_back_on_leaving(worker)
-    permits = _Permits.of(task.orders)
-    permits.begin(task.attempt, task.train_until)
-    in_flight = InFlight(events=task.events, snapshot=task.checkpoint)
-    IN_FLIGHT[task.attempt] = in_flight
+class Attempts:
+    """The living attempts of a study: passes messages on, and says how far each may train.
 
-    def say(message: WorkerMessage) -> None:
-        worker.log_event(task.events, to_wire(message))
-
-    def is_unwanted() -> bool:
-        # The scheduler takes a task back when its client is gone, for instance killed.
-        known = worker.state.tasks.get(task.attempt)
-        return known is None or known.state == "cancelled"
-
-    say(Started(attempt=task.attempt))
-    curve: list[EpochResult] = []
-
-    def note(result: EpochResult) -> None:
-        curve.append(result)
-        say(EpochTrained(attempt=task.attempt, result=result))
-
-    try:
-        run, unusable = open_from_checkpoint(task, open_run)
-        if unusable is not None:
-            in_flight.snapshot = None
-            say(CheckpointUnusable(attempt=task.attempt, reason=unusable))
-        process = f"{socket.gethostname()}, process {os.getpid()}"
-        say(Opened(attempt=task.attempt, worker=process, after=len(run.history)))
-        for result in run.history:
-            note(result)
-        pause = Every(_CHECKPOINT_SECONDS, at_once=False)
-        epochs = run.epochs()
-        while True:
-            permit = permits.wait(task.attempt, len(curve), is_unwanted)
-            if permit == "stop":
-                return TrainingOutcome(ending="stopped", curve=tuple(curve))
-            if permit == "pause":
-                return TrainingOutcome(
-                    ending="paused", curve=tuple(curve), checkpoint=in_flight.snapshot
-                )
-            # A rung's verdict is in: who was pruned sends none.
-            due = len(curve) in task.job.rungs or pause.is_due()
-            if due and in_flight.snapshot is not None:
-                say(CheckpointSaved(attempt=task.attempt, content=in_flight.snapshot))
-                pause.begin_pause()
-            following = next(epochs, None)
-            if following is None:
-                break
-            in_flight.snapshot = run.checkpoint()
-            note(following)
-    except TrialEndedError as end:
-        return TrainingOutcome(ending=end.reason, detail=end.detail, curve=tuple(curve))
-    except SetupError as error:
-        IN_FLIGHT.pop(task.attempt, None)
-        worker.loop.add_callback(leave_unfit, worker, task, str(error))
-        return TrainingOutcome(ending="stopped", curve=())
-    finally:
-        permits.end(task.attempt)
-        IN_FLIGHT.pop(task.attempt, None)
-    return TrainingOutcome(ending="finished", curve=tuple(curve), best_weights=run.best_weights())
-
-
-def open_from_checkpoint(task: TrainingTask, open_run: OpenRun) -> tuple[Run, str | None]:
-    """The task's training, begun anew where its checkpoint cannot be taken up.
-
-    Returns:
-        The training, and what is wrong with the checkpoint; None where nothing is.
+    News is sent at once. Complete orders are sent again and again, so that one that was lost
+    costs seconds, and workers know that their coordinator lives.
     """
-    try:
-        return open_run(task), None
-    except (TrialEndedError, SetupError):
-        raise
-    except Exception as error:
-        if task.checkpoint is None or is_outage(error):  # no development rows; no memory
-            raise
-        # Half a file, another run's, one of an older version: each fails in a way of its own. It
-        # is the checkpoint's fault where it works without.
-        run = open_run(replace(task, checkpoint=None))
-        return run, f"{type(error).__name__}: {error}"
 
+    def __init__(self, send: Callable[[Orders], None], *, pausing: threading.Event) -> None:
+        """Begins to send.
 
-# --- orders ---
+        Args:
+            send: Sends orders; may fail.
+            pausing: Whether every attempt is to save a checkpoint and end.
+        """
+        self._send = send
+        self._pausing = pausing
+        self._living: dict[str, Attempt] = {}
+        self._news: dict[str, int] = {}  # of orders that were not sent yet, as `Orders.attempts`
+        self._lock = threading.Lock()  # of the two above
+        self._wake = threading.Event()
+        self._closed = threading.Event()
+        self._pulse = threading.Thread(target=self._keep_sending, name="orders", daemon=True)
+        self._pulse.start()
 
+    def add(self, attempt: Attempt) -> None:
+        with self._lock:
+            self._living[attempt.name] = attempt
 
-class _Permits:
-    """How far the attempts of this worker process may train, as a coordinator ordered."""
+    def remove(self, attempt: Attempt) -> None:
+        """Forgets it and stops it, if it trains."""
+        with self._lock:
+            self._living.pop(attempt.name, None)
+            self._news[attempt.name] = STOP
+        self._wake.set()
 
-    _of_topics: ClassVar[dict[str, _Permits]] = {}
+    def announce(self, attempt: Attempt) -> None:
+        """Tells its worker at once that it may train on."""
+        with self._lock:
+            self._news[attempt.name] = attempt.train_until
+        self._wake.set()
 
-    @classmethod
-    def of(cls, topic: str) -> _Permits:
-        if topic not in cls._of_topics:
-            cls._of_topics[topic] = cls(topic)
-        return cls._of_topics[topic]
+    def receive(self, message: WorkerMessage) -> None:
+        with self._lock:
+            attempt = self._living.get(message.attempt)
+        if attempt is not None:  # else a worker that was given up still trains: not believed
+            attempt.receive(message)
 
-    def __init__(self, topic: str) -> None:
-        self._changed = threading.Condition()
-        self._until: dict[str, int] = {}
-        self._pause = False
-        self._heard_at = time.monotonic()
-        get_client().subscribe_topic(topic, self._hear)
+    def lose_all(self, error: Callable[[], WorkerLostError]) -> None:
+        """Ends every attempt with an error of its own."""
+        with self._lock:
+            living = list(self._living.values())
+        for attempt in living:
+            attempt.end(error())
 
-    def begin(self, attempt: str, until: int) -> None:
-        with self._changed:
-            self._until.setdefault(attempt, until)
-            self._heard_at = time.monotonic()
+    def pause(self) -> None:
+        """Ends every attempt with a checkpoint, soon; those that come, too."""
+        self._pausing.set()
+        self._wake.set()
 
-    def end(self, attempt: str) -> None:
-        with self._changed:
-            self._until.pop(attempt, None)
+    def close(self) -> None:
+        """Sends the last orders."""
+        self._closed.set()
+        self.pause()
+        self._pulse.join(timeout=_JOIN_SECONDS)
 
-    def _hear(self, event: tuple[float, Mapping[str, Any]]) -> None:
-        _, document = event
-        orders = from_wire(document)
-        if isinstance(orders, Orders):
-            self.receive(orders)
-
-    def receive(self, orders: Orders) -> None:
-        with self._changed:
-            self._heard_at = time.monotonic()
-            self._pause = orders.pause
-            for attempt in self._until:
-                if orders.complete or attempt in orders.attempts:
-                    self._until[attempt] = orders.attempts.get(attempt, STOP)
-            self._changed.notify_all()
-
-    def wait(
-        self, attempt: str, epoch: int, is_unwanted: Callable[[], bool]
-    ) -> Literal["go", "stop", "pause"]:
-        """Waits at the end of an epoch until the attempt may go on, or may not."""
-        with self._changed:
-            while True:
-                if self._until[attempt] == STOP or is_unwanted():
-                    return "stop"
-                if self._pause or time.monotonic() - self._heard_at > _SILENCE_SECONDS:
-                    return "pause"
-                if epoch < self._until[attempt]:
-                    return "go"
-                self._changed.wait(timeout=_LOOK_SECONDS)
-
-
-# --- the network ---
-
-
-def open_training_run(task: TrainingTask) -> Run:
-    """The real thing: TensorFlow is imported here, on a worker, and never by a coordinator."""
-    try:
-        from tuner.network.training import TrainingRun
-    except ImportError as error:  # half an installation
-        raise SetupError(f"{error}. Install the package again with its extra.") from error
-
-    return TrainingRun(_development_data(task), task.job, checkpoint=task.checkpoint)
-
-
-_DATA: dict[str, Any] = {}
-
-
-def _development_data(task: TrainingTask) -> Any:
-    """The development rows as tensors, made once for each worker process."""
-    from tuner.data.development import load_development
-    from tuner.network.training import TensorData, configure_tensorflow
-
-    sha256 = task.development_sha256
-    if sha256 not in _DATA:
-        configure_tensorflow(int(os.environ.get(THREADS_VARIABLE, task.threads)))
-        _DATA.clear()
-        _DATA[sha256] = TensorData(load_development(find_development_file(task), sha256))
-    return _DATA[sha256]
-
-
-def find_development_file(task: TrainingTask) -> Any:
-    """The development rows on this machine; fetched from the scheduler where they are nowhere."""
-
-    def fetch() -> bytes | None:
-        content = get_client().get_metadata(metadata_keys(task.development_sha256), default=None)
-        return content if isinstance(content, bytes) else None
-
-    return development_file(task.development_file, task.development_sha256, fetch)
+    def _keep_sending(self) -> None:
+        pause = Every(_PULSE_SECONDS)  # between two complete orders
+        while True:
+            self._wake.wait(_PULSE_SECONDS)
+            self._wake.clear()
+            closed, pausing = self._closed.is_set(), self._pausing.is_set()
+            complete = closed or pausing or pause.is_due()
+            with self._lock:
+                attempts, self._news = self._news, {}
+                if complete:
+                    attempts = {name: one.train_until for name, one in self._living.items()}
+            if complete:
+                pause.begin_pause()
+            with contextlib.suppress(Exception):  # a scheduler that is away hears the next one
+                self._send(Orders(pause=pausing, attempts=attempts, complete=complete))
+            if closed:
+                return

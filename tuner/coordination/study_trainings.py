@@ -1,4 +1,4 @@
-"""What a cluster needs of the study that it trains: a `tuner.cluster.trainings.TrainedStudy`."""
+"""A study as a cluster trains it: implements `tuner.cluster.trained_study.TrainedStudy`."""
 
 from __future__ import annotations
 

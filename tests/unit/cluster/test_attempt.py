@@ -1,206 +1,190 @@
-"""A checkpoint that is none, with the real network; a training process that is asked to leave."""
+"""What an attempt's messages mean to its coordinator, and how far it may train."""
 
 from __future__ import annotations
 
-import errno
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import replace
+import queue
+import threading
 
-import numpy as np
 import pytest
-from fakes import small_job
-from folders import ROOT
+from fakes import epoch_result, small_job
+from waiting import wait_until
 
-from tuner.cluster.attempt import open_from_checkpoint
-from tuner.cluster.messages import TrainingTask
-from tuner.data.development import DevelopmentData
-from tuner.errors import SetupError, TrialEndedError
-
-
-def task_of(checkpoint: bytes | None = None) -> TrainingTask:
-    return TrainingTask(
-        attempt="a",
-        events="events",
-        orders="orders",
-        job=small_job(seed=1, rungs=()),
-        threads=1,
-        development_file="none",
-        development_sha256="c" * 64,
-        checkpoint=checkpoint,
-        train_until=9,
-    )
-
-
-@pytest.fixture(scope="module")
-def opened():
-    """Opens real trainings, on a few rows of the synthetic kind."""
-    from tuner.network.training import TensorData, TrainingRun
-
-    tokens = np.random.default_rng(1).integers(1, 21, (40, 200)).astype(np.uint8)
-    labels = (np.arange(40) % 2).astype(np.uint8)
-    data = TensorData(
-        DevelopmentData(
-            training_tokens=tokens[:32],
-            training_labels=labels[:32],
-            validation_tokens=tokens[32:],
-            validation_labels=labels[32:],
-        )
-    )
-
-    def open_run(task: TrainingTask) -> TrainingRun:
-        return TrainingRun(data, task.job, checkpoint=task.checkpoint)
-
-    return open_run
-
-
-@pytest.fixture(scope="module")
-def good(opened) -> bytes:
-    run = opened(task_of())
-    next(run.epochs())
-    return run.checkpoint()
-
-
-def test_a_good_checkpoint_is_taken_up(opened, good: bytes) -> None:
-    run, unusable = open_from_checkpoint(task_of(good), opened)
-    assert unusable is None
-    assert [result.epoch for result in run.history] == [1]
-
-
-DAMAGES = {
-    "nothing": lambda good: b"",
-    "half of it": lambda good: good[: len(good) // 2],
-    "all but its end": lambda good: good[:-10],
-    "zeros, as after a power cut": lambda good: bytes(len(good)),
-    "a flipped byte": lambda good: good[:300] + bytes([good[300] ^ 255]) + good[301:],
-    "something else": lambda good: b"[]",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_checkpoint_that_cannot_be_read_is_told_and_the_trial_begins_anew(
-    opened, good: bytes, damage: str
-) -> None:
-    run, unusable = open_from_checkpoint(task_of(DAMAGES[damage](good)), opened)
-    assert unusable
-    assert run.history == []
-    fresh = opened(task_of())
-    assert next(run.epochs()).validation_loss == next(fresh.epochs()).validation_loss
-
-
-def test_a_checkpoint_of_another_run_is_told_and_the_trial_begins_anew(opened, good: bytes) -> None:
-    task = replace(task_of(good), job=small_job(seed=1, rungs=(), trial=1))
-    run, unusable = open_from_checkpoint(task, opened)
-    assert unusable is not None
-    assert "the checkpoint is of another run" in unusable
-    assert run.history == []
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        TrialEndedError("out_of_memory", "building"),
-        SetupError("no Keras"),
-        FileNotFoundError(errno.ENOENT, "rows"),
-        OSError(errno.EMFILE, "Too many open files"),
-        PermissionError(errno.EACCES, "Permission denied"),
-        MemoryError(),
-        ValueError(),
-    ],
+from tuner.cluster.attempt import Attempt, Attempts
+from tuner.cluster.messages import (
+    STOP,
+    CheckpointSaved,
+    EpochTrained,
+    LeaveReason,
+    Left,
+    Opened,
+    Orders,
+    Started,
+    TrainingOutcome,
 )
-def test_what_is_not_the_checkpoints_fault_is_not_blamed_on_it(error: Exception) -> None:
-    opened: list[TrainingTask] = []
-
-    def fail(task: TrainingTask):
-        opened.append(task)
-        raise error
-
-    with pytest.raises(type(error)):
-        open_from_checkpoint(task_of(b"fine"), fail)
-    with pytest.raises(type(error)):
-        open_from_checkpoint(task_of(None), fail)
-    # Tried without it only where it might be to blame.
-    assert len(opened) == (3 if isinstance(error, ValueError) else 2)
-
-
-def test_a_damaged_head_that_asks_for_all_memory_is_damage_and_no_want_of_memory(
-    opened, good: bytes
-) -> None:
-    # The first array's shape, in the text of its head.
-    shape = good.index(b"'shape': (")
-    damaged = good[: shape + 10] + b"9" + good[shape + 11 :]
-    _, unusable = open_from_checkpoint(task_of(damaged), opened)
-    assert unusable is not None
-    assert "damaged" in unusable
-
-
-def test_a_checkpoint_that_memory_has_no_room_for_is_not_blamed(
-    opened, good: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tuner.network.model import tf
-
-    def exhausted(*_: object) -> None:
-        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating a tensor")
-
-    monkeypatch.setattr("tuner.network.training.load_weights", exhausted)
-    with pytest.raises(MemoryError, match="OOM when allocating"):
-        open_from_checkpoint(task_of(good), opened)
-
-
-LEAVER = """
-import asyncio
-from types import SimpleNamespace
-from tuner.cluster.leaving import GiveBack
-
-class Worker:
-    memory_manager = SimpleNamespace(memory_limit=0)
-
-    async def close(self, **_how):
-        print("leaving", flush=True)
-        await asyncio.sleep(1.5)
-        print("left", flush=True)
-        gone.set()
-
-async def work():
-    GiveBack().setup(Worker())
-    print("ready", flush=True)
-    await gone.wait()
-
-gone = asyncio.Event()
-asyncio.run(work())
-"""
+from tuner.errors import WorkerDiedEarlyError, WorkerLeftError, WorkerLostError
 
 
 @pytest.fixture
-def leaver() -> Iterator[subprocess.Popen[str]]:
-    """A process that hears signals as a training process does, and takes 1.5 s to leave."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", LEAVER],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "leaving\n"
-    yield process
-    process.kill()
-    process.communicate()
+def attempt() -> Attempt:
+    return Attempt(small_job(rungs=(1, 3)))
 
 
-def test_a_training_process_that_hears_a_signal_twice_at_once_leaves_in_peace(leaver) -> None:
-    leaver.send_signal(signal.SIGTERM)
-    assert leaver.communicate(timeout=30) == ("left\n", None)
-    assert leaver.returncode == 0
+def started(attempt: Attempt) -> Started:
+    return Started(attempt=attempt.name)
 
 
-def test_a_training_process_that_hears_a_second_signal_later_ends_at_once(leaver) -> None:
-    time.sleep(0.7)
-    leaver.send_signal(signal.SIGTERM)
-    assert leaver.communicate(timeout=30) == ("", None)
-    assert leaver.returncode == -signal.SIGTERM
+def opened(attempt: Attempt) -> Opened:
+    return Opened(attempt=attempt.name, worker="host, process 7", after=0)
+
+
+def trained(attempt: Attempt, epoch: int) -> EpochTrained:
+    return EpochTrained(attempt=attempt.name, result=epoch_result(0.5, epoch))
+
+
+def test_a_death_is_the_jobs_fault_only_once_it_was_opened(attempt: Attempt) -> None:
+    assert not attempt.is_started
+    attempt.receive(started(attempt))
+    assert attempt.is_started
+    assert type(attempt.death()) is WorkerDiedEarlyError
+    attempt.receive(opened(attempt))
+    assert type(attempt.death()) is WorkerLostError
+
+
+@pytest.mark.parametrize(
+    ("trains", "error"), [(False, WorkerDiedEarlyError), (True, WorkerLostError)]
+)
+def test_an_attempt_that_dask_starts_again_has_lost_its_worker(
+    attempt: Attempt, trains: bool, error: type[WorkerLostError]
+) -> None:
+    attempt.receive(started(attempt))
+    if trains:
+        attempt.receive(opened(attempt))
+        assert attempt.next(0.0) == opened(attempt)
+    with pytest.raises(queue.Empty):
+        attempt.next(0.0)
+    attempt.receive(started(attempt))
+    assert type(attempt.next(0.0)) is error
+
+
+@pytest.mark.parametrize(
+    ("reason", "error"),
+    [("asked", WorkerLeftError), ("unfit", WorkerLeftError), ("too large", WorkerLostError)],
+)
+def test_a_worker_that_left_is_heard_to_its_end(
+    attempt: Attempt, reason: LeaveReason, error: type[WorkerLostError]
+) -> None:
+    left = Left(attempt=attempt.name, reason=reason, checkpoint=b"of the last epoch")
+    attempt.receive(trained(attempt, 1))
+    attempt.receive(left)
+    assert [attempt.next(0.0), attempt.next(0.0)] == [trained(attempt, 1), left]
+    assert type(attempt.next(0.0)) is error
+
+
+def test_each_epoch_is_taken_once_and_the_outcome_fills_gaps(attempt: Attempt) -> None:
+    curve = tuple(epoch_result(0.5, epoch) for epoch in range(1, 10))
+    messages = [
+        trained(attempt, 1),
+        trained(attempt, 1),
+        trained(attempt, 3),
+        CheckpointSaved(attempt=attempt.name, content=b"c"),
+        trained(attempt, 2),
+        TrainingOutcome(ending="finished", curve=curve),
+    ]
+    taken = [[one.epoch for one in attempt.new_epochs(message)] for message in messages]
+    assert taken == [[1], [], [], [], [2], [3, 4, 5, 6, 7, 8, 9]]
+
+
+def test_an_attempt_waits_at_each_rung_and_never_at_its_end(attempt: Attempt) -> None:
+    allowed = [attempt.train_until]
+    changes = []
+    for epoch in range(1, 10):
+        list(attempt.new_epochs(trained(attempt, epoch)))
+        changes.append(attempt.allow_more())
+        allowed.append(attempt.train_until)
+    assert allowed == [1, 3, 3, *[10] * 7]
+    assert changes == [True, False, True, *[False] * 6]
+
+
+# --- orders ---
+
+
+class Sent:
+    """Orders, as they are sent."""
+
+    def __init__(self) -> None:
+        self.orders: list[Orders] = []
+        self.attempts = Attempts(self.orders.append, pausing=threading.Event())
+
+    def wait_for(self, orders: Orders) -> None:
+        wait_until(lambda: orders in self.orders, lambda: f"{self.orders}")
+
+
+@pytest.fixture
+def sent():
+    made = Sent()
+    yield made
+    made.attempts.close()
+
+
+def test_news_is_sent_and_the_living_are_named_again_and_again(
+    monkeypatch: pytest.MonkeyPatch, attempt: Attempt
+) -> None:
+    monkeypatch.setattr("tuner.cluster.attempt._PULSE_SECONDS", 0.05)
+    sent = Sent()
+    sent.attempts.add(attempt)
+    sent.wait_for(Orders(pause=False, attempts={attempt.name: 1}, complete=True))
+    list(attempt.new_epochs(trained(attempt, 1)))
+    attempt.allow_more()
+    sent.attempts.announce(attempt)
+    sent.wait_for(Orders(pause=False, attempts={attempt.name: 3}, complete=True))
+    sent.attempts.remove(attempt)
+    sent.wait_for(Orders(pause=False, attempts={}, complete=True))
+    sent.attempts.close()
+
+
+def test_an_attempt_that_was_removed_is_told_to_stop(sent: Sent, attempt: Attempt) -> None:
+    sent.attempts.add(attempt)
+    sent.attempts.announce(attempt)
+    wait_until(lambda: bool(sent.orders))  # the first are complete
+    sent.attempts.remove(attempt)
+    sent.wait_for(Orders(pause=False, attempts={attempt.name: STOP}, complete=False))
+
+
+def test_a_pause_reaches_every_attempt_and_stays(sent: Sent, attempt: Attempt) -> None:
+    sent.attempts.add(attempt)
+    sent.attempts.pause()
+    sent.wait_for(Orders(pause=True, attempts={attempt.name: 1}, complete=True))
+    sent.attempts.remove(attempt)
+    sent.wait_for(Orders(pause=True, attempts={}, complete=True))
+
+
+def test_messages_reach_the_attempt_that_they_name_while_it_lives(
+    sent: Sent, attempt: Attempt
+) -> None:
+    other = Attempt(small_job())
+    for one in (attempt, other):
+        sent.attempts.add(one)
+    sent.attempts.receive(trained(attempt, 1))
+    assert attempt.next(0.0) == trained(attempt, 1)
+    sent.attempts.remove(attempt)
+    sent.attempts.receive(trained(attempt, 2))
+    sent.attempts.lose_all(lambda: WorkerLeftError("its scheduler dropped it"))
+    with pytest.raises(queue.Empty):
+        attempt.next(0.0)
+    assert isinstance(other.next(0.0), WorkerLeftError)
+
+
+def test_orders_follow_on_those_that_could_not_be_sent(attempt: Attempt) -> None:
+    tried: list[Orders] = []
+
+    def send(orders: Orders) -> None:
+        tried.append(orders)
+        raise OSError("the scheduler is unavailable")
+
+    attempts = Attempts(send, pausing=threading.Event())
+    attempts.add(attempt)
+    for count in (1, 2):
+        attempts.announce(attempt)
+        wait_until(lambda count=count: len(tried) >= count)
+    attempts.close()
+    assert len(tried) >= 3

@@ -16,7 +16,7 @@ import pytest
 from folders import ROOT
 from small_training import CONFIG, DATA, curve, training_run
 
-from tuner.cluster.attempt import open_training_run
+from tuner.cluster.training_task import open_training_run
 from tuner.errors import SetupError
 from tuner.network.keras_setup import keras, set_keras, tf
 from tuner.network.model import build_model
