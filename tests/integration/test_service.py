@@ -19,7 +19,7 @@ from pathlib import Path
 import optuna
 import pytest
 import sqlalchemy as sa
-from fakes import IDENTITY, FakeWorkers, Notes, fake_train, ready_sqlite, small_spec
+from fakes import IDENTITY, FakeWorkers, Notes, fake_train, make_study, ready_sqlite, small_spec
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
@@ -141,6 +141,29 @@ class Clock:
 
     def __call__(self) -> float:
         return self.seconds
+
+
+def test_a_coordinator_leaves_the_slots_that_its_last_trials_do_not_need(tmp_path: Path) -> None:
+    may_end = threading.Event()
+
+    def train(job: TrainingJob):
+        yield from fake_train(job)
+        if job.trial == 0:
+            may_end.wait(60)
+
+    turns, cluster = Turns(), FakeWorkers(4, train)
+    tuned = make_study(tmp_path, small_spec(trials=4, hyperband=None))
+    turn = turns.join(cluster)
+    coordinator = Coordinator(tuned, turn, Notes())
+    turn.drives(coordinator)
+    run = threading.Thread(target=coordinator.run)
+    run.start()
+    wait_until(lambda: len(tuned.trials(TrialState.COMPLETE)) == 3)
+    other = Sketch(turns, cluster, 100)
+    wait_until(lambda: other.look() == 3)
+    may_end.set()
+    run.join(60)
+    tuned.storage.close()
 
 
 def test_with_one_slot_studies_take_turns_trial_by_trial() -> None:
@@ -760,7 +783,7 @@ def test_a_budget_that_is_raised_as_the_study_finishes_is_not_forgotten(
 def test_the_number_of_workers_is_that_of_the_moment(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.coordination.coordinator._WORKERS_SECONDS", 0.05)
+    monkeypatch.setattr("tuner.coordination.study_note._WORKERS_SECONDS", 0.05)
     shop.pace = 0.05
     shop.queue("a", 60)
 

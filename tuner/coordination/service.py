@@ -17,7 +17,8 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.coordination.coordinator import Coordinator, Ending, Workers
+from tuner.coordination.coordinator import Coordinator, Ending
+from tuner.coordination.roles import Workers
 from tuner.coordination.shares import Turns
 from tuner.coordination.words import describe_end, duration
 from tuner.errors import (

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from tuner.coordination.coordinator import Workers
+from tuner.coordination.roles import Workers
 from tuner.train import Train
 
 

@@ -7,6 +7,7 @@ HTML; what users name is escaped all the same, so that no name makes a link or a
 from __future__ import annotations
 
 import re
+import time
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from typing import Any
@@ -15,9 +16,13 @@ from optuna.trial import TrialState
 
 from tuner.commands import password_hint
 from tuner.errors import counted
-from tuner.search.attributes import AGAIN_KEY, BFLOAT16_FROM_KEY, curve_of
+from tuner.every import Every
+from tuner.search.attributes import AGAIN_KEY, BFLOAT16_FROM_KEY, WORKERS_KEY, curve_of
 from tuner.search.status import State, StudyStatus, status
 from tuner.search.tuned_study import TunedStudy
+
+_WORKERS_SECONDS = 5.0  #: at most this often the number of workers is written down
+_OVERVIEW_SECONDS = 5.0  #: at least this long between two overviews of the study
 
 _STATE_WORDS: dict[State, str] = {
     "queued": "Queued",
@@ -28,15 +33,39 @@ _STATE_WORDS: dict[State, str] = {
 }
 
 
-def begin_overview(tuned: TunedStudy, state: State) -> Future[None]:
-    """Brings the overview up to date, without waiting for the database.
+class StudyNote:
+    """Keeps what readers see of a study up to date while this process drives it."""
 
-    Args:
-        tuned: A study that this process drives.
-        state: What it is in, or about to be in.
-    """
-    now = status(tuned, driven=True)
-    return tuned.storage.begin_note(tuned.id, overview(tuned, now, state))
+    def __init__(self, tuned: TunedStudy) -> None:
+        self._tuned = tuned
+        self._written: Future[None] | None = None  # the overview, as of the last time
+        self._overview_pause = Every(_OVERVIEW_SECONDS)
+        self._told_workers: int | None = None
+        self._workers_pause = Every(_WORKERS_SECONDS)
+
+    def tell_workers(self, workers: int) -> None:
+        """Writes down now and then on how many workers the study runs; they come and go."""
+        if workers != self._told_workers and self._workers_pause.is_due():
+            self._tuned.storage.begin_user_attr(self._tuned.id, WORKERS_KEY, workers)
+            self._told_workers = workers
+
+    def refresh(self) -> None:
+        """Brings the overview up to date now and then, for 2 % of the time at most."""
+        is_written = self._written is None or self._written.done()
+        if is_written and self._overview_pause.is_due():
+            began = time.monotonic()
+            self.begin("running")
+            self._overview_pause.begin_pause(at_least=50 * (time.monotonic() - began))
+
+    def begin(self, state: State) -> None:
+        """Brings the overview up to date, without waiting for the database.
+
+        Args:
+            state: What the study is in, or about to be in.
+        """
+        now = status(self._tuned, driven=True)
+        markdown = overview(self._tuned, now, state)
+        self._written = self._tuned.storage.begin_note(self._tuned.id, markdown)
 
 
 def hang_page(tuned: TunedStudy, name: str, content: bytes) -> None:

@@ -11,10 +11,8 @@ import pytest
 from fakes import FakeWorkers, Notes, epoch_result, fake_train, make_study, small_spec
 from optuna.trial import TrialState
 
-from tuner.coordination.coordinator import (
-    KEPT_WEIGHTS,
-    Coordinator,
-)
+from tuner.coordination.coordinator import Coordinator
+from tuner.coordination.decisions import KEPT_WEIGHTS
 from tuner.coordination.losses import FAILURES_IN_A_ROW, POISON_EARLY_LOSSES, POISON_LOSSES
 from tuner.errors import (
     LeaseLostError,
@@ -281,10 +279,8 @@ class FastWorkers(FakeWorkers):
 
     def slots(self) -> int:
         if self.coordinator is not None:
-            self.coordinator._counting.release()  # it holds that while it asks
             while self.coordinator.running:
                 time.sleep(0.001)
-            self.coordinator._counting.acquire()
         return 1
 
 

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from optuna_dashboard._note import save_note_with_version
 from waiting import wait_until
 
-from tuner.coordination import coordinator
+from tuner.coordination import study_note
 from tuner.coordination.coordinator import Coordinator
 from tuner.coordination.study_note import overview
 from tuner.errors import LeaseLostError
@@ -69,7 +69,7 @@ def test_a_finished_study_has_its_overview(study: Make) -> None:
 def test_the_overview_is_fresh_while_the_study_runs(
     study: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinator, "_OVERVIEW_SECONDS", 0.0)
+    monkeypatch.setattr(study_note, "_OVERVIEW_SECONDS", 0.0)
     tuned = study(trials=3, hyperband=None)
     seen: list[str] = []
 

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -234,12 +235,15 @@ def test_a_verdict_that_was_committed_stands_though_its_coordinator_died(
     tuned = make_study(tmp_path, small_spec(trials=8), url=database_url)
     coordinator = Coordinator(tuned, FakeWorkers(1, train), Notes())
 
-    def tell(trial: optuna.Trial, state: TrialState, value: float | None) -> None:
+    decisions = coordinator._decisions
+    decide = decisions.tell
+
+    def tell(trial: optuna.Trial, state: TrialState, *rest: Any) -> FrozenTrial:
         if state == TrialState.PRUNED:
             raise CoordinatorDiesError
-        Coordinator._tell(coordinator, trial, state, value)
+        return decide(trial, state, *rest)
 
-    coordinator._tell = tell  # type: ignore[method-assign]
+    decisions.tell = tell  # type: ignore[method-assign]
     with pytest.raises(CoordinatorDiesError):
         coordinator.run()
     last = tuned.storage.decisions.of(tuned.id)[-1]
