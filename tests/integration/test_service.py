@@ -1,4 +1,4 @@
-"""The service over fake workers: turns, the queue, and what ends a study's driving."""
+"""The service over fake workers: shares, the queue, and what ends a study's driving."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from waiting import wait_until
 from tuner.artifacts import development_path
 from tuner.coordination.coordinator import Coordinator
 from tuner.coordination.service import Service
-from tuner.coordination.shares import Turns, max_min_shares
+from tuner.coordination.shares import FairShares, max_min_shares
 from tuner.errors import ClusterError
 from tuner.search.attributes import ERROR_KEY, RECORD_KEY, RESUMED_KEY
 from tuner.search.status import StudyStatus, status
@@ -65,14 +65,14 @@ def test_who_wants_little_leaves_the_rest_and_the_first_get_the_remainder() -> N
     assert max_min_shares(9, []) == []
 
 
-# --- turns ---
+# --- shares of studies ---
 
 
 @dataclass
 class Sketch:
-    """A study as a turn sees it, driven by hand as the coordinator does it."""
+    """A study as a share sees it, driven by hand as the coordinator does it."""
 
-    turns: Turns
+    shares: FairShares
     cluster: FakeWorkers
     budget: int
     running: int = 0
@@ -80,8 +80,8 @@ class Sketch:
     woken: int = 0
 
     def __post_init__(self) -> None:
-        self.turn = self.turns.join(self.cluster)
-        self.turn.drives(self)
+        self.share = self.shares.join(self.cluster)
+        self.share.used_by(self)
 
     def unfinished(self) -> int:
         return self.budget - self.finished
@@ -91,7 +91,7 @@ class Sketch:
 
     def look(self) -> int:
         """Starts what it may; returns how many run."""
-        while self.running < self.turn.slots():
+        while self.running < self.share.slots():
             self.running += 1
         return self.running
 
@@ -111,10 +111,10 @@ def settle(*studies: Sketch) -> None:
 
 
 def test_one_study_has_all_slots_and_a_second_gets_its_half_as_trials_end() -> None:
-    turns, cluster = Turns(), FakeWorkers(4)
-    first = Sketch(turns, cluster, 100)
+    shares, cluster = FairShares(), FakeWorkers(4)
+    first = Sketch(shares, cluster, 100)
     assert first.look() == 4
-    second = Sketch(turns, cluster, 100)
+    second = Sketch(shares, cluster, 100)
     assert second.look() == 0  # nothing is taken away
     for expected in (1, 2):
         first.end()
@@ -126,8 +126,8 @@ def test_one_study_has_all_slots_and_a_second_gets_its_half_as_trials_end() -> N
 
 
 def test_a_study_near_its_end_leaves_its_rest_to_the_others() -> None:
-    turns, cluster = Turns(), FakeWorkers(4)
-    short, long = Sketch(turns, cluster, 1), Sketch(turns, cluster, 100)
+    shares, cluster = FairShares(), FakeWorkers(4)
+    short, long = Sketch(shares, cluster, 1), Sketch(shares, cluster, 100)
     assert (short.look(), long.look()) == (1, 3)
     short.end()
     assert short.look() == 0
@@ -151,15 +151,15 @@ def test_a_coordinator_leaves_the_slots_that_its_last_trials_do_not_need(tmp_pat
         if job.trial == 0:
             may_end.wait(60)
 
-    turns, cluster = Turns(), FakeWorkers(4, train)
+    shares, cluster = FairShares(), FakeWorkers(4, train)
     tuned = make_study(tmp_path, small_spec(trials=4, hyperband=None))
-    turn = turns.join(cluster)
-    coordinator = Coordinator(tuned, turn, Notes())
-    turn.drives(coordinator)
+    share = shares.join(cluster)
+    coordinator = Coordinator(tuned, share, Notes())
+    share.used_by(coordinator)
     run = threading.Thread(target=coordinator.run)
     run.start()
     wait_until(lambda: len(tuned.trials(TrialState.COMPLETE)) == 3)
-    other = Sketch(turns, cluster, 100)
+    other = Sketch(shares, cluster, 100)
     wait_until(lambda: other.look() == 3)
     may_end.set()
     run.join(60)
@@ -168,8 +168,8 @@ def test_a_coordinator_leaves_the_slots_that_its_last_trials_do_not_need(tmp_pat
 
 def test_with_one_slot_studies_take_turns_trial_by_trial() -> None:
     clock = Clock()
-    turns, cluster = Turns(clock), FakeWorkers(1)
-    studies = [Sketch(turns, cluster, 3) for _ in range(3)]
+    shares, cluster = FairShares(clock), FakeWorkers(1)
+    studies = [Sketch(shares, cluster, 3) for _ in range(3)]
     order = []
     for _ in range(9):
         settle(*studies)
@@ -183,8 +183,8 @@ def test_with_one_slot_studies_take_turns_trial_by_trial() -> None:
 
 def test_on_one_slot_short_trials_get_as_much_time_as_long_ones() -> None:
     clock = Clock()
-    turns, cluster = Turns(clock), FakeWorkers(1)
-    long, short = Sketch(turns, cluster, 1000), Sketch(turns, cluster, 1000)
+    shares, cluster = FairShares(clock), FakeWorkers(1)
+    long, short = Sketch(shares, cluster, 1000), Sketch(shares, cluster, 1000)
     for _ in range(60):
         settle(long, short)
         clock.seconds += 50 if long.running else 10
@@ -195,14 +195,14 @@ def test_on_one_slot_short_trials_get_as_much_time_as_long_ones() -> None:
 
 def test_who_comes_later_does_not_catch_up() -> None:
     clock = Clock()
-    turns, cluster = Turns(clock), FakeWorkers(1)
-    first = Sketch(turns, cluster, 1000)
+    shares, cluster = FairShares(clock), FakeWorkers(1)
+    first = Sketch(shares, cluster, 1000)
     for _ in range(10):
         first.look()
         clock.seconds += 10
         first.end()
     first.look()
-    second = Sketch(turns, cluster, 1000)
+    second = Sketch(shares, cluster, 1000)
     for _ in range(10):
         clock.seconds += 10
         (first if first.running else second).end()
@@ -212,8 +212,8 @@ def test_who_comes_later_does_not_catch_up() -> None:
 
 def test_a_remainder_goes_round() -> None:
     clock = Clock()
-    turns, cluster = Turns(clock), FakeWorkers(3)
-    studies = [Sketch(turns, cluster, 1000) for _ in range(2)]
+    shares, cluster = FairShares(clock), FakeWorkers(3)
+    studies = [Sketch(shares, cluster, 1000) for _ in range(2)]
     had = [0, 0]
     for _ in range(60):
         settle(*studies)
@@ -227,19 +227,19 @@ def test_a_remainder_goes_round() -> None:
 
 
 def test_slots_of_a_paused_or_gone_study_are_free_at_once() -> None:
-    turns, cluster = Turns(), FakeWorkers(4)
-    first, second = (Sketch(turns, cluster, 100) for _ in range(2))
-    assert first.turn.slots() == 4  # the second has not asked yet
-    first.turn.pause()
+    shares, cluster = FairShares(), FakeWorkers(4)
+    first, second = (Sketch(shares, cluster, 100) for _ in range(2))
+    assert first.share.slots() == 4  # the second has not asked yet
+    first.share.pause()
     assert cluster.pausing.is_set()
     assert second.look() == 4
-    second.turn.leave()
-    assert second.turn not in turns._turns
+    second.share.leave()
+    assert second.share not in shares._shares
 
 
 def test_slots_that_left_are_given_to_nobody_twice() -> None:
-    turns, cluster = Turns(), FakeWorkers(4)
-    first, second = (Sketch(turns, cluster, 100) for _ in range(2))
+    shares, cluster = FairShares(), FakeWorkers(4)
+    first, second = (Sketch(shares, cluster, 100) for _ in range(2))
     assert first.look() == 4
     cluster._slots = 2  # two workers left; their trials wait for the other two
     first.end(2)
@@ -257,12 +257,12 @@ def test_no_slot_is_given_twice_and_none_lies_idle(
     slots: int, budgets: list[int], chance: random.Random
 ) -> None:
     clock = Clock()
-    turns, cluster = Turns(clock), FakeWorkers(slots)
+    shares, cluster = FairShares(clock), FakeWorkers(slots)
     studies: list[Sketch] = []
     waiting = list(budgets)
     while waiting or any(study.unfinished() for study in studies):
         if waiting and chance.random() < 0.3:
-            studies.append(Sketch(turns, cluster, waiting.pop()))
+            studies.append(Sketch(shares, cluster, waiting.pop()))
         if studies:
             chance.choice(studies).look()
             assert sum(study.running for study in studies) <= slots
@@ -414,8 +414,8 @@ def test_two_studies_share_the_slots_and_a_later_one_is_not_starved(shop: Shop) 
     assert shop.most_at_once == 2
     assert shop.finished("c") == 4
     begun = "".join(shop.order)
-    # Shares are of time (`Turns` is tested by itself), and on a busy machine trials take unequal
-    # times. But once both were there, each of the first two had its part, ...
+    # Shares are of time (`FairShares` is tested by itself), and on a busy machine trials take
+    # unequal times. But once both were there, each of the first two had its part, ...
     both = begun[begun.index("b") :][:24]
     assert min(both.count("a"), both.count("b")) >= 4
     # ... and the third had its turns from its first trial to its last: some 12 of 2,000.

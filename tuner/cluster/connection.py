@@ -386,7 +386,7 @@ def local_connection(workers: int, *, threads: int = 1, say: Say) -> Iterator[Co
         "distributed.worker.daemon": True,
         # Messages, checkpoints among them, that the scheduler remembers for each connection.
         "distributed.admin.low-level-log-length": 100,
-        # Dask takes a worker away for good that is not back so soon (15 s), as on a busy machine.
+        # Dask removes a worker permanently that is not back in 15 s, as on a busy machine.
         "distributed.deploy.lost-worker-timeout": "1 day",
     }
     with (
@@ -440,7 +440,7 @@ def _local_cluster(workers: int, *, folder: str, environment: Mapping[str, str])
 def remote_connection(
     cluster: str, *, tls: TlsFiles | None = None, say: Say
 ) -> Iterator[Connection]:
-    """Workers of a scheduler that runs already; it and they go on when the block ends.
+    """Workers of a scheduler that runs already; it and they stay when the block ends.
 
     Args:
         cluster: Its address (tcp://..., tls://...) or the scheduler file that it wrote.

@@ -34,7 +34,7 @@ IN_FLIGHT: dict[str, InFlight] = {}
 class GiveBack(WorkerPlugin):
     """Gives the trials of a worker back when it leaves; a signal makes it leave.
 
-    An epoch may take half a minute, and a batch queue kills sooner: so nobody waits for its end.
+    An epoch may take half a minute, and a batch queue kills sooner: so its end is not awaited.
     The checkpoint of the last completed epoch lies ready and is sent.
     """
 
@@ -62,7 +62,7 @@ class GiveBack(WorkerPlugin):
         asked_at = time.monotonic()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, GiveBack._leave_now, number, loop, asked_at)
-        # First of all, for nobody knows how long there is; and no other trial is to come here.
+        # First of all: how long there is is not known, and no other trial is to come here.
         worker.status = Status.closing_gracefully
         _give_back(worker)
         leaving = worker.close(nanny=False, executor_wait=False, reason="asked to leave")
@@ -107,7 +107,7 @@ def _is_too_large(worker: Worker) -> bool:
     return 0 < most_bytes < psutil.Process().memory_info().rss
 
 
-_LEAVING: set[Any] = set()  #: a loop forgets tasks that nobody holds
+_LEAVING: set[Any] = set()  #: a loop forgets tasks that nothing refers to
 
 
 def give_back_on_leaving(worker: Worker) -> None:

@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tuner.errors import (
-    EndReason,
-)
+from tuner.errors import EndReason
 from tuner.train import EpochResult, TrainingJob
 
 # --- the task ---
@@ -27,7 +25,7 @@ class TrainingTask:
     attempt: str  #: unique, and the key of the Dask task; no other attempt's messages are believed
     events: str  #: topic on which the worker speaks
     orders: str  #: topic on which it listens
-    job: TrainingJob
+    job: TrainingJob  #: what to train, and how
     threads: int  #: of the training, unless the worker has its own number
     development_file: str  #: where the coordinator has its rows; the worker may not see that
     development_sha256: str  #: of that file's bytes
@@ -90,7 +88,7 @@ class Opened(WorkerMessage):
 class EpochTrained(WorkerMessage):
     """An epoch is complete; also each one of the checkpoint, when it is opened."""
 
-    result: EpochResult
+    result: EpochResult  #: its losses and metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +102,7 @@ class CheckpointSaved(WorkerMessage):
 class Left(WorkerMessage):
     """Its worker leaves, and gives the trial back."""
 
-    reason: LeaveReason
+    reason: LeaveReason  #: see there
     detail: str = ""  #: of "unfit", for the user
     checkpoint: bytes | None = None  #: of the last completed epoch; None if it has trained none
 

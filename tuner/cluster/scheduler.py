@@ -25,9 +25,9 @@ DEFAULT_PORT = 8786  #: Dask's own
 class TlsFiles:
     """What both sides show each other: --tls-ca, --tls-cert, --tls-key."""
 
-    ca: Path
-    cert: Path
-    key: Path
+    ca: Path  #: certificates of the authorities that are trusted
+    cert: Path  #: of this program
+    key: Path  #: of that certificate, private
 
     def __post_init__(self) -> None:
         for option, path in (("ca", self.ca), ("cert", self.cert), ("key", self.key)):

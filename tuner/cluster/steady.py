@@ -2,7 +2,7 @@
 
 Dask's batched streams (which carry every order, epoch and checkpoint) wait until a time of day
 to send the next batch. Where the clock is set back by an hour just then, nothing is sent for
-an hour, while heartbeats go on and nobody notices. So in our processes they read a clock
+an hour, while heartbeats continue and nothing is noticed. So in our processes they read a clock
 that starts at the time of day and then only counts seconds.
 """
 

@@ -131,7 +131,7 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
 
 
 def open_from_checkpoint(task: TrainingTask, open_run: OpenRun) -> tuple[Run, str | None]:
-    """The task's training, begun anew where its checkpoint cannot be taken up.
+    """The task's training, from epoch 1 if its checkpoint cannot be used.
 
     Returns:
         The training, and what is wrong with the checkpoint; None where nothing is.
@@ -197,7 +197,7 @@ class _Permits:
     def wait(
         self, attempt: str, epoch: int, is_unwanted: Callable[[], bool]
     ) -> Literal["go", "stop", "pause"]:
-        """Waits at the end of an epoch until the attempt may go on, or may not."""
+        """Waits at the end of an epoch until the attempt may train on, or may not."""
         with self._changed:
             while True:
                 if self._until[attempt] == STOP or is_unwanted():

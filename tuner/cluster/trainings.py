@@ -113,7 +113,7 @@ class Cluster:
         ahead. Closing the generator stops it.
 
         Raises:
-            TrialEndedError: The trial cannot go on.
+            TrialEndedError: The trial cannot be trained any further.
             TrainingPausedError: `pause` was called; the checkpoint is written.
             WorkerLostError: The worker is gone; calling again resumes from the last checkpoint.
             WorkerLeftError: The same, but no fault of the trial's.
@@ -233,7 +233,7 @@ class Cluster:
                 raise TrainingPausedError
             raise WorkerLeftError("its worker heard nothing for a while")
         if outcome.ending == "stopped":
-            # A verdict closes the generator, and nobody would be here: its worker gave it up.
+            # A verdict closes the generator, so this is none: its worker gave it up.
             raise _dropped()
         if outcome.ending != "finished":
             raise TrialEndedError(outcome.ending, outcome.detail)

@@ -63,7 +63,7 @@ class TrialFiles:
             self.wait_for_the_system()
 
     def keep_checkpoint(self, trial: int, content: bytes) -> None:
-        """Writes a checkpoint; without room for it the trial goes on, with an older one."""
+        """Writes a checkpoint; without room for it the trial continues, with an older one."""
         try:
             self._write(self._study.artifacts.checkpoint(trial), content)
         except OSError as error:

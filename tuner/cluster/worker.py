@@ -80,7 +80,7 @@ class WorkerSettings:
     """What a worker machine gives to a cluster."""
 
     cluster: str  #: address or scheduler file
-    tls: TlsFiles | None = None
+    tls: TlsFiles | None = None  #: if the scheduler asks for certificates
     workers: int | Literal["auto"] = 1  #: processes; "auto": one for each GPU, else by the cores
     threads: int = 1  #: of each training
     memory_limit: str = "auto"  #: of each process, for instance "4GB"; "auto": its share
@@ -95,7 +95,7 @@ class WorkerSettings:
         """The limit of one process.
 
         Raises:
-            ClusterError: What was asked for is no size, or too small for any process.
+            ClusterError: What was asked for is not a size, or too small for any process.
         """
         if self.memory_limit == "auto":
             return int(MEMORY_LIMIT / workers)
@@ -114,7 +114,7 @@ class WorkerSettings:
         return min(limit, sys.maxsize)  # Dask lowers it to what there is, but sends 64 bits
 
     def listen_on(self, scheduler: str) -> dict[str, str]:
-        """Dask's name for `host`, or for what nobody beyond the scheduler's reach can reach.
+        """Dask's name for `host`, or for what cannot be reached from beyond the scheduler's reach.
 
         Args:
             scheduler: Its address.
@@ -302,7 +302,7 @@ class _Host:
                     alive_at = time.monotonic()
                 await asyncio.sleep(_LOOK_SECONDS)
             unfit = next((nanny.unfit for nanny in self._nannies if nanny.unfit), None)
-            # What they train now, nobody waits for.
+            # What they train now is not awaited.
             await self._dismiss()
             if unfit is not None:
                 raise ClusterError(unfit)

@@ -55,7 +55,7 @@ class Decisions:
         self._stop_rule: StopRule | None = None
 
     def begin(self) -> None:
-        """Takes up what earlier coordinators decided, once the lease is held."""
+        """Adopts what earlier coordinators decided, once the lease is held."""
         recorded = {
             (decision.trial, decision.epoch): decision.verdict == "prune"
             for decision in self._tuned.storage.decisions.of(self._tuned.id)
@@ -212,7 +212,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ended = 0  # so many trials from number 0 on have ended
+        self._ended = 0  # trials that have ended, all from number 0 on
         self._finished = 0  # of those, COMPLETE or PRUNED
 
     def look(self, trials: Sequence[FrozenTrial]) -> tuple[int, list[FrozenTrial]]:

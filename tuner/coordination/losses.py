@@ -64,7 +64,7 @@ class Losses:
 class Failures:
     """Failed trials in a row."""
 
-    in_a_row: int = 0
+    in_a_row: int = 0  #: since the last trial that ended in another way
 
     def after(self, state: TrialState) -> Failures:
         """With one more trial that ended."""

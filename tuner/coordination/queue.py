@@ -1,6 +1,6 @@
-"""Orders to the service: queue a study, stop it, and take a study file that somebody sends.
+"""Requests to the service: queue a study, stop it, and take a study file that somebody sends.
 
-`tuner launch --detach`, `tuner stop` and the pages of the dashboard give the same orders.
+`tuner launch --detach`, `tuner stop` and the pages of the dashboard make the same requests.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Outcome = Literal["queued", "queued already", "running", "finished"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Queued:
+class QueueResult:
     """What became of a study that was to be queued."""
 
-    study: str
-    outcome: Outcome
+    study: str  #: its name
+    outcome: Outcome  #: see there
     finished: int  #: trials
     budget: int  #: trials
     holder: LeaseHolder | None = None  #: who runs it, where it is running
@@ -73,12 +73,12 @@ class Queued:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stopped:
+class StopResult:
     """What became of a study that was to stop."""
 
-    study: str
+    study: str  #: its name
     asked: bool  #: a coordinator heard it
-    dequeued: bool
+    dequeued: bool  #: it was in the queue
 
     @property
     def in_words(self) -> str:
@@ -97,16 +97,16 @@ class Stopped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
+class PlaceResult:
     """A study file that became a queued study."""
 
-    queued: Queued
+    queued: QueueResult  #: what became of the study
     warnings: tuple[str, ...]  #: about its data
     shared: tuple[str, ...]  #: those of them about rows that other studies keep sealed
-    synthetic: bool
+    synthetic: bool  #: its rows are made up
 
 
-def queue(tuned: TunedStudy) -> Queued:
+def queue(tuned: TunedStudy) -> QueueResult:
     """Puts a study into the service's queue, where it is not at work already.
 
     Raises:
@@ -115,8 +115,8 @@ def queue(tuned: TunedStudy) -> Queued:
     storage = tuned.storage
     finished, lease = len(tuned.trials(*FINISHED)), storage.leases.of(tuned.id)
 
-    def found(outcome: Outcome, holder: LeaseHolder | None = None) -> Queued:
-        return Queued(
+    def found(outcome: Outcome, holder: LeaseHolder | None = None) -> QueueResult:
+        return QueueResult(
             study=tuned.name,
             outcome=outcome,
             finished=finished,
@@ -137,16 +137,16 @@ def queue(tuned: TunedStudy) -> Queued:
     return found("queued" if storage.queue.add(tuned.id) else "queued already")
 
 
-def stop(tuned: TunedStudy) -> Stopped:
+def stop(tuned: TunedStudy) -> StopResult:
     """Takes a study out of the queue and asks its coordinator to stop."""
     # In this order: a service that hears the second must not find it queued again.
     dequeued = tuned.storage.queue.remove(tuned.id)
     asked = tuned.storage.leases.request_stop(tuned.id)
-    return Stopped(study=tuned.name, asked=asked, dequeued=dequeued)
+    return StopResult(study=tuned.name, asked=asked, dequeued=dequeued)
 
 
-def place(storage: Storage, spec: StudySpec, *, artifacts_root: Path) -> Placed:
-    """Creates the study of a study file, or takes it up, and queues it.
+def place(storage: Storage, spec: StudySpec, *, artifacts_root: Path) -> PlaceResult:
+    """Creates the study of a study file, or resumes it, and queues it.
 
     Raises:
         DataError: Its data cannot be used.
@@ -161,7 +161,7 @@ def place(storage: Storage, spec: StudySpec, *, artifacts_root: Path) -> Placed:
         artifacts_root=artifacts_root,
     )
     shared = enter(storage, spec, prepared)
-    return Placed(
+    return PlaceResult(
         queued=queue(tuned),
         warnings=(*prepared.all_warnings, *shared),
         shared=shared,
@@ -220,7 +220,7 @@ def overrides_for(name: str | None, trials: int | None) -> list[str]:
 
 
 def study_files(folder: Path) -> tuple[str, ...]:
-    """The study files of a folder, by name; none where there is no such folder."""
+    """The study files of a folder, by name; none if the folder does not exist."""
     return tuple(sorted(path.name for path in folder.glob("*.toml") if path.is_file()))
 
 
@@ -234,7 +234,7 @@ def spec_of_a_file(folder: Path, name: str, overrides: Sequence[str] = ()) -> St
     found = find_name(name, known)
     if found is None:
         listed = ", ".join(known) or "none"
-        raise _refused(name, "", name, f"is no study file of this server; it has: {listed}")
+        raise _refused(name, "", name, f"is not a study file of this server; it has: {listed}")
     try:
         return load_spec(folder / found, overrides)
     except SpecError as error:

@@ -1,7 +1,7 @@
-"""The service: drives every queued study over one cluster, several at once by turns.
+"""The service: drives every queued study over one cluster, several at once with fair shares.
 
 The queue is a table of the storage, so it outlives the service: what a service that died was
-driving, the next one takes up. Leases decide who drives a study, so a second service on the
+driving, the next one resumes. Leases decide who drives a study, so a second service on the
 same storage does no harm.
 """
 
@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.coordination.coordinator import Coordinator, Ending
 from tuner.coordination.roles import Workers
-from tuner.coordination.shares import Turns
+from tuner.coordination.shares import FairShares
 from tuner.coordination.words import describe_end, duration
 from tuner.errors import (
     ClusterError,
@@ -50,12 +50,6 @@ OpenWorkers = Callable[[TunedStudy, Path], AbstractContextManager[Workers]]
 Say = Callable[[str], None]
 
 
-# --- turns ---
-
-
-# --- the service ---
-
-
 class LogWatcher:
     """Says what an engineer looks for in a log: no epochs, no ordinary trials."""
 
@@ -83,11 +77,11 @@ class LogWatcher:
 class _Drive:
     """One study that this service drives, or tries to."""
 
-    study_id: int
-    name: str
-    thread: threading.Thread | None = None
-    storage: Storage | None = None  #: that may wait for the database for ever
-    coordinator: Coordinator | None = None
+    study_id: int  #: Optuna's
+    name: str  #: the study's, once the database has told it
+    thread: threading.Thread | None = None  #: that drives it, once it is started
+    storage: Storage | None = None  #: the thread's own, which may wait without end
+    coordinator: Coordinator | None = None  #: once the workers are open
     stopping: Ending | None = None  #: what the coordinator was told, or is to be told at once
 
 
@@ -126,7 +120,7 @@ class Service:
         self._slots = slots
         self._artifacts_root = artifacts_root
         self._say = say
-        self._turns = Turns()
+        self._shares = FairShares()
         self._stopping = False
         self._lock = threading.Lock()  # of the drives' coordinators and stops
         self._drives: dict[int, _Drive] = {}
@@ -278,9 +272,9 @@ class Service:
         tuned = load(storage, drive.name, artifacts_root=self._artifacts_root)
         began = time.monotonic()
         with self._open_workers(tuned, study_development(tuned)) as workers:
-            turn = self._turns.join(workers)
-            coordinator = Coordinator(tuned, turn, LogWatcher(drive.name, self._say))
-            turn.drives(coordinator)
+            share = self._shares.join(workers)
+            coordinator = Coordinator(tuned, share, LogWatcher(drive.name, self._say))
+            share.used_by(coordinator)
             try:
                 with self._lock:
                     drive.coordinator = coordinator
@@ -295,7 +289,7 @@ class Service:
                 ending = coordinator.run()
             finally:
                 _wait_for_trainings(coordinator)
-                turn.leave()
+                share.leave()
                 if not coordinator.running:
                     storage.lease.release()  # where it failed and still holds it
         self._said.pop(drive.study_id, None)
@@ -345,7 +339,7 @@ def _waiting_for(storage: Storage, study_id: int, lease: Lease) -> str:
     name = storage.optuna.get_study_name_from_id(study_id)
     return (
         f"Study {name}: is driven by process {lease.holder.pid} on {lease.holder.host}; "
-        "this service takes it up should that one die."
+        "this service resumes it if that one dies."
     )
 
 

@@ -1,8 +1,7 @@
-"""Turns of studies at the slots: max-min fair shares."""
+"""Max-min fair shares of a cluster's slots, one for each study."""
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from tuner.train import Train
 
 
 def max_min_shares(slots: int, wishes: Sequence[int]) -> list[int]:
-    """Shares out slots so that nobody can have more without taking from one who has less.
+    """Shares out slots so that no share can be larger without making a smaller one smaller.
 
     Args:
         slots: How many there are.
@@ -38,8 +37,8 @@ def max_min_shares(slots: int, wishes: Sequence[int]) -> list[int]:
     return shares
 
 
-class Driven(Protocol):
-    """What a turn must know of its study: `Coordinator`."""
+class SlotUser(Protocol):
+    """What a share must know of the study that uses it: `Coordinator`."""
 
     @property
     def running(self) -> int: ...
@@ -49,7 +48,7 @@ class Driven(Protocol):
     def wake(self) -> None: ...
 
 
-class Turns:
+class FairShares:
     """The slots of one cluster, shared by the studies that are driven over it.
 
     Each gets its max-min share; a remainder goes to whoever has had the least time on the
@@ -61,86 +60,86 @@ class Turns:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
-        self._turns: list[Turn] = []
-        self._starts = itertools.count(1)
+        self._shares: list[Share] = []
         self._clock = clock
-        self._counted_at = clock()
+        self._counted_at = clock()  # until then the slot seconds of all are counted
 
-    def join(self, workers: Workers) -> Turn:
-        """A study's place among the others, from its first `slots()` to `leave()`."""
-        turn = Turn(self, workers)
+    def join(self, workers: Workers) -> Share:
+        """A study's share, from its first `slots()` to `leave()`."""
+        share = Share(self, workers)
         with self._lock:
             self._count_time()
             # Who comes later has no claim on the time before.
-            turn.had = min((one.had for one in self._turns), default=0.0)
-            self._turns.append(turn)
-        return turn
+            share.slot_seconds = min((one.slot_seconds for one in self._shares), default=0.0)
+            self._shares.append(share)
+        return share
 
-    def leave(self, turn: Turn) -> None:
+    def leave(self, share: Share) -> None:
         with self._lock:
             self._count_time()
-            self._turns.remove(turn)
-        self._wake_others(turn)
+            self._shares.remove(share)
+        self._wake_others(share)
 
-    def _grant(self, turn: Turn, study: Driven, total: int, wish: int) -> int:
+    def grant(self, share: Share, slots: int, wish: int) -> int:
+        """How many of the cluster's slots a study may use now.
+
+        Args:
+            share: The study's.
+            slots: How many the cluster has.
+            wish: How many trials the study could run.
+        """
         with self._lock:
             self._count_time()
-            turn.study, turn.wish = study, wish
-            queue = sorted(self._turns, key=lambda one: (one.had, one.last_start))
-            shares = max_min_shares(total, [one.wish for one in queue])
-            share = shares[queue.index(turn)]
-            taken = sum(one.held() for one in self._turns if one is not turn)
-            running = study.running
-            turn.granted = max(0, min(share, total - taken))
-            if turn.granted > running:
-                turn.last_start = next(self._starts)
-            before, turn.last_held = turn.last_held, turn.held()
-            granted = turn.granted
-        if turn.last_held < before:
-            self._wake_others(turn)
+            share.wish = wish
+            queue = sorted(self._shares, key=lambda one: one.slot_seconds)
+            shares = max_min_shares(slots, [one.wish for one in queue])
+            taken = sum(one.held() for one in self._shares if one is not share)
+            share.granted = max(0, min(shares[queue.index(share)], slots - taken))
+            before, share.last_held = share.last_held, share.held()
+            granted = share.granted
+        if share.last_held < before:
+            self._wake_others(share)
         return granted
+
+    def give_back(self, share: Share) -> None:
+        """A study starts no more trials."""
+        with self._lock:
+            share.wish = share.granted = 0
+        self._wake_others(share)
 
     def _count_time(self) -> None:
         now = self._clock()
-        for turn in self._turns:
-            turn.had += turn.last_held * (now - self._counted_at)
+        for share in self._shares:
+            share.slot_seconds += share.last_held * (now - self._counted_at)
         self._counted_at = now
 
-    def _give_back(self, turn: Turn) -> None:
+    def _wake_others(self, share: Share) -> None:
         with self._lock:
-            turn.wish = turn.granted = 0
-        self._wake_others(turn)
-
-    def _wake_others(self, turn: Turn) -> None:
-        with self._lock:
-            others = [one.study for one in self._turns if one is not turn]
-        for study in others:
-            if study is not None:
-                study.wake()
+            others = [one.user for one in self._shares if one is not share]
+        for user in others:
+            if user is not None:
+                user.wake()
 
 
-class Turn:
-    """One study's workers: the cluster's, as far as it is this study's turn."""
+class Share:
+    """One study's workers: the cluster's, as far as its share of the slots goes."""
 
-    def __init__(self, turns: Turns, workers: Workers) -> None:
-        self._turns = turns
+    def __init__(self, shares: FairShares, workers: Workers) -> None:
+        self._shares = shares
         self._workers = workers
-        self._drives: Driven | None = None
-        self.study: Driven | None = None  # once it has asked for slots
+        self.user: SlotUser | None = None  # once it is known
         self.wish = 0  # trials that it could run
-        self.granted = 0  # as last answered
-        self.last_start = 0  # its place in the order of starts; 0 for none yet
+        self.granted = 0  # slots, as last answered
         self.last_held = 0  # slots, when last looked at
-        self.had = 0.0  # slots times seconds
+        self.slot_seconds = 0.0  # slots held, times seconds
 
-    def drives(self, study: Driven) -> None:
-        """Says which study's turn this is."""
-        self._drives = study
+    def used_by(self, study: SlotUser) -> None:
+        """Says whose share this is."""
+        self.user = study
 
     def held(self) -> int:
-        """Slots that nobody else may use."""
-        running = 0 if self.study is None else self.study.running
-        return max(self.granted, running)
+        """Slots that no other study may use."""
+        return max(self.granted, 0 if self.user is None else self.user.running)
 
     @property
     def train(self) -> Train:
@@ -148,18 +147,17 @@ class Turn:
 
     def slots(self) -> int:
         """The study's share, as far as it is free by now."""
-        study = self._drives
-        if study is None:
+        if self.user is None:
             return 0
-        wish = study.unfinished()  # may wait for the database: not under the lock of all
-        return self._turns._grant(self, study, self._workers.slots(), wish)  # noqa: SLF001
+        wish = self.user.unfinished()  # may wait for the database: not under the lock of all
+        return self._shares.grant(self, self._workers.slots(), wish)
 
     def has_fast_bfloat16(self) -> bool:
         return self._workers.has_fast_bfloat16()
 
     def pause(self) -> None:
-        self._turns._give_back(self)  # noqa: SLF001
+        self._shares.give_back(self)
         self._workers.pause()
 
     def leave(self) -> None:
-        self._turns.leave(self)
+        self._shares.leave(self)

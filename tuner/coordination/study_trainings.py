@@ -13,7 +13,7 @@ from tuner.search.tuned_study import TunedStudy
 class StudyTrainings:
     """The study's name and files; and who trains which trial is noted with it."""
 
-    tuned: TunedStudy
+    tuned: TunedStudy  #: the study
 
     @property
     def name(self) -> str:

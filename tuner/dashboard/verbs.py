@@ -43,7 +43,7 @@ def check(request: Request, spec: StudySpec) -> dict[str, Any]:
     return check_document(spec, prepared, overlap.warnings(storage, spec, prepared))
 
 
-def launch(request: Request, spec: StudySpec) -> queue.Placed:
+def launch(request: Request, spec: StudySpec) -> queue.PlaceResult:
     """Creates or resumes the study of a study file, and queues it.
 
     Raises:
@@ -56,14 +56,14 @@ def launch(request: Request, spec: StudySpec) -> queue.Placed:
     return placed
 
 
-def stop(request: Request, name: str) -> queue.Stopped:
+def stop(request: Request, name: str) -> queue.StopResult:
     """Takes a study out of the queue and asks its coordinator to stop."""
     stopped = queue.stop(load_study(request, name))
     request.describe(stopped.in_words)
     return stopped
 
 
-def resume(request: Request, name: str) -> queue.Queued:
+def resume(request: Request, name: str) -> queue.QueueResult:
     """Queues a study that was stopped.
 
     Raises:
