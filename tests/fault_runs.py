@@ -23,7 +23,7 @@ from folders import TESTS
 from optuna.trial import FrozenTrial, TrialState
 from waiting import wait_until
 
-from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, artifact_store
+from tuner.artifacts import ARTIFACT_PREFIX, CURVES_FILE, NETWORK_FILE, artifact_store
 from tuner.search.attributes import NOTE_KEY, RESUMED_FROM_KEY, RESUMED_KEY, curve_of
 from tuner.search.study import load
 from tuner.search.tuned_study import FINISHED, TunedStudy
@@ -250,7 +250,7 @@ def assert_whole(plan: Plan) -> list[FrozenTrial]:
 
 
 def assert_page_is_whole(tuned: TunedStudy, trial: FrozenTrial) -> None:
-    """What hangs on a trial tells of all its epochs, those before a crash included."""
+    """What is attached to a trial tells of all its epochs, those before a crash included."""
     epochs = trial.last_step or 0
     note = trial.user_attrs[NOTE_KEY]
     assert trial.user_attrs[EPOCHS_KEY] == epochs
@@ -259,8 +259,8 @@ def assert_page_is_whole(tuned: TunedStudy, trial: FrozenTrial) -> None:
         assert "Resumed" in note
         if after := trial.user_attrs.get(RESUMED_FROM_KEY):
             assert note.endswith(f"from its checkpoint after epoch {after}.")
-    assert drawn_epochs(hung(tuned, trial, CURVES_FILE)) == epochs
-    assert hung(tuned, trial, NETWORK_FILE).startswith("layer,output shape,parameters\n")
+    assert drawn_epochs(attached(tuned, trial, CURVES_FILE)) == epochs
+    assert attached(tuned, trial, NETWORK_FILE).startswith("layer,output shape,parameters\n")
 
 
 def drawn_epochs(drawing: str) -> int:
@@ -271,12 +271,12 @@ def drawn_epochs(drawing: str) -> int:
     return points
 
 
-def hung(tuned: TunedStudy, trial: FrozenTrial, name: str) -> str:
-    """The file of this name that hangs on a trial, found as the dashboard finds it."""
+def attached(tuned: TunedStudy, trial: FrozenTrial, name: str) -> str:
+    """The file of this name that is attached to a trial, found as the dashboard finds it."""
     described = [
         json.loads(value)
         for key, value in trial.system_attrs.items()
-        if key.startswith(HUNG_PREFIX)
+        if key.startswith(ARTIFACT_PREFIX)
     ]
     (identity,) = [one["artifact_id"] for one in described if one["filename"] == name]
     with artifact_store(tuned.artifacts.folder.parent).open_reader(identity) as file:

@@ -28,15 +28,15 @@ DEFAULT_USERS_FILE = Path("runs/users.json")
 DEFAULT_STUDIES_FOLDER = Path("studies")
 _UNFINISHED = ".new"  #: ends the name of a file that is being written
 
-#: What hangs on each trial.
+#: What is attached to each trial.
 CURVES_FILE = "curves.svg"
 NETWORK_FILE = "network.csv"
 
-#: Begins the system attribute by which Optuna hangs a file on a study or a trial.
-HUNG_PREFIX = "artifacts:"
+#: Begins the system attribute by which Optuna attaches a file to a study or a trial.
+ARTIFACT_PREFIX = "artifacts:"
 #: The same, and the one of files that older dashboards took.
-HUNG_PREFIXES = (HUNG_PREFIX, f"dashboard:{HUNG_PREFIX}")
-_HUNG = uuid.UUID("6b1f1c5e-5d0e-4c57-9a35-0f8f0f4c1e02")  #: names the ids that are ours
+ARTIFACT_PREFIXES = (ARTIFACT_PREFIX, f"dashboard:{ARTIFACT_PREFIX}")
+_ATTACHED = uuid.UUID("6b1f1c5e-5d0e-4c57-9a35-0f8f0f4c1e02")  #: names the ids that are ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class StudyArtifacts:
     def report_folder(self) -> Path:
         return self.folder / "report"
 
-    def hang(
+    def attach(
         self,
         name: str,
         content: bytes,
@@ -76,7 +76,7 @@ class StudyArtifacts:
         study, the trial and the name. `only_if` is as `publish` has it.
 
         Returns:
-            The system attribute of the study or the trial that hangs it there: key and value.
+            The system attribute of the study or the trial that attaches it: key and value.
 
         Raises:
             OSError: It cannot be written.
@@ -92,21 +92,21 @@ class StudyArtifacts:
             "mimetype": mimetype or "application/octet-stream",
             "encoding": encoding,
         }
-        return f"{HUNG_PREFIX}{identity}", json.dumps(described)
+        return f"{ARTIFACT_PREFIX}{identity}", json.dumps(described)
 
     def identity(self, name: str, trial: int | None) -> str:
-        """The id under which `hang` hangs a file; those of other people's are random."""
+        """The id that `attach` gives a file; those of other people's are random."""
         place = f"{self.folder.name}/{'study' if trial is None else trial}/{name}"
-        return str(uuid.uuid5(_HUNG, place))
+        return str(uuid.uuid5(_ATTACHED, place))
 
-    def take_down_pages(self, trials: Iterable[int]) -> None:
-        """Removes what `hang` wrote for these trials, also where a crash left no attribute."""
+    def remove_pages(self, trials: Iterable[int]) -> None:
+        """Removes what `attach` wrote for these trials, also where a crash left no attribute."""
         for trial in trials:
             for name in (CURVES_FILE, NETWORK_FILE):
-                self.take_down(self.identity(name, trial))
+                self.remove(self.identity(name, trial))
 
-    def take_down(self, identity: str) -> None:
-        """Removes a file that `hang`, or a user of the dashboard, put there."""
+    def remove(self, identity: str) -> None:
+        """Removes a file that `attach` wrote, or a user of the dashboard."""
         # What another program wrote into the database must not name a file elsewhere.
         if identity == Path(identity).name:
             (dashboard_folder(self.folder.parent) / identity).unlink(missing_ok=True)
@@ -129,14 +129,14 @@ class StudyArtifacts:
             if path.stem.isdigit() and int(path.stem) not in open_trials:
                 _remove(path)
 
-    def bytes_on_disk(self, hanging: Iterable[str] = ()) -> int:
-        """What its own files take, and those with these ids that hang in the dashboard.
+    def bytes_on_disk(self, attached: Iterable[str] = ()) -> int:
+        """What its own files take, and those with these ids that the dashboard shows.
 
         The latter are looked at once: there are thousands, and each is a few kilobytes.
         """
         folder = dashboard_folder(self.folder.parent)
         total = sum(map(_size, self.folder.rglob("*")))
-        for identity in hanging:
+        for identity in attached:
             if identity not in self._sizes:
                 self._sizes[identity] = _size(folder / identity)
             total += self._sizes[identity]
@@ -147,12 +147,12 @@ class StudyArtifacts:
 
 
 def dashboard_folder(root: Path) -> Path:
-    """The files that hang on studies and trials in the dashboard, named by their ids."""
+    """The files attached to studies and trials, named by their ids."""
     return root / "dashboard"
 
 
 def artifact_store(root: Path) -> FileSystemArtifactStore:
-    """Where Optuna's dashboard keeps what hangs on trials and studies.
+    """Where Optuna's dashboard keeps what is attached to trials and studies.
 
     Raises:
         TunerError: The folder cannot be made.

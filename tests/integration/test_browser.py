@@ -24,7 +24,7 @@ from waiting import wait_until
 
 from tuner.artifacts import artifact_store
 from tuner.coordination.curve_drawing import draw_curves
-from tuner.coordination.study_note import hang_page
+from tuner.coordination.study_note import attach_page
 from tuner.dashboard.server import DashboardServer, make_server
 from tuner.dashboard.settings import Folders, Settings
 from tuner.results.report import write_report
@@ -246,7 +246,7 @@ def test_the_overview_of_a_study_fits_optuna_s_page(
         tuned.study.add_trial(
             optuna.create_trial(value=0.1, user_attrs={AGAIN_KEY: again, CURVE_KEY: []})
         )
-        hang_page(tuned, "page.html", b"")
+        attach_page(tuned, "page.html", b"")
     chrome.get(f"{server.url}tuner")
     log_in(chrome, "vic", PASSWORDS["vic"])
     wait(chrome, shows("vic ("))

@@ -68,13 +68,13 @@ class StudyNote:
         self._written = self._tuned.storage.begin_note(self._tuned.id, markdown)
 
 
-def hang_page(tuned: TunedStudy, name: str, content: bytes) -> None:
-    """Hangs a page, such as the report, on a study; the overview then tells of it.
+def attach_page(tuned: TunedStudy, name: str, content: bytes) -> None:
+    """Attaches a page, such as the report, to a study; the overview then tells of it.
 
     Raises:
         OSError: The file cannot be written.
     """
-    key, value = tuned.artifacts.hang(name, content)
+    key, value = tuned.artifacts.attach(name, content)
     tuned.storage.optuna.set_study_system_attr(tuned.id, key, value)
     now = status(tuned)
     tuned.storage.begin_note(tuned.id, overview(tuned, now, now.state)).result()
@@ -217,8 +217,8 @@ def _next(tuned: TunedStudy, now: StudyStatus, state: State) -> str:
     if not lines:
         return "### Next\n\nNo trial was trained to its end: launch it with a larger budget."
     opened = (
-        "The test split was opened: the report hangs on this study (Artifacts), and it takes no "
-        "more trials. Its best configurations:"
+        "The test split was opened: the report is attached to this study (Artifacts), and the "
+        "study takes no more trials. Its best configurations:"
         if state == "reported"
         else "Write the best configurations; then open the test split, once, for the report:"
     )

@@ -1,4 +1,4 @@
-"""What hangs on a trial in the dashboard: its curves, its network, and a note in plain words.
+"""What is attached to a trial in the dashboard: its curves, its network, and a note in plain words.
 
 The words and figures are user attributes, and the curves and the network files that Optuna's
 dashboard shows with the trial. They are no Markdown notes, as Optuna knows them: those stand with
@@ -45,7 +45,7 @@ class TrialPage:
         self._pause = Every(_DRAW_SECONDS, at_once=False)
 
     def begin(self) -> None:
-        """Hangs up what is known before the first epoch."""
+        """Writes what is known before the first epoch."""
         record, number = self._tuned.record, self._trial.number
         max_length = record.data.max_length
         known = {
@@ -61,7 +61,7 @@ class TrialPage:
         for key, value in known.items():
             if attributes.get(key) != value:
                 self._trial.set_user_attr(key, value)
-        self._hang(NETWORK_FILE, network_table(self._config, max_length))
+        self._attach(NETWORK_FILE, network_table(self._config, max_length))
 
     def epoch(self, result: EpochResult, *, may_draw: Callable[[], bool]) -> None:
         """Takes in an epoch; one that was told before, by a lost worker, is replaced.
@@ -98,13 +98,13 @@ class TrialPage:
             max_epochs=spec.training.max_epochs,
             rungs=() if bracket is None else spec.brackets[bracket],
         )
-        self._hang(CURVES_FILE, drawing, may_draw)
+        self._attach(CURVES_FILE, drawing, may_draw)
         self._pause.begin_pause()
 
-    def _hang(self, name: str, text: str, only_if: Callable[[], bool] | None = None) -> None:
+    def _attach(self, name: str, text: str, only_if: Callable[[], bool] | None = None) -> None:
         number = self._trial.number
         try:
-            key, value = self._tuned.artifacts.hang(
+            key, value = self._tuned.artifacts.attach(
                 name, text.encode(), trial=number, only_if=only_if
             )
         except OSError:  # a full disk must not cost the trial, and it is told of elsewhere

@@ -29,7 +29,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from tuner.artifacts import HUNG_PREFIX, HUNG_PREFIXES, StudyArtifacts, dashboard_folder
+from tuner.artifacts import ARTIFACT_PREFIX, ARTIFACT_PREFIXES, StudyArtifacts, dashboard_folder
 from tuner.dashboard.http import RequestError
 from tuner.errors import counted
 from tuner.search.attributes import RECORD_KEY
@@ -262,17 +262,17 @@ class Checks:
             raise RequestError("404 Not Found", "A Pareto front needs two or three objectives.")
 
     def _is_ours(self, study: int, trial: FrozenTrial | None, artifact: str) -> bool:
-        """Whether the tuner itself hung a file there; refuses one that does not hang there."""
+        """Whether the tuner itself attached a file; refuses one that is not attached there."""
         attributes = self._storage.get_study_system_attrs(study)
-        keys = [f"{HUNG_PREFIX}{artifact}"]
+        keys = [f"{ARTIFACT_PREFIX}{artifact}"]
         found = attributes.get(keys[0]) if trial is None else None
         if trial is not None:
-            found = attributes.get(f"{HUNG_PREFIXES[1]}{trial._trial_id}:{artifact}")
+            found = attributes.get(f"{ARTIFACT_PREFIXES[1]}{trial._trial_id}:{artifact}")
             found = found or trial.system_attrs.get(keys[0])
         described = _described(found)
         file = dashboard_folder(self._artifacts) / artifact
         if described is None or not _ARTIFACT.fullmatch(artifact) or not file.is_file():
-            raise RequestError("404 Not Found", "No such file hangs there (any more).")
+            raise RequestError("404 Not Found", "No such file is attached there (any more).")
         record = self._storage.get_study_user_attrs(study).get(RECORD_KEY)
         if not isinstance(record, dict):
             return False
@@ -288,7 +288,7 @@ class Checks:
             if route.max_bytes and length > route.max_bytes:
                 raise RequestError(
                     "413 Content Too Large",
-                    f"A note has at most {route.max_bytes // 1024} KB; hang a file on the study "
+                    f"A note has at most {route.max_bytes // 1024} KB; attach a file to the study "
                     "instead (Artifacts).",
                 )
             kind = str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip().lower()
@@ -309,7 +309,7 @@ class Checks:
         if len(files) >= MAX_UPLOADS or taken + length * 3 // 4 > MAX_UPLOAD_BYTES:
             raise RequestError(
                 "413 Content Too Large",
-                f"People may hang {counted(MAX_UPLOADS, 'file')} on a study and its trials, of "
+                f"People may attach {counted(MAX_UPLOADS, 'file')} to a study and its trials, of "
                 f"{MAX_UPLOAD_BYTES // 2**20} MB together. Remove one first.",
             )
 
@@ -326,7 +326,7 @@ class Checks:
             *((trial.number, trial.system_attrs) for trial in trials),
         ):
             for key, value in attributes.items():
-                if key.startswith(HUNG_PREFIXES) and (described := _described(value)):
+                if key.startswith(ARTIFACT_PREFIXES) and (described := _described(value)):
                     identity = key.rpartition(":")[2]
                     if identity != ours.identity(str(described.get("filename")), number):
                         found.append(dashboard_folder(self._artifacts) / Path(identity).name)
@@ -339,7 +339,7 @@ def _number(text: str) -> int | None:
 
 
 def _described(attribute: object) -> dict[str, Any] | None:
-    """What is known of a file, from the attribute that hangs it; None where it was taken down."""
+    """What is known of a file, from the attribute that attaches it; None if it was removed."""
     try:
         found = json.loads(attribute) if isinstance(attribute, str) else None
     except ValueError:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import publish, require_writable
-from tuner.coordination.study_note import hang_page
+from tuner.coordination.study_note import attach_page
 from tuner.data.development import DevelopmentData, load_development
 from tuner.errors import LeaseLostError, StudyError, TunerError, counted, is_outage, reason_of
 from tuner.metrics import Metrics, measure, roc_curve
@@ -141,7 +141,7 @@ def write_report(
     try:
         publish(written.json_file, f"{text}\n".encode())
         publish(written.html_file, page.encode())
-        hang_page(tuned, "report.html", page.encode())
+        attach_page(tuned, "report.html", page.encode())
     except OSError as error:
         raise TunerError(
             f"{folder}: the report cannot be written ({error.strerror or error}). It is recorded "

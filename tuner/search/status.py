@@ -14,7 +14,7 @@ from tuner.search.attributes import (
     RESUMED_KEY,
     WORKERS_KEY,
 )
-from tuner.search.study import hanging
+from tuner.search.study import attached_files
 from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.train import ACCURACY_KEY, PARAMETERS_KEY, ROC_AUC_KEY
 
@@ -87,7 +87,7 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
     Args:
         tuned: The study.
         driven: This process drives it: everything is in memory, and no database is asked; the
-            thousands of small files that hang in the dashboard are not counted.
+            thousands of small files that are attached to trials are not counted.
     """
     trials = tuned.trials()
     counts = {state.name: 0 for state in TrialState}
@@ -124,7 +124,9 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
         resumed_trials=sum(1 for trial in trials if trial.user_attrs.get(RESUMED_KEY)),
         brackets=tuned.record.spec.trials_of_brackets(len(trials)),
         synthetic=tuned.record.data.synthetic,
-        bytes_on_disk=tuned.artifacts.bytes_on_disk(() if driven else hanging(tuned, trials)),
+        bytes_on_disk=tuned.artifacts.bytes_on_disk(
+            () if driven else attached_files(tuned, trials)
+        ),
         error=attributes.get(ERROR_KEY),
         ended_early=attributes.get(ENDED_EARLY_KEY),
     )

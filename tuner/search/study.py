@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from tuner.artifacts import HUNG_PREFIXES, StudyArtifacts, study_folder_name
+from tuner.artifacts import ARTIFACT_PREFIXES, StudyArtifacts, study_folder_name
 from tuner.commands import command
 from tuner.data.identity import DataIdentity
 from tuner.errors import StudyError, StudyInUseError, counted
@@ -268,27 +268,27 @@ def delete(tuned: TunedStudy) -> None:
             f"Study {tuned.name!r} is being run by process {lease.holder.pid} on "
             f"{lease.holder.host}; `{tuned.command('stop', tuned.name)}` first."
         )
-    _take_down_what_hangs(tuned)
+    _remove_what_is_attached(tuned)
     tuned.artifacts.delete()
     tuned.storage.forget(tuned.id)
     optuna.delete_study(study_name=tuned.name, storage=tuned.storage.optuna)
     tuned.storage.development.remove_unused(RECORD_KEY, "development_sha256")
 
 
-def _take_down_what_hangs(tuned: TunedStudy) -> None:
+def _remove_what_is_attached(tuned: TunedStudy) -> None:
     """Removes the files that the dashboard shows with a study and its trials."""
     trials = tuned.trials()
-    tuned.artifacts.take_down_pages(trial.number for trial in trials)
-    for identity in hanging(tuned, trials):
-        tuned.artifacts.take_down(identity)
+    tuned.artifacts.remove_pages(trial.number for trial in trials)
+    for identity in attached_files(tuned, trials):
+        tuned.artifacts.remove(identity)
 
 
-def hanging(tuned: TunedStudy, trials: Iterable[FrozenTrial]) -> Iterator[str]:
+def attached_files(tuned: TunedStudy, trials: Iterable[FrozenTrial]) -> Iterator[str]:
     """The ids of the files that the dashboard shows with a study and its trials."""
     on_study = tuned.storage.optuna.get_study_system_attrs(tuned.id)
     for attributes in (on_study, *(trial.system_attrs for trial in trials)):
         for key, value in attributes.items():
-            if key.startswith(HUNG_PREFIXES) and value != "null":  # what was taken down
+            if key.startswith(ARTIFACT_PREFIXES) and value != "null":  # what was removed
                 yield key.rpartition(":")[2]
 
 

@@ -1,4 +1,4 @@
-"""What hangs on a trial: curves, network, a note in plain words, the line that trains it."""
+"""What is attached to a trial: curves, network, a note in plain words, the line that trains it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from xml.etree import ElementTree as ET
 import optuna
 import pytest
 from fakes import FakeWorkers, Notes, epoch_result, fake_train, make_study, small_spec
-from fault_runs import assert_page_is_whole, drawn_epochs, hung
+from fault_runs import assert_page_is_whole, attached, drawn_epochs
 from optuna.trial import TrialState
 
-from tuner.artifacts import CURVES_FILE, HUNG_PREFIX, NETWORK_FILE, dashboard_folder
+from tuner.artifacts import ARTIFACT_PREFIX, CURVES_FILE, NETWORK_FILE, dashboard_folder
 from tuner.coordination import trial_page
 from tuner.coordination.coordinator import Coordinator
 from tuner.coordination.curve_drawing import draw_curves
@@ -78,7 +78,7 @@ def test_every_trial_has_its_page(study: Make) -> None:
         assert trial.user_attrs["parameters"] == parameter_count(config, 200)
         assert (trial.user_attrs["seed"], trial.user_attrs["as_trial"]) == (0, trial.number)
         assert trial.user_attrs["precision"] == "float32"
-        *layers, all_of_them = csv.DictReader(hung(tuned, trial, NETWORK_FILE).splitlines())
+        *layers, all_of_them = csv.DictReader(attached(tuned, trial, NETWORK_FILE).splitlines())
         assert int(all_of_them["parameters"]) == parameter_count(config, 200)
         assert layers[0]["output shape"] == "200 x 16"
         assert sum(layer["layer"].endswith("_conv") for layer in layers) == len(config.blocks)
@@ -208,12 +208,12 @@ def test_a_running_trial_is_drawn_now_and_then(
 
     def look(trial: int, result: EpochResult) -> None:
         if result.epoch > 1:
-            seen.append(hung(tuned, tuned.trials()[trial], CURVES_FILE))
+            seen.append(attached(tuned, tuned.trials()[trial], CURVES_FILE))
 
     Coordinator(tuned, FakeWorkers(1), Notes(look)).run()
     assert [drawn_epochs(drawing) for drawing in seen] == list(range(1, 9))
     assert "in training" in seen[-1]
-    assert "fully trained" in hung(tuned, tuned.trials()[0], CURVES_FILE)
+    assert "fully trained" in attached(tuned, tuned.trials()[0], CURVES_FILE)
 
 
 def test_a_coordinator_that_was_frozen_while_it_draws_replaces_no_drawing(
@@ -226,7 +226,7 @@ def test_a_coordinator_that_was_frozen_while_it_draws_replaces_no_drawing(
 
     def look(trial: int, result: EpochResult) -> None:
         if result.epoch > 1:
-            seen.append(drawn_epochs(hung(tuned, tuned.trials()[trial], CURVES_FILE)))
+            seen.append(drawn_epochs(attached(tuned, tuned.trials()[trial], CURVES_FILE)))
 
     def draw(shown: list[EpochResult], *arguments: object, **names: object) -> str:
         if len(shown) >= 4:  # an hour passes while the process is frozen
@@ -238,7 +238,7 @@ def test_a_coordinator_that_was_frozen_while_it_draws_replaces_no_drawing(
     assert coordinator.run() == "finished"
     assert seen[:4] == [1, 2, 3, 3]
     # The last drawing waits until the lease is surely held.
-    assert drawn_epochs(hung(tuned, tuned.trials()[0], CURVES_FILE)) == 9
+    assert drawn_epochs(attached(tuned, tuned.trials()[0], CURVES_FILE)) == 9
 
 
 def test_a_disk_without_room_for_a_page_costs_no_trial(
@@ -251,7 +251,7 @@ def test_a_disk_without_room_for_a_page_costs_no_trial(
     monkeypatch.setattr("tuner.artifacts.publish", full)
     assert Coordinator(tuned, FakeWorkers(1), Notes()).run() == "finished"
     for trial in tuned.trials():
-        assert not [key for key in trial.system_attrs if key.startswith(HUNG_PREFIX)]
+        assert not [key for key in trial.system_attrs if key.startswith(ARTIFACT_PREFIX)]
         assert trial.user_attrs[NOTE_KEY]
 
 
@@ -359,10 +359,10 @@ def test_delete_takes_down_what_hangs_on_trials_of_this_study_alone(
     Coordinator(tuned, FakeWorkers(1), Notes()).run()
     # Written before a crash that left no attribute of it; and what is not of the dashboard.
     tuned.study.enqueue_trial({})
-    tuned.artifacts.hang(CURVES_FILE, b"", trial=3)
+    tuned.artifacts.attach(CURVES_FILE, b"", trial=3)
     beside = tmp_path / "artifacts" / "development"
     beside.write_text("not the dashboard's")
-    tuned.artifacts.take_down("../development")
+    tuned.artifacts.remove("../development")
     assert beside.exists()
     assert len(list(dashboard_folder(tmp_path / "artifacts").iterdir())) == len(kept) + 2 * 3 + 1
     delete(tuned)
@@ -375,7 +375,7 @@ def test_what_hangs_on_a_study_and_its_trials_counts_as_its_disk(
     tuned = study(trials=3)
     assert status(tuned).bytes_on_disk == 0
     Coordinator(tuned, FakeWorkers(1), Notes()).run()
-    key, value = tuned.artifacts.hang("report.html", b"x" * 1000)
+    key, value = tuned.artifacts.attach("report.html", b"x" * 1000)
     tuned.storage.optuna.set_study_system_attr(tuned.id, key, value)
     files = list(dashboard_folder(tmp_path / "artifacts").iterdir())
     assert len(files) == 3 * 2 + 1
@@ -383,7 +383,7 @@ def test_what_hangs_on_a_study_and_its_trials_counts_as_its_disk(
     expected = weights + sum(path.stat().st_size for path in files)
     assert status(tuned).bytes_on_disk == expected
     # A user takes the file down in the dashboard; the attribute stays behind, empty.
-    tuned.artifacts.take_down(key.partition(":")[2])
+    tuned.artifacts.remove(key.partition(":")[2])
     tuned.storage.optuna.set_study_system_attr(tuned.id, key, "null")
     assert status(tuned).bytes_on_disk == expected - 1000
 

@@ -403,7 +403,7 @@ def test_an_editor_deletes_a_study_as_the_command_does(lab: Lab, tuned: TunedStu
         config_hash="c", spec_hash="s", split_id="i",
     )  # fmt: skip
     file = lab.folder / "note.txt"
-    file.write_text("hangs on the study")
+    file.write_text("attached to the study")
     store = artifact_store(lab.folders.artifacts)
     for place in (tuned.study, tuned.study.ask()):
         upload_artifact(

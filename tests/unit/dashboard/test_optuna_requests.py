@@ -1,4 +1,4 @@
-"""What requests carry: declared types, what hangs on a study, and requests made up at random."""
+"""What requests carry: declared types, what is attached, and requests made up at random."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 
 from tuner.artifacts import dashboard_folder
 from tuner.coordination import queue as orders
-from tuner.coordination.study_note import hang_page
+from tuner.coordination.study_note import attach_page
 from tuner.dashboard import guard as dashboard
 from tuner.dashboard import optuna_app, optuna_requests, pages
 from tuner.dashboard.optuna_requests import ROUTES, find_route, with_readable_notes
@@ -59,7 +59,7 @@ def ada(lab: Lab) -> Browser:
 
 
 def running_trial(tuned: TunedStudy) -> int:
-    """The id of a trial on which files may be hung."""
+    """The id of a trial on which files may be attached."""
     return tuned.study.ask()._trial_id
 
 
@@ -69,7 +69,7 @@ def shows(browser: Browser) -> None:
         assert browser.get(path).status_code == 200, path
 
 
-def hanging(lab: Lab) -> list[Path]:
+def attached(lab: Lab) -> list[Path]:
     return sorted(dashboard_folder(lab.folders.artifacts).iterdir())
 
 
@@ -168,7 +168,7 @@ def test_an_upload_is_a_file_with_a_name(ada: Browser, lab: Lab, tuned: TunedStu
             answer = ada.post(path, json=document)
             assert answer.status_code == 400, document
             assert re.match("file|filename|Invalid JSON", answer.json["reason"])
-        assert hanging(lab) == []
+        assert attached(lab) == []
         shows(ada)
 
 
@@ -215,7 +215,7 @@ def test_only_a_study_and_a_trial_that_there_are_have_routes(ada: Browser, lab: 
                         ada.post(f"/api/artifacts/1/{number}", json=file)]  # fmt: skip
         assert {answer.status_code for answer in answers} <= {403, 404}
         assert lab.storage.optuna.get_study_system_attrs(1) == before
-        assert hanging(lab) == []
+        assert attached(lab) == []
 
 
 def test_a_trial_of_another_study_is_none_of_this_one(ada: Browser, lab: Lab) -> None:
@@ -225,7 +225,7 @@ def test_a_trial_of_another_study_is_none_of_this_one(ada: Browser, lab: Lab) ->
     assert ada.put(f"/api/studies/1/{trial}/note", json=note).status_code == 404
     assert ada.post(f"/api/artifacts/1/{trial}", json={"file": FILE}).status_code == 404
     assert ada.put(f"/api/studies/{other._study_id}/{trial}/note", json=note).status_code == 204
-    assert hanging(lab) == []
+    assert attached(lab) == []
 
 
 NO_COUNTS = [
@@ -340,7 +340,7 @@ def test_attributes_that_are_no_notes_stay_as_they_are() -> None:
     assert with_readable_notes(others) == others
 
 
-# --- what hangs on a study ---
+# --- what is attached to a study ---
 
 
 def test_an_upload_to_nothing_leaves_nothing(ada: Browser, lab: Lab, tuned: TunedStudy) -> None:
@@ -348,9 +348,9 @@ def test_an_upload_to_nothing_leaves_nothing(ada: Browser, lab: Lab, tuned: Tune
     for path in ("/api/artifacts/7", "/api/artifacts/1/77", "/api/artifacts/7/1"):
         assert ada.post(path, json=upload).status_code == 404
     assert ada.post("/api/artifacts/1/1", json=upload).status_code == 400  # it is finished
-    assert hanging(lab) == []
+    assert attached(lab) == []
     assert ada.post(f"/api/artifacts/1/{running_trial(tuned)}", json=upload).status_code == 201
-    assert len(hanging(lab)) == 1
+    assert len(attached(lab)) == 1
 
 
 def test_an_upload_that_fails_on_the_way_leaves_nothing(
@@ -364,7 +364,7 @@ def test_an_upload_that_fails_on_the_way_leaves_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(lab.storage.optuna, "set_study_system_attr", broken)
         assert ada.post("/api/artifacts/1", json=upload).status_code >= 400
-    assert hanging(lab) == []
+    assert attached(lab) == []
 
     def full(*_: object) -> None:
         dashboard_folder(lab.folders.artifacts).joinpath("half").write_bytes(b"1")
@@ -375,7 +375,7 @@ def test_an_upload_that_fails_on_the_way_leaves_nothing(
         answer = ada.post("/api/artifacts/1", json=upload)
     assert answer.status_code == 503
     assert "No space left on device" in answer.json["reason"]
-    assert [one.name for one in hanging(lab)] == ["half"]  # this test's own
+    assert [one.name for one in attached(lab)] == ["half"]  # this test's own
     assert ada.post("/api/artifacts/1", json=upload).status_code == 201
 
 
@@ -386,7 +386,7 @@ def test_what_people_hang_on_a_study_and_its_trials_has_a_limit(
     bytes_ = len(json.dumps({"file": FILE, "filename": "a.txt"})) * 3 // 4
     monkeypatch.setattr(optuna_requests, limit, 2 if limit == "MAX_UPLOADS" else 10 + bytes_)
     trial = running_trial(tuned)
-    hang_page(tuned, "report.html", b"of the tuner's own, which counts for nobody" * 10)
+    attach_page(tuned, "report.html", b"of the tuner's own, which counts for nobody" * 10)
     upload = {"file": FILE, "filename": "a.txt"}
     first = ada.post("/api/artifacts/1", json=upload).json["artifact_id"]
     second = ada.post(f"/api/artifacts/1/{trial}", json=upload)
@@ -426,7 +426,7 @@ def test_of_two_uploads_at_once_one_takes_the_last_place(
     for thread in threads:
         thread.join()
     assert sorted(codes) == [201, 413]
-    assert len(hanging(lab)) == 1
+    assert len(attached(lab)) == 1
 
 
 def test_a_file_is_removed_only_where_it_hangs(ada: Browser, lab: Lab, tuned: TunedStudy) -> None:
@@ -439,17 +439,17 @@ def test_a_file_is_removed_only_where_it_hangs(ada: Browser, lab: Lab, tuned: Tu
                  f"1/{on_trial}", f"1/1/{on_trial}", f"{other}/{trial}/{on_trial}"):  # fmt: skip
         assert ada.delete(f"/api/artifacts/{path}").status_code == 404, path
         assert ada.get(f"/artifacts/{path}").status_code == 404, path
-    assert len(hanging(lab)) == 2
+    assert len(attached(lab)) == 2
     assert ada.delete(f"/api/artifacts/1/{on_study}").status_code == 204
     assert ada.delete(f"/api/artifacts/1/{trial}/{on_trial}").status_code == 204
     assert ada.delete(f"/api/artifacts/1/{on_study}").status_code == 404
-    assert hanging(lab) == []
+    assert attached(lab) == []
 
 
 def test_a_file_that_is_gone_is_not_found(ada: Browser, lab: Lab) -> None:
     upload = {"file": FILE, "filename": "a.txt"}
     identity = ada.post("/api/artifacts/1", json=upload).json["artifact_id"]
-    hanging(lab)[0].unlink()
+    attached(lab)[0].unlink()
     assert ada.get(f"/artifacts/1/{identity}").status_code == 404
     shows(ada)
 
@@ -470,7 +470,7 @@ def test_what_people_upload_is_an_attachment_that_runs_nothing(ada: Browser) -> 
 def test_the_tuner_s_own_page_runs_its_scripts_in_an_origin_of_its_own(
     ada: Browser, tuned: TunedStudy
 ) -> None:
-    hang_page(tuned, "report.html", b"<script>1</script>")
+    attach_page(tuned, "report.html", b"<script>1</script>")
     identity = tuned.artifacts.identity("report.html", None)
     headers = ada.get(f"/artifacts/1/{identity}").headers
     assert "Content-Disposition" not in headers

@@ -23,7 +23,7 @@ import pytest
 from finished_study import WINNER, finished_study, predict, storage_in, tell, write_rows
 from optuna.trial import TrialState
 
-from tuner.artifacts import HUNG_PREFIX, artifact_store, dashboard_folder
+from tuner.artifacts import ARTIFACT_PREFIX, artifact_store, dashboard_folder
 from tuner.data import prepare as data
 from tuner.data.development import load_development
 from tuner.errors import StudyError, TunerError
@@ -67,10 +67,10 @@ def expected_metrics(tuned: TunedStudy) -> Metrics:
 
 def test_the_report_hangs_on_the_study_and_its_overview_tells(tuned: TunedStudy) -> None:
     written = reported(tuned)
-    reported(tuned)  # shown again: it hangs there once
+    reported(tuned)  # shown again: it is attached once
     attributes = tuned.storage.optuna.get_study_system_attrs(tuned.id)
     (described,) = [
-        json.loads(value) for key, value in attributes.items() if key.startswith(HUNG_PREFIX)
+        json.loads(value) for key, value in attributes.items() if key.startswith(ARTIFACT_PREFIX)
     ]
     assert (described["filename"], described["mimetype"]) == ("report.html", "text/html")
     root = tuned.artifacts.folder.parent
