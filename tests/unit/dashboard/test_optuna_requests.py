@@ -23,12 +23,12 @@ from lab import HOST, Browser, Lab, write_study_file
 from optuna.trial import TrialState
 
 from tuner.artifacts import dashboard_folder
-from tuner.coordination import queue as orders
+from tuner.coordination import queue
 from tuner.coordination.study_note import attach_page
-from tuner.dashboard import guard as dashboard
-from tuner.dashboard import optuna_app, optuna_requests, pages
+from tuner.dashboard import optuna_app, optuna_requests
 from tuner.dashboard.optuna_requests import ROUTES, find_route, with_readable_notes
 from tuner.errors import TunerError
+from tuner.search import study
 from tuner.search.tuned_study import TunedStudy
 from tuner.storage.storage import Storage
 
@@ -620,10 +620,9 @@ def test_no_request_breaks_anything(
     def keep(*_: object, **__: object) -> None:
         raise TunerError("not in this test")
 
-    monkeypatch.setattr(dashboard, "delete_study", keep)  # it is looked at afterwards
-    monkeypatch.setattr(pages, "delete", keep)
-    monkeypatch.setattr(orders, "place", keep)
-    monkeypatch.setattr(orders, "prepare_here", keep)
+    monkeypatch.setattr(study, "delete", keep)  # it is looked at afterwards
+    monkeypatch.setattr(queue, "place", keep)
+    monkeypatch.setattr(queue, "prepare_here", keep)
     known = routes(storage, lab)
     running_trial(tuned)
     watcher = lab.browser("ada")
