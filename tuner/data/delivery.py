@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock
 
 from tuner.artifacts import development_path, make_folder, new_file_mode, publish
 
@@ -77,15 +77,6 @@ def cache_folder() -> Path:
     return Path(given) if given else platformdirs.user_cache_path("tuner")
 
 
-@contextlib.contextmanager
-def one_process_at_a_time(lock: Path) -> Iterator[None]:
-    """Holds a lock that ends with its process, whatever becomes of that."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: several processes may do the same work, each of them whole
-        yield
-        return
-    lock.touch(new_file_mode(lock.parent, private=True) or 0o600)
-    with lock.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def one_process_at_a_time(lock: Path) -> FileLock:
+    """A lock that ends with its process, whatever becomes of that."""
+    return FileLock(lock, mode=new_file_mode(lock.parent, private=True) or 0o600)
