@@ -24,16 +24,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from tuner.network.keras_setup import layers, ops, tf  # first of all who import TensorFlow
+from tuner.network.keras_setup import layers, ops, tf
+from tuner.network.private_tensorflow import HAS_ONEDNN, with_gradient
 from tuner.spec.architecture import TOKENS
 
-from tensorflow.python.eager import record  # isort: skip
-from tensorflow.python.util import _pywrap_util_port  # isort: skip
-
 Tensor: TypeAlias = Any
-
-#: TensorFlow computes by oneDNN here: on processors with AVX-512, unless TF_ENABLE_ONEDNN_OPTS=0.
-HAS_ONEDNN: bool = _pywrap_util_port.IsMklEnabled()
 
 
 class Convolution(layers.Conv1D):
@@ -81,7 +76,7 @@ class MaximumPooling(layers.MaxPooling1D):
         if HAS_ONEDNN:
             return super().call(inputs)
         (size,) = self.pool_size
-        (pooled,) = _with_gradient(functools.partial(_pooled, size=size), inputs)
+        (pooled,) = with_gradient(functools.partial(_pooled, size=size), inputs)
         return pooled
 
 
@@ -134,7 +129,7 @@ class SmoothActivation(layers.Layer):
         self._recipe = {"gelu": _gelu, "swish": _swish}[activation]
 
     def call(self, inputs: Tensor) -> Tensor:
-        (outputs,) = _with_gradient(self._recipe, inputs)
+        (outputs,) = with_gradient(self._recipe, inputs)
         return outputs
 
 
@@ -154,7 +149,7 @@ def _convolution(inputs: Tensor, kernel: Tensor, padding: str) -> Tensor:
 
         return [y], gradient
 
-    (outputs,) = _with_gradient(convolved, inputs, tf.convert_to_tensor(kernel))
+    (outputs,) = with_gradient(convolved, inputs, tf.convert_to_tensor(kernel))
     return outputs
 
 
@@ -255,21 +250,9 @@ def _normalized(
         return [y, mean[0], variance[0]], gradient
 
     scale, shift = tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta)
-    outputs, mean, variance = _with_gradient(normalized, values, scale, shift)
+    outputs, mean, variance = with_gradient(normalized, values, scale, shift)
     return outputs, mean, variance
 
 
 #: Outputs, and from the gradients towards them those towards the inputs.
 _Recipe: TypeAlias = tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]
-
-
-def _with_gradient(recipe: Callable[..., _Recipe], *inputs: Tensor) -> list[Tensor]:
-    """The outputs of `recipe(*inputs)`, with its gradient for the tape.
-
-    `tf.custom_gradient` also registers the gradient with TensorFlow for good, and with it keeps
-    the graph of every trial in memory.
-    """
-    with record.stop_recording():
-        outputs, gradient = recipe(*inputs)
-    record.record_operation("tuner", outputs, list(inputs), gradient)
-    return outputs
