@@ -31,15 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 200  # residues
 
 
-def convolution(channels: int, filters: int, width: int, batch: int, length: int) -> Any:
-    sides = {}
-    for name, kind in (("keras", keras.layers.Conv1D), ("fast", fast_layers.Convolution)):
-        layer = kind(filters, width, padding="same")
-        layer.build((None, length, channels))
-        sides[name] = (layer, random_values(batch, length, channels), layer)
-    return sides
-
-
 def token_convolution(channels: int, filters: int, width: int, batch: int, length: int) -> Any:
     tokens = tf.constant(np.random.default_rng(0).integers(0, 21, (batch, length)), tf.uint8)
     embedding = keras.layers.Embedding(21, channels)
@@ -62,14 +53,6 @@ def token_convolution(channels: int, filters: int, width: int, batch: int, lengt
     }
 
 
-def pooling(channels: int, size: int, batch: int, length: int) -> Any:
-    x = random_values(batch, length, channels)
-    return {
-        "keras": (keras.layers.MaxPooling1D(size), x, []),
-        "fast": (fast_layers.MaximumPooling(size), x, []),
-    }
-
-
 def normalization(channels: int, batch: int, length: int) -> Any:
     x = random_values(batch, length, channels)
     lengths = np.random.default_rng(0).integers(19, length, (batch, 1))
@@ -87,10 +70,6 @@ def normalization(channels: int, batch: int, length: int) -> Any:
 
 
 CASES: dict[str, Callable[[], Any]] = {
-    "convolution 64 -> 64, width 7, 50 positions, batch 64": lambda: convolution(64, 64, 7, 64, 50),
-    "convolution 128 -> 128, width 9, 50 positions, batch 128": lambda: convolution(
-        128, 128, 9, 128, 50
-    ),
     "tokens, embedding 8 -> 64, width 7, batch 64": lambda: token_convolution(8, 64, 7, 64, LENGTH),
     "tokens, embedding 16 -> 64, width 7, batch 64": lambda: token_convolution(
         16, 64, 7, 64, LENGTH
@@ -98,8 +77,6 @@ CASES: dict[str, Callable[[], Any]] = {
     "tokens, embedding 32 -> 64, width 7, batch 64": lambda: token_convolution(
         32, 64, 7, 64, LENGTH
     ),
-    "max pooling 4, 64 channels, batch 64": lambda: pooling(64, 4, 64, LENGTH),
-    "max pooling 2, 128 channels, batch 128": lambda: pooling(128, 2, 128, LENGTH),
     "masked batch normalisation, 64 channels, batch 64": lambda: normalization(64, 64, LENGTH),
 }
 

@@ -1,14 +1,12 @@
 """Keras' layers with the same weights and results, computed faster while a network is trained.
 
-What takes the time of a training step on a CPU is moving memory and a few slow kernels, so:
+TensorFlow's convolutions and pooling are as fast as they can be where it computes by oneDNN
+(`tuner.network.keras_setup`). What else takes the time of a training step on a CPU is moving memory
+and a few slow kernels, so:
 
 - the convolution over the embedding is computed from the tokens: looking a token up and
   convolving is linear, so one small product makes a kernel over the 20 residues, and no gradient
   is needed at every position for the embedding;
-- a convolution's gradient towards its input is a convolution again, and TensorFlow's forward
-  kernel computes it in half the time of its backward one;
-- the maximum over a window is one of its strided slices, and its gradient goes the way back (where
-  TensorFlow computes by oneDNN its own kernel is faster, and taken);
 - batch normalisation under a mask has a gradient of three sums, written out here;
 - dropout needs no 32 random bits an element, and no more than a product either way;
 - gelu and swish pass over the values as seldom as they can, and in float32: TensorFlow computes in
@@ -19,30 +17,19 @@ What takes the time of a training step on a CPU is moving memory and a few slow 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from tuner.network.keras_setup import layers, ops, tf
-from tuner.network.private_tensorflow import HAS_ONEDNN, with_gradient
+from tuner.network.private_tensorflow import with_gradient
 from tuner.spec.architecture import TOKENS
 
 Tensor: TypeAlias = Any
 
 
-class Convolution(layers.Conv1D):
-    """Keras' `Conv1D` with stride 1, bias and no activation."""
-
-    def call(self, inputs: Tensor) -> Tensor:
-        return tf.nn.bias_add(self._convolved(inputs, self.kernel), self.bias)
-
-    def _convolved(self, inputs: Tensor, kernel: Tensor) -> Tensor:
-        return _convolution(inputs, kernel, self.padding)
-
-
-class TokenConvolution(Convolution):
-    """A `Conv1D` over an embedding, computed from the tokens [n, length].
+class TokenConvolution(layers.Conv1D):
+    """A `Conv1D` with stride 1 over an embedding, computed from the tokens [n, length].
 
     Token 0 counts as a vector of zeros if `masking`, else as its row of the embedding.
     """
@@ -60,24 +47,15 @@ class TokenConvolution(Convolution):
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> Any:
         return super().compute_output_shape((*input_shape[:2], self._embedding.output_dim))
 
-    def _convolved(self, inputs: Tensor, kernel: Tensor) -> Tensor:
-        first = self._first_token
+    def call(self, inputs: Tensor) -> Tensor:
+        kernel, first = ops.cast(self.kernel, self.compute_dtype), self._first_token
         # A token below the first has no one in it: zeros.
         one_hot = tf.one_hot(tf.cast(inputs, tf.int32) - first, TOKENS - first, dtype=kernel.dtype)
         rows = ops.cast(self._embedding.embeddings, kernel.dtype)[first:]
         # [width, tokens, filters]: what each token adds at each place of the window.
-        return _convolution(one_hot, tf.einsum("te,kef->ktf", rows, kernel), self.padding)
-
-
-class MaximumPooling(layers.MaxPooling1D):
-    """Keras' `MaxPooling1D` whose windows stand side by side."""
-
-    def call(self, inputs: Tensor) -> Tensor:
-        if HAS_ONEDNN:
-            return super().call(inputs)
-        (size,) = self.pool_size
-        (pooled,) = with_gradient(functools.partial(_pooled, size=size), inputs)
-        return pooled
+        of_tokens = tf.einsum("te,kef->ktf", rows, kernel)
+        y = ops.conv(one_hot, of_tokens, padding=self.padding, dilation_rate=self.dilation_rate)
+        return tf.nn.bias_add(y, ops.cast(self.bias, self.compute_dtype))
 
 
 class Dropout(layers.Dropout):
@@ -131,68 +109,6 @@ class SmoothActivation(layers.Layer):
     def call(self, inputs: Tensor) -> Tensor:
         (outputs,) = with_gradient(self._recipe, inputs)
         return outputs
-
-
-def _convolution(inputs: Tensor, kernel: Tensor, padding: str) -> Tensor:
-    """Positions [n, length, channels] * [width, channels, filters] -> [n, length, filters]."""
-    width = kernel.shape[0]
-    left = (width - 1) // 2 if padding == "same" else 0
-    right = width - 1 - left if padding == "same" else 0
-
-    def convolved(x: Tensor, w: Tensor) -> _Recipe:
-        y = _correlated(x, w, left, right)
-
-        def gradient(dy: Tensor) -> tuple[Tensor, Tensor]:
-            turned = tf.transpose(tf.reverse(w, [0]), [0, 2, 1])
-            dx = _correlated(dy, turned, width - 1 - left, width - 1 - right)
-            return dx, _kernel_gradient(x, dy, w, padding)
-
-        return [y], gradient
-
-    (outputs,) = with_gradient(convolved, inputs, tf.convert_to_tensor(kernel))
-    return outputs
-
-
-def _correlated(x: Tensor, w: Tensor, left: int, right: int) -> Tensor:
-    """A convolution with so many zeros on either side, in TensorFlow's two dimensions."""
-    padding = [[0, 0], [0, 0], [left, right], [0, 0]]
-    y = tf.nn.conv2d(tf.expand_dims(x, 1), tf.expand_dims(w, 0), 1, padding)
-    return tf.squeeze(y, 1)
-
-
-def _kernel_gradient(x: Tensor, dy: Tensor, w: Tensor, padding: str) -> Tensor:
-    # oneDNN runs named paddings alone; an explicit one takes twice as long, in bfloat16 50 times.
-    dw = tf.raw_ops.Conv2DBackpropFilter(
-        input=tf.expand_dims(x, 1),
-        filter_sizes=[1, *w.shape],
-        out_backprop=tf.expand_dims(dy, 1),
-        strides=[1, 1, 1, 1],
-        padding=padding.upper(),
-    )
-    return tf.squeeze(dw, 0)
-
-
-def _pooled(x: Tensor, size: int) -> _Recipe:
-    """Positions [n, length, channels] -> their maxima [n, length // size, channels]."""
-    windows, rest = divmod(x.shape[1], size)
-    channels = x.shape[2]
-    within = tf.reshape(x[:, : windows * size] if rest else x, [-1, windows, size, channels])
-    best, *others = tf.unstack(within, axis=2)
-    leads = []  # of each position over the best before it; equal ones do not lead, as in Keras
-    for other in others:
-        leads.append(other - best)
-        best = tf.maximum(best, other)
-
-    def gradient(dy: Tensor) -> tuple[Tensor]:
-        shares: list[Tensor] = []
-        for lead in reversed(leads):
-            share = tf.raw_ops.ReluGrad(gradients=dy, features=lead)  # dy where it leads, else 0
-            shares.insert(0, share)
-            dy = dy - share
-        dx = tf.reshape(tf.stack([dy, *shares], axis=2), [-1, windows * size, channels])
-        return (tf.pad(dx, [[0, 0], [0, rest], [0, 0]]) if rest else dx,)
-
-    return [best], gradient
 
 
 def _gelu(x: Tensor) -> _Recipe:

@@ -122,7 +122,6 @@ class _KerasLayers:
 
     batch_normalization: Any = layers.BatchNormalization
     dropout: Any = layers.Dropout
-    maximum_pooling: Any = layers.MaxPooling1D
     pools_first = False  #: maximum pooling goes before an activation that never falls
 
     def convolved(
@@ -146,17 +145,13 @@ class _FastLayers(_KerasLayers):
 
     batch_normalization = fast_layers.BatchNormalization
     dropout = fast_layers.Dropout
-    maximum_pooling = fast_layers.MaximumPooling
     pools_first = True
 
     def convolved(
         self, positions: _Positions, embedding: layers.Embedding, settings: dict[str, Any]
     ) -> Tensor:
-        # Ours have no dilation, and Keras' own is as fast with it (`docs/experiments.md`).
-        if settings["dilation_rate"] > 1:
-            return super().convolved(positions, embedding, settings)
         if positions.tokens is None or embedding.output_dim < LEAST_TOKEN_CONVOLUTION:
-            return fast_layers.Convolution(**settings)(positions.values)
+            return super().convolved(positions, embedding, settings)
         masking = positions.real is not None
         convolution = fast_layers.TokenConvolution(embedding, masking=masking, **settings)
         return convolution(positions.tokens)
@@ -286,7 +281,7 @@ class _Builder:
         if size == 1:
             return positions
         maximum = block.pooling == "max"
-        pooling = self._kit.maximum_pooling if maximum else layers.AveragePooling1D
+        pooling = layers.MaxPooling1D if maximum else layers.AveragePooling1D
         pool = pooling(size, dtype=values.dtype, name=f"{name}_pool")
         if real is None:
             return _Positions(pool(values), None)

@@ -1,6 +1,6 @@
-"""Names of TensorFlow that it does not promise to keep: here alone, with what each is used for.
+"""What of TensorFlow is used that it does not promise to keep: here alone.
 
-`tests/unit/network/test_private_tensorflow.py` says what to do where one has moved.
+`tests/unit/network/test_private_tensorflow.py` says what to do where it has moved.
 """
 
 from __future__ import annotations
@@ -11,10 +11,6 @@ from typing import Any
 import tuner.network.keras_setup  # noqa: F401 - first of all who import TensorFlow
 
 from tensorflow.python.eager import record  # isort: skip
-from tensorflow.python.util import _pywrap_util_port  # isort: skip
-
-#: TensorFlow computes by oneDNN here: on processors with AVX-512, unless TF_ENABLE_ONEDNN_OPTS=0.
-HAS_ONEDNN: bool = _pywrap_util_port.IsMklEnabled()
 
 
 def with_gradient(

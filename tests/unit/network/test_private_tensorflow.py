@@ -1,12 +1,8 @@
 """What `tuner.network.private_tensorflow` takes of TensorFlow is there, and nothing else is taken.
 
-Where a test fails after an upgrade of TensorFlow:
-
-- `IsMklEnabled` has moved: search TensorFlow's `test_util.py` for `IsMklEnabled`, which asks the
-  same. If it is gone, `HAS_ONEDNN = False` is right and costs 3-12 % of the time
-  (`docs/experiments.md`).
-- `record` has moved: search TensorFlow's `custom_gradient.py` for what records an operation. If it
-  is gone, `tf.custom_gradient` computes the same, and a worker grows by the graphs of every trial.
+Where a test fails after an upgrade of TensorFlow, `record` has moved: search TensorFlow's
+`custom_gradient.py` for what records an operation. If it is gone, `tf.custom_gradient` computes the
+same, and a worker grows by the graphs of every trial.
 """
 
 from __future__ import annotations
@@ -17,11 +13,7 @@ from typing import Any
 from folders import ROOT
 
 from tuner.network.keras_setup import tf
-from tuner.network.private_tensorflow import HAS_ONEDNN, with_gradient
-
-
-def test_onednn_is_known() -> None:
-    assert isinstance(HAS_ONEDNN, bool)
+from tuner.network.private_tensorflow import with_gradient
 
 
 def test_a_recorded_gradient_is_the_one_that_the_tape_takes() -> None:
