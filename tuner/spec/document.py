@@ -19,13 +19,13 @@ from tuner.spec.limits import (
     TOO_LONG,
     excess,
 )
-from tuner.spec.mistakes import Places, did_you_mean, shown
+from tuner.spec.mistakes import KeyLocations, did_you_mean, shown
 from tuner.spec.toml_lines import KeyPath, key_lines
 
 
 def read_file(
     path: Path, overrides: Sequence[str] = ()
-) -> tuple[dict[str, Any], Places, list[Problem]]:
+) -> tuple[dict[str, Any], KeyLocations, list[Problem]]:
     """The file's document with `overrides` written into it, and what is wrong with those.
 
     Raises:
@@ -41,7 +41,7 @@ def read_file(
             overridden.append(_override(document, override))
         except _BadOverrideError as error:
             problems.append(error.problem)
-    return document, Places(str(path), lines, overridden), problems
+    return document, KeyLocations(str(path), lines, overridden), problems
 
 
 def _read_text(path: Path) -> str:

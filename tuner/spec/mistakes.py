@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import yaml
+
 from tuner.errors import Problem
-from tuner.spec import yaml_file
 from tuner.spec.toml_lines import KeyPath
 
 
@@ -71,8 +72,9 @@ def without_the_quotes(value: object) -> str:
     except ValueError:
         return ""
     # What PyYAML dumps is what every reader of YAML takes for a number.
-    if math.isfinite(number) and yaml_file.reads_as_text(str(value)):
-        in_yaml = yaml_file.written(int(number) if number.is_integer() else number)
+    text = str(value).strip()
+    if math.isfinite(number) and text.isascii() and isinstance(yaml.safe_load(text), str):
+        in_yaml = yaml.safe_dump(int(number) if number.is_integer() else number).partition("\n")[0]
         return f" (write it without the quotes; in YAML as {in_yaml})"
     return " (write it without the quotes)"
 
@@ -84,8 +86,8 @@ def one_of(values: Sequence[str], value: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Says where a mistake stands."""
+class KeyLocations:
+    """Where the keys of a document are, for messages."""
 
     file: str
     lines: Mapping[KeyPath, int]  #: by path; none for what is no file

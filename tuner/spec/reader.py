@@ -16,7 +16,14 @@ from tuner.errors import SpecError
 from tuner.spec.architecture import KEYS
 from tuner.spec.document import read_file
 from tuner.spec.limits import excess, odd_text
-from tuner.spec.mistakes import Mistake, Places, did_you_mean, one_of, shown, without_the_quotes
+from tuner.spec.mistakes import (
+    KeyLocations,
+    Mistake,
+    did_you_mean,
+    one_of,
+    shown,
+    without_the_quotes,
+)
 from tuner.spec.spec import (
     DataSettings,
     FastaPair,
@@ -45,9 +52,9 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
     Raises:
         SpecError: With all mistakes of the file and the overrides.
     """
-    document, places, problems = read_file(path, overrides)
+    document, locations, problems = read_file(path, overrides)
     spec, mistakes = _check(document, path.parent.absolute())
-    found = map(places.problem, mistakes)
+    found = map(locations.problem, mistakes)
     problems += sorted(found, key=lambda problem: (problem.line is None, problem.line))
     if problems or spec is None:
         raise SpecError(problems)
@@ -62,7 +69,7 @@ def spec_from_document(document: Mapping[str, Any], *, folder: Path = Path()) ->
     """
     spec, mistakes = _check(document, folder)
     if spec is None:
-        raise SpecError([Places("", {}, ()).problem(mistake) for mistake in mistakes])
+        raise SpecError([KeyLocations("", {}, ()).problem(mistake) for mistake in mistakes])
     return spec
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, ClassVar, Protocol, TypeAlias, cast
 
 from tuner.errors import StudyError
 from tuner.spec.architecture import (
@@ -41,10 +41,30 @@ def layer_number(layer: str) -> int:
     return int(match[2] or 0) if match else 0
 
 
+class _Range:
+    """How whole and other numbers are written as dimensions."""
+
+    __slots__ = ()
+    no_step: ClassVar[int | None]  #: the step of one that leaves no number out
+    low: float
+    high: float
+    step: float | None
+    log: bool
+
+    def to_document(self) -> dict[str, Any]:
+        step = {} if self.step == self.no_step else {"step": self.step}
+        return {"low": self.low, "high": self.high, **step, **({"log": True} if self.log else {})}
+
+    def __str__(self) -> str:
+        step = "" if self.step == self.no_step else f" in steps of {self.step}"
+        return f"{self.low} .. {self.high}{step}{' (log)' * self.log}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Integers:
+class Integers(_Range):
     """A searched whole number."""
 
+    no_step = 1
     low: int
     high: int  #: included
     step: int = 1  #: divides `high - low`
@@ -65,20 +85,12 @@ class Integers:
     def suggest(self, trial: SuggestsParameters, name: str) -> ParameterValue:
         return trial.suggest_int(name, self.low, self.high, step=self.step, log=self.log)
 
-    def to_document(self) -> dict[str, Any]:
-        document: dict[str, Any] = {"low": self.low, "high": self.high}
-        if self.step != 1:
-            document["step"] = self.step
-        return document | ({"log": True} if self.log else {})
-
-    def __str__(self) -> str:
-        return _range_text(self.low, self.high, self.step if self.step != 1 else None, self.log)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Floats:
+class Floats(_Range):
     """A searched number."""
 
+    no_step = None
     low: float
     high: float  #: included
     step: float | None = None  #: divides `high - low`; None: any value
@@ -109,15 +121,6 @@ class Floats:
     def suggest(self, trial: SuggestsParameters, name: str) -> ParameterValue:
         return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
 
-    def to_document(self) -> dict[str, Any]:
-        document: dict[str, Any] = {"low": self.low, "high": self.high}
-        if self.step is not None:
-            document["step"] = self.step
-        return document | ({"log": True} if self.log else {})
-
-    def __str__(self) -> str:
-        return _range_text(self.low, self.high, self.step, self.log)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
@@ -146,12 +149,6 @@ class Choices:
 Dimension: TypeAlias = Integers | Floats | Choices
 #: What stands behind a key of `[space]`: a bare value, or what it is searched in.
 Entry: TypeAlias = ParameterValue | Dimension
-
-
-def _range_text(low: float, high: float, step: float | None, log: bool) -> str:
-    return (
-        f"{low} .. {high}" + (f" in steps of {step}" if step is not None else "") + " (log)" * log
-    )
 
 
 class SuggestsParameters(Protocol):

@@ -18,6 +18,7 @@ from tuner.spec.limits import (
     TOO_MANY_KEYS,
     TOO_MANY_VALUES,
 )
+from tuner.spec.mistakes import shown
 from tuner.spec.toml_lines import KeyPath
 
 SUFFIXES = (".json", ".yaml", ".yml")
@@ -54,16 +55,6 @@ def parse(text: str, suffix: str) -> tuple[dict[str, Any], Mapping[KeyPath, int]
     return document, lines
 
 
-def reads_as_text(number: str) -> bool:
-    """Whether YAML takes an unquoted number for text, as PyYAML does with 1e-3 (but not 1.0e-3)."""
-    return number.isascii() and isinstance(yaml.safe_load(number.strip()), str)
-
-
-def written(number: float) -> str:
-    """A number as YAML has it: 1.0e-05."""
-    return yaml.safe_dump(number).partition("\n")[0]
-
-
 # JSON.
 
 
@@ -88,7 +79,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for key, value in pairs:
         if key in table:
-            raise SyntaxMistakeError(f"the key {_shown(key)} stands twice; remove one", None)
+            raise SyntaxMistakeError(f"the key {shown(key)} stands twice; remove one", None)
         table[key] = value
     return table
 
@@ -141,7 +132,7 @@ def _check_events(text: str) -> None:
         elif values > 2 * MAX_VALUES:  # keys count here, too
             what = TOO_MANY_VALUES
         elif tag := getattr(event, "tag", None):
-            what = f"has the tag {_shown(tag)}; remove it, and write text in quotes"
+            what = f"has the tag {shown(tag)}; remove it, and write text in quotes"
         elif isinstance(event, yaml.AliasEvent):
             what = f"has the alias *{event.anchor}; write the value out"
         else:
@@ -164,10 +155,10 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> Any:
     for key, value in node.value:
         line = key.start_mark.line + 1
         if key.tag != f"{_TAG}str":
-            what = f"the key {_shown(key.value)} is" if key.id == "scalar" else "a key is"
+            what = f"the key {shown(key.value)} is" if key.id == "scalar" else "a key is"
             raise SyntaxMistakeError(f"{what} not text; write it in quotes", line)
         if key.value in table:
-            raise SyntaxMistakeError(f"the key {_shown(key.value)} stands twice; remove one", line)
+            raise SyntaxMistakeError(f"the key {shown(key.value)} stands twice; remove one", line)
         lines[*path, key.value] = line
         table[key.value] = _value(value, (*path, key.value), lines)
     return table
@@ -181,22 +172,16 @@ def _refuse_surprises(node: yaml.ScalarNode) -> None:
     """
     kind = node.tag.removeprefix(_TAG)
     if kind == "timestamp":
-        message = f"{_shown(node.value)} is a date in YAML; write it in quotes"
+        message = f"{shown(node.value)} is a date in YAML; write it in quotes"
     elif kind == "int" and len(node.value) > 4300:
         message = TOO_MANY_DIGITS
     elif (kind == "int" and not _INTEGER.fullmatch(node.value)) or (
         kind == "float" and ":" in node.value
     ):
         message = (
-            f"{_shown(node.value)} is a number to another base in YAML; write it without leading "
+            f"{shown(node.value)} is a number to another base in YAML; write it without leading "
             "zeros and colons, or as text in quotes"
         )
     else:
         return
     raise SyntaxMistakeError(message, node.start_mark.line + 1)
-
-
-def _shown(text: str) -> str:
-    short = text if len(text) <= 60 else f"{text[:56]} ..."
-    printed = (letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in short)
-    return f'"{"".join(printed)}"'
