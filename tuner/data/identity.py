@@ -24,8 +24,8 @@ class DataIdentity:
     split_seed: int
     max_length: int  #: residues; the width of the token arrays
     training_rows: int
-    validation_rows: int
-    test_rows: int
+    validation_rows: int  #: rows that choose hyperparameters
+    test_rows: int  #: rows that are sealed until the report
 
     def to_document(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -41,7 +41,7 @@ NUCLEOTIDE_LENGTH = 10
 class Prepared:
     """A source that was read, checked, split and sealed."""
 
-    identity: DataIdentity
+    identity: DataIdentity  #: which data, and how it was split
     development_file: Path  #: artifacts/development/<development_sha256>.npz
     development_sha256: str  #: of the development file's bytes
     warnings: tuple[str, ...]  #: one sentence each: what was accepted, and how often

@@ -65,9 +65,9 @@ NO_TOKENS = Kind(several="rows that are empty sequences", remedy="remove it")
 class _Group:
     """The problems of one kind in one column of one file."""
 
-    first: Problem
-    kind: Kind
-    count: int = 0
+    first: Problem  #: in words that fit one row
+    kind: Kind  #: what all of them are
+    count: int = 0  #: rows
     shown: list[str] = field(default_factory=list)  #: place and detail of the first ones
     values: Counter[str] = field(
         default_factory=Counter
@@ -96,7 +96,7 @@ def _times(count: int) -> str:
 class Refused:
     """A row that is left out for one reason, and may also be too long."""
 
-    file: str
+    file: str  #: as the study file names it
     line: int | None  #: as in `Row`, like `place`
     place: str
     sequence: str  #: as it stands in the file; in npz with "-" for impossible tokens

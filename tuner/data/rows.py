@@ -73,9 +73,9 @@ class Row:
 class Source:
     """A source whose rows passed every check."""
 
-    name: str
-    synthetic: bool
-    sha256: str
-    rows: tuple[Row, ...]
-    warnings: tuple[str, ...]
+    name: str  #: as `DataIdentity.source`
+    synthetic: bool  #: generated, not measured
+    sha256: str  #: hex; of what, `DataIdentity.sha256` says
+    rows: tuple[Row, ...]  #: in the order of the files
+    warnings: tuple[str, ...]  #: one sentence each
     loud: tuple[str, ...] = ()  #: those of `warnings` that put every result in doubt

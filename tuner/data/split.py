@@ -21,18 +21,18 @@ class SplitHashes:
     Enough to find them in another study's splits; labels are not in it.
     """
 
-    training: frozenset[bytes]
-    validation: frozenset[bytes]
-    test: frozenset[bytes]
+    training: frozenset[bytes]  #: 32 bytes each
+    validation: frozenset[bytes]  #: the same
+    test: frozenset[bytes]  #: the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
     """The rows of each split, in the order of their hashes."""
 
-    training: tuple[Row, ...]
-    validation: tuple[Row, ...]
-    test: tuple[Row, ...]
+    training: tuple[Row, ...]  #: fit weights
+    validation: tuple[Row, ...]  #: choose hyperparameters
+    test: tuple[Row, ...]  #: sealed until the report
 
 
 def split_rows(source: Source, settings: SplitSettings) -> Split:

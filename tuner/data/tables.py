@@ -57,7 +57,7 @@ def csv_rows(
 class _Record:
     """A record of a CSV or TSV file: a line, or several where a quoted field has line breaks."""
 
-    fields: list[str]
+    fields: list[str]  #: in the order of the columns
     line: int  #: the first, from 1
     last_line: int
 

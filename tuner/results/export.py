@@ -49,7 +49,7 @@ class ExportedConfig:
     figures: Mapping[str, float | None]  #: see `tuner.search.status.figures_in`
     sampled: Mapping[str, Any]  #: what was searched, by its name in the study file
     config: ModelConfig
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, Any]  #: the file's table of that name
     document: Mapping[str, Any]  #: the study file, with its data beside it
     files: tuple[Path, ...]  #: its data on this machine; none of "solubility" and synthetic data
 

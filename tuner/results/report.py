@@ -56,7 +56,7 @@ class Report:
 
     document: Mapping[str, Any]  #: what `report.json` holds
     json_file: Path
-    html_file: Path
+    html_file: Path  #: the page
     opened_now: bool  #: False where the recorded report is shown again
 
     @property

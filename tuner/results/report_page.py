@@ -30,18 +30,18 @@ _WORDS_OF_STATE = {"COMPLETE": "fully trained", "PRUNED": "stopped early", "FAIL
 class MetricRow:
     """One line of the table of test metrics, as text."""
 
-    name: str
+    name: str  #: of the figure
     test: str  #: value with its unit
     interval: str  #: "low to high"
     validation: str
-    meaning: str
+    meaning: str  #: what it measures, with its unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigTable:
     """One part of the winner's configuration."""
 
-    title: str
+    title: str  #: its heading
     columns: tuple[str, ...]  #: after that of the names; () for a single one without a heading
     rows: tuple[tuple[str, tuple[str, ...], bool], ...]  #: name, values, whether it was searched
 

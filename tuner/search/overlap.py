@@ -41,7 +41,7 @@ class SharedRows:
     rows: int  #: of that split
     training: int  #: of those, in the training split of the study
     validation: int
-    test: int
+    test: int  #: in its own test split
 
     @property
     def in_words(self) -> str:
@@ -73,9 +73,9 @@ class SharedRows:
 class UsedRows:
     """Test rows of a study that another study trained on or chose by."""
 
-    study: str
-    training: int
-    validation: int
+    study: str  #: the other study's name
+    training: int  #: rows of the test split in its training split
+    validation: int  #: the same in its validation split
 
 
 def enter(storage: Storage, spec: StudySpec, prepared: Prepared) -> tuple[str, ...]:

@@ -25,14 +25,14 @@ _RECORDED_PACKAGES = ("tuner", "optuna", "keras", "numpy", "sqlalchemy", "distri
 class StudyRecord:
     """What a study was made of: written at its creation, never changed."""
 
-    spec: StudySpec
+    spec: StudySpec  #: the study file
     spec_hash: str  #: as the version that made the study computed it: shown, never compared
     data: DataIdentity
     development_sha256: str  #: of the development file, under artifacts/development
     precision: Literal["auto", "float32", "bfloat16"]  #: see `TunedStudy.precision_of`
     sampler: Mapping[str, Any]  #: class and settings
     pruner: Mapping[str, Any]
-    versions: Mapping[str, str]
+    versions: Mapping[str, str]  #: by package, and of Python
     folder: str  #: of its artifacts, under the artifacts root
     created_at: str  #: ISO 8601, UTC
 

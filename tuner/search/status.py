@@ -25,18 +25,18 @@ State = Literal["queued", "running", "stopped", "finished", "reported"]
 class StudyStatus:
     """Where a study stands; `to_document` is what `tuner status --json` prints."""
 
-    study: str
-    state: State
-    budget: int
+    study: str  #: its name
+    state: State  #: what happens to it now
+    budget: int  #: finished trials after which it ends
     counts: Mapping[str, int]  #: trials by state
     best: FrozenTrial | None
-    epochs_spent: int
+    epochs_spent: int  #: trained epochs of all trials
     epochs_saved: int  #: epochs that Hyperband's pruning left untrained
     workers: int
-    resumed_trials: int
+    resumed_trials: int  #: trials that were resumed at least once
     brackets: tuple[int, ...]  #: trials per bracket
     synthetic: bool
-    bytes_on_disk: int
+    bytes_on_disk: int  #: of its artifacts
     error: str | None  #: why the service gave it up
     ended_early: str | None  #: why it ended before the budget that was asked for
 

@@ -30,10 +30,10 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 class TunedStudy:
     """An open study."""
 
-    study: optuna.Study
-    record: StudyRecord
-    storage: Storage
-    artifacts: StudyArtifacts
+    study: optuna.Study  #: with our sampler and pruner
+    record: StudyRecord  #: what it was made of
+    storage: Storage  #: the open database that holds it
+    artifacts: StudyArtifacts  #: its files
 
     @property
     def name(self) -> str:

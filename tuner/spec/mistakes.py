@@ -35,7 +35,7 @@ def toml_value(value: object) -> str:
 class Mistake:
     """Something wrong in a study file, before it is known on which line."""
 
-    path: KeyPath
+    path: KeyPath  #: where it is
     value: object  #: what stands there; None where nothing does
     message: str
     also: tuple[KeyPath, ...] = ()  #: other keys that have a part in it
@@ -89,7 +89,7 @@ def one_of(values: Sequence[str], value: object) -> str:
 class KeyLocations:
     """Where the keys of a document are, for messages."""
 
-    file: str
+    file: str  #: path as it was given; "" of what is in no file
     lines: Mapping[KeyPath, int]  #: by path; none for what is no file
     overridden: Sequence[KeyPath]  #: what `--set` wrote
 

@@ -65,7 +65,7 @@ class Integers(_Range):
     """A searched whole number."""
 
     no_step = 1
-    low: int
+    low: int  #: smallest value
     high: int  #: included
     step: int = 1  #: divides `high - low`
     log: bool = False  #: sample the logarithm evenly; then `step` is 1
@@ -91,7 +91,7 @@ class Floats(_Range):
     """A searched number."""
 
     no_step = None
-    low: float
+    low: float  #: smallest value
     high: float  #: included
     step: float | None = None  #: divides `high - low`; None: any value
     log: bool = False  #: sample the logarithm evenly; then there is no step

@@ -337,8 +337,8 @@ _COUNTS = frozenset(("blocks", "dense_layers"))
 class _Named:
     """A value that a known configuration names."""
 
-    path: KeyPath
-    value: ParameterValue
+    path: KeyPath  #: where it is named
+    value: ParameterValue  #: one that its hyperparameter allows
 
 
 def _read_configuration(
