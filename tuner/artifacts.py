@@ -260,19 +260,8 @@ def replaceable(path: Path) -> tuple[Path, os.stat_result | None]:
     except FileNotFoundError:  # also the target of a symbolic link may be missing
         old = None
     if old is not None and not stat.S_ISREG(old.st_mode):
-        raise OSError(errno.EINVAL, f"it is {_kind(old.st_mode)}, not a regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return (Path(os.path.realpath(path)) if path.is_symlink() else path), old
-
-
-def _kind(mode: int) -> str:
-    known = (
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISBLK, "a device"),
-        (stat.S_ISCHR, "a device"),
-    )
-    return next((kind for is_it, kind in known if is_it(mode)), "a special file")
 
 
 #: A folder with both bits is shared on purpose: its group writes, and what is new is the group's.

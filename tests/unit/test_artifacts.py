@@ -109,10 +109,10 @@ def make_link_in_a_circle(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (make_pipe, "it is a pipe"),
-        (make_socket, "it is a socket"),
-        (Path.mkdir, "it is a folder"),
-        (make_link_to_a_pipe, "it is a pipe"),
+        (make_pipe, "it is not a regular file"),
+        (make_socket, "it is not a regular file"),
+        (Path.mkdir, "it is not a regular file"),
+        (make_link_to_a_pipe, "it is not a regular file"),
         (make_link_in_a_circle, "symbolic links"),
     ],
 )
@@ -131,7 +131,7 @@ def test_what_is_not_a_regular_file_is_never_replaced(
 
 
 def test_a_device_is_not_replaceable() -> None:
-    with pytest.raises(OSError, match="it is a device, not a regular file"):
+    with pytest.raises(OSError, match="it is not a regular file"):
         replaceable(Path(os.devnull))
 
 

@@ -6,6 +6,7 @@ A study outlives the version that made it. Each version reads the records of eve
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,7 +73,7 @@ def completed(document: Mapping[str, Any]) -> dict[str, Any]:
     its_format = document.get(FORMAT_KEY, 1)
     if type(its_format) is not int or its_format not in DEFAULTS_OF_FORMAT:
         raise RecordError(f"is stored in format {its_format!r}{_by_whom(document)}")
-    complete: dict[str, Any] = _copied(document)
+    complete: dict[str, Any] = copy.deepcopy(dict(document))
     for key, value in DEFAULTS_OF_FORMAT[its_format].items():
         *tables, name = key.split(".")
         table: Any = complete
@@ -92,10 +93,3 @@ def _by_whom(document: Mapping[str, Any]) -> str:
         f"{by}, and this tuner reads formats up to {FORMAT}: upgrade tuner here to use the study. "
         "Nothing was changed."
     )
-
-
-def _copied(value: Any) -> Any:
-    """Tables within tables, each a new one."""
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return value

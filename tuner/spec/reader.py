@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic import (
     ValidationError,
@@ -33,7 +34,6 @@ from tuner.spec.spec import (
     SplitSettings,
     StopSettings,
     StudySpec,
-    Table,
     TrainingSettings,
 )
 from tuner.spec.tables import LENGTH_KEYS, check_lengths, read_known, read_space
@@ -172,7 +172,7 @@ def _message(error: ErrorDetails, path: KeyPath) -> str:
     if error["type"] == "extra_forbidden":
         return _unknown_key(path)
     if error["type"] == "literal_error":
-        return one_of(_literals(path), value)
+        return one_of(re.findall("'([^']*)'", context["expected"]), value)
     what = {
         "int_type": "a whole number",
         "int_from_float": "a whole number",
@@ -191,25 +191,6 @@ def _message(error: ErrorDetails, path: KeyPath) -> str:
     if key == "patience" and error["type"] == "int_type":
         what += ' or "none"'
     return f"must be {what}, not {shown(value)}{without_the_quotes(value)}"
-
-
-def _literals(path: KeyPath) -> tuple[str, ...]:
-    """The allowed words of the field at `path`."""
-    model: Any = Settings
-    for name in path[:-1]:
-        model = _table_of(model.model_fields[name].annotation)
-    annotation = model.model_fields[path[-1]].annotation
-    options = [annotation, *get_args(annotation)]
-    return next(get_args(option) for option in options if get_origin(option) is Literal)
-
-
-def _table_of(annotation: Any) -> Any:
-    tables = [option for option in (annotation, *get_args(annotation)) if _is_table(option)]
-    return tables[0]
-
-
-def _is_table(option: object) -> bool:
-    return isinstance(option, type) and issubclass(option, Table)
 
 
 def _unknown_key(path: KeyPath) -> str:
