@@ -116,12 +116,15 @@ def upsert(
     """
     if not rows:
         return
-    of_dialect = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    insert = of_dialect(model.__table__)
-    changed = {name: insert.excluded[name] for name in next(iter(rows)) if name not in key}
-    connection.execute(
-        insert.on_conflict_do_update(index_elements=key, set_=changed), [dict(row) for row in rows]
-    )
+    statement = _upsert(connection.dialect.name, model, key, tuple(next(iter(rows))))
+    connection.execute(statement, [dict(row) for row in rows])
+
+
+@lru_cache  # building it costs as much CPU as running it
+def _upsert(dialect: str, model: Any, key: tuple[str, ...], columns: tuple[str, ...]) -> sa.Insert:
+    insert = (sqlite.insert if dialect == "sqlite" else postgresql.insert)(model.__table__)
+    changed = {name: insert.excluded[name] for name in columns if name not in key}
+    return insert.on_conflict_do_update(index_elements=key, set_=changed)
 
 
 @lru_cache(maxsize=4096)
