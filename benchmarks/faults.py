@@ -37,11 +37,11 @@ the run lives. That is what "nothing" stands for. Real trainings, hit 100 times 
 compared bit for bit by `benchmarks/storm.py`.
 
 Where a fault is not the thing itself, its row says what stands for it. The clock that jumps is
-Python's, replaced in the processes of the run; nobody sets the machine's. A limit on the size of
+Python's, replaced in the processes of the run; the machine's is not set. A limit on the size of
 files makes writes fail at a byte that the test chooses (EFBIG); the row with ENOSPC fills a real
-file system, which needs the right to mount one. SQLite has nobody who takes a lock from a frozen
-process, so there the coordinator is frozen outside a transaction; frozen within one, it keeps
-other launches out until it goes on or ends (docs/decisions.md).
+file system, which needs the right to mount one. SQLite has no server that takes a lock from a
+frozen process, so there the coordinator is frozen outside a transaction; frozen within one, it
+keeps other launches out until it continues or ends (docs/decisions.md).
 
 | what was done | on | what the user saw | lost |
 | --- | --- | --- | --- |

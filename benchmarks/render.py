@@ -232,8 +232,8 @@ float32 over that in bfloat16.
 
 {table(("multiply-adds a value", "networks", "gain of bfloat16"), groups)}
 
-Time of all networks together, as a part of that in float32, where bfloat16 is taken from so many \
-multiply-adds a value: {at}; all in bfloat16 {rule["all_in_bfloat16"]:.3f}, each in its better \
+Time of all networks together, as a part of that in float32, if bfloat16 is used from this number \
+of multiply-adds a value: {at}; all in bfloat16 {rule["all_in_bfloat16"]:.3f}, each in its better \
 precision {rule["each_in_its_better_one"]:.3f}.
 """
 

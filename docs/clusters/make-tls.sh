@@ -18,7 +18,7 @@ mkdir -p "$folder"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# An authority of this cluster alone. Its key is thrown away: nobody can sign a further certificate.
+# An authority of this cluster alone. Its key is deleted: no further certificate can be signed.
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days "$days" \
     -subj "/CN=tuner cluster authority" \
     -addext "basicConstraints=critical,CA:TRUE,pathlen:0" \

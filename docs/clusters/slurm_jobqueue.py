@@ -73,7 +73,7 @@ def main() -> int:
     with make_cluster(given.tls) as cluster, Client(cluster) as client:
         # As many at any time: what ended with its wall time is submitted again.
         cluster.adapt(minimum_jobs=given.jobs, maximum_jobs=given.jobs)
-        client.wait_for_workers(1)  # `launch` gives up where nobody trains
+        client.wait_for_workers(1)  # `launch` gives up if there is no worker
         certificates = [
             argument
             for option, file in (("ca", "ca.pem"), ("cert", "cert.pem"), ("key", "key.pem"))
