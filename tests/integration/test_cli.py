@@ -224,7 +224,7 @@ def test_an_output_that_takes_nothing_is_told_of_in_a_line(
         )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "the output: No space left on device. With --debug it is told where that happened."
+        "the output: No space left on device. --debug shows where that happened."
     ]
 
 
@@ -582,7 +582,7 @@ def group_members(group: int) -> list[int]:
         (("dashboard", "--host", "0.0.0.0"), 1, "0.0.0.0"),
         (("serve", "--host", "0.0.0.0"), 1, "add-user NAME"),
         (("serve", "--users", "none.json"), 1, "no users file none.json"),
-        (("dashboard", "add-user", "a b", "--password-file", "tiny.toml"), 1, "no user's name"),
+        (("dashboard", "add-user", "a b", "--password-file", "tiny.toml"), 1, "not a user name"),
         (("dashboard", "add-user", "ada"), 1, "--password-file FILE; - is stdin"),
         (("launch", "tiny.toml", "--detach", "--workers", "2"), 2, "--workers"),
         (("dashboard", "log"), 1, "holds no study: there is no such file"),

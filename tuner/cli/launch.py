@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.artifacts import (
-    DEFAULT_ROOT,
-    DEFAULT_STORAGE_URL,
-)
+from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STORAGE_URL
 from tuner.errors import ProblemsError, StorageMissingError, counted
 
 if TYPE_CHECKING:
@@ -38,14 +35,14 @@ from tuner.cli.options import (
     TlsCert,
     TlsKey,
     Workers,
-    connected,
-    refuse_two_places,
-    tls_given,
+    cluster_tls,
+    connect_workers,
+    refuse_workers_with_cluster,
 )
 from tuner.cli.terminal import (
     lines_of_commands,
     log_line,
-    opened_storage,
+    open_storage,
     print_json,
     print_note,
     print_warning,
@@ -92,12 +89,12 @@ def check(
 
 
 def _shared_rows(storage: str, spec: StudySpec, prepared: Prepared) -> tuple[str, ...]:
-    """Says which rows other studies keep sealed, if there is a storage to look at."""
+    """Warns of rows that other studies of the storage keep sealed; returns the warnings."""
     from tuner.errors import StorageError
     from tuner.search.overlap import warnings
 
     try:
-        with opened_storage(storage, patience_seconds=1.0, say=lambda _: None) as opened:
+        with open_storage(storage, patience_seconds=1.0, say=lambda _: None) as opened:
             shared = warnings(opened, spec, prepared)
     except StorageMissingError:
         return ()
@@ -200,8 +197,8 @@ def launch(
         here |= {"--timeout": timeout, "--export": export_to, "--cluster": cluster}
         here |= {"--tls-ca": tls_ca, "--tls-cert": tls_cert, "--tls-key": tls_key}
         _refuse_with_detach(here)
-    refuse_two_places(cluster, workers)
-    tls = tls_given(tls_ca, tls_cert, tls_key, cluster)
+    refuse_workers_with_cluster(cluster, workers)
+    tls = cluster_tls(tls_ca, tls_cert, tls_key, cluster)
     if cluster is None and not detach:
         require_training()
     if export_to is not None:
@@ -216,8 +213,8 @@ def launch(
     from tuner.search.status import status
     from tuner.search.study import create_or_resume, find_or_create
 
-    with opened_storage(storage, patience_seconds=None, create=True) as opened:
-        # A study that stands there is changed by who holds its lease, and only then.
+    with open_storage(storage, patience_seconds=None, create=True) as opened:
+        # An existing study is changed only by the process that holds its lease.
         made_from: dict[str, Any] = {
             "development_sha256": prepared.development_sha256,
             "artifacts_root": artifacts,
@@ -240,7 +237,7 @@ def launch(
                 tuned,
                 spec,
                 prepared,
-                lambda say: connected(cluster, tls, workers, threads or 1, say),
+                lambda say: connect_workers(cluster, tls, workers, threads or 1, say),
                 threads or 1,
                 timeout,
                 as_json=as_json,
@@ -260,7 +257,7 @@ def launch(
 
 
 def require_training() -> None:
-    """Ends a verb that trains on this machine before it makes anything, where it cannot."""
+    """Refuses a verb that trains on this machine if this process cannot train."""
     from tuner.cluster.processes import require_training
 
     require_training()
@@ -276,10 +273,10 @@ def _refuse_with_detach(options: dict[str, object]) -> None:
 
 
 def _queue(tuned: TunedStudy) -> str:
-    """Puts a study into the service's queue, where it is not at work already; says what is so."""
-    from tuner.coordination import queue as orders
+    """Queues a study for the service, unless it is finished or running; says which."""
+    from tuner.coordination import queue
 
-    queued = orders.queue(tuned)
+    queued = queue.queue(tuned)
     if queued.outcome in ("finished", "running"):
         return queued.in_words
     suggested = {
@@ -329,7 +326,7 @@ def _run(
             stop_on_signals(lambda: coordinator.stop("interrupted"))
             with watcher.showing():
                 ending = coordinator.run(asked=spec, timeout=timeout)
-    tuned.storage.queue.remove(tuned.id)  # it was driven here, and not by the service
+    tuned.storage.queue.remove(tuned.id)  # it ran here, and not in the service
     return ending
 
 
@@ -406,7 +403,7 @@ def worker(
     if workers != "auto" and not re.fullmatch("[1-9][0-9]{0,3}", workers):
         raise typer.BadParameter("must be 1 to 9999, or auto", param_hint="--workers")
     try:
-        tls = tls_given(tls_ca, tls_cert, tls_key, cluster)
+        tls = cluster_tls(tls_ca, tls_cert, tls_key, cluster)
     except SchedulerFileMissingError:  # the worker may be up before its scheduler
         tls = tls_files(tls_ca, tls_cert, tls_key)
     settings = WorkerSettings(

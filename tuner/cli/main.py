@@ -40,12 +40,12 @@ def main() -> NoReturn:
         try:
             app()
         finally:
-            sys.stdout.flush()  # a full disk is told of here, and not on the way out
+            sys.stdout.flush()  # a full disk is reported here, and not when Python ends
     except KeyboardInterrupt:
         complain("Interrupted.")
         sys.exit(130)
     except Exception as error:
-        _leave_stdout_if_it_takes_nothing()
+        _drop_stdout_if_unwritable()
         if isinstance(error, BrokenPipeError):  # `tuner status | head`
             sys.exit(1)
         message = _explanation(error)
@@ -59,8 +59,8 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _leave_stdout_if_it_takes_nothing() -> None:
-    """What was not printed would be tried again when Python ends, with a traceback."""
+def _drop_stdout_if_unwritable() -> None:
+    """Python would try to print the rest again when it ends, with a traceback."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -68,13 +68,13 @@ def _leave_stdout_if_it_takes_nothing() -> None:
 
 
 def _explanation(error: Exception) -> str | None:
-    """What to tell the user; None of an error that is a mistake of ours."""
-    # Optuna's is the database's, in the middle of a study.
+    """What to tell the user; None if the error is a bug."""
+    # Optuna's error is one of the database, in the middle of a study.
     if isinstance(error, TunerError) or type(error).__name__ == "StorageInternalError":
         return str(error)
     if isinstance(error, OSError):
         place = "the output" if error.filename is None else error.filename
-        return f"{place}: {error.strerror or error}. With --debug it is told where that happened."
+        return f"{place}: {error.strerror or error}. --debug shows where that happened."
     return None
 
 

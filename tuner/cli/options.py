@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tuner import logs
-from tuner.artifacts import (
-    DEFAULT_USERS_FILE,
-)
+from tuner.artifacts import DEFAULT_USERS_FILE
+from tuner.cli.terminal import logger
 
 if TYPE_CHECKING:
     from tuner.cluster.connection import Connection
     from tuner.cluster.scheduler import TlsFiles
-from tuner.cli.terminal import logger
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A study file, studies/*.toml.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
@@ -144,7 +142,7 @@ Overrides = Annotated[
 def _choose_log(variable: str) -> Callable[[str | None], str | None]:
     def choose(value: str | None) -> str | None:
         if value is not None:
-            os.environ[variable] = value  # the processes that this one starts write the same log
+            os.environ[variable] = value  # child processes write the same log
             logs.set_up()
         return value
 
@@ -172,7 +170,7 @@ LogFormat = Annotated[
 ]
 
 
-def refuse_two_places(cluster: str | None, workers: int | None) -> None:
+def refuse_workers_with_cluster(cluster: str | None, workers: int | None) -> None:
     """Refuses `--workers` together with `--cluster`."""
     if cluster is not None and workers is not None:
         raise typer.BadParameter(
@@ -181,10 +179,10 @@ def refuse_two_places(cluster: str | None, workers: int | None) -> None:
         )
 
 
-def tls_given(
+def cluster_tls(
     ca: Path | None, cert: Path | None, key: Path | None, cluster: str | None
 ) -> TlsFiles | None:
-    """The certificates of a cluster; warns on stderr of one that everybody can reach."""
+    """The certificates for a cluster; warns on stderr of a cluster that anyone can reach."""
     from tuner.cluster.scheduler import exposure, scheduler_address, tls_files
 
     tls = tls_files(ca, cert, key)
@@ -200,19 +198,18 @@ def tls_given(
     return tls
 
 
-def connected(
+def connect_workers(
     cluster: str | None,
     tls: TlsFiles | None,
     workers: int | None,
     threads: int,
     say: Callable[[str], None],
 ) -> AbstractContextManager[Connection]:
-    """To the workers of a scheduler, or to workers of this machine that are started for it."""
+    """Connects to the workers of a scheduler, or starts workers on this machine."""
     from tuner.cluster.connection import default_workers, local_connection, remote_connection
     from tuner.dashboard.connections import raise_descriptor_limit
 
     raise_descriptor_limit()  # each worker and each connection costs some
-
     if cluster is not None:
         return remote_connection(cluster, tls=tls, say=say)
     return local_connection(workers or default_workers(), threads=threads, say=say)

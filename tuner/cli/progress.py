@@ -131,7 +131,7 @@ def _name(one: StudyStatus) -> Text:
 
 def watch_studies(
     look: Callable[[], list[StudyStatus]],
-    shown: Callable[[list[StudyStatus]], RenderableType],
+    render: Callable[[list[StudyStatus]], RenderableType],
     console: Console,
     *,
     in_place: bool,
@@ -140,7 +140,7 @@ def watch_studies(
 
     Args:
         look: Reads where they stand.
-        shown: What to print of that.
+        render: What to print of that.
         console: Where to.
         in_place: Each time over what was printed before; else only what differs from it, whole.
     """
@@ -149,10 +149,10 @@ def watch_studies(
         while True:
             found = look()
             if live is not None:
-                live.update(shown(found), refresh=True)
+                live.update(render(found), refresh=True)
             elif found != before:
-                console.print(shown(found), soft_wrap=True)
-                console.file.flush()  # a pipe's buffer would keep it
+                console.print(render(found), soft_wrap=True)
+                console.file.flush()  # else it stays in a pipe's buffer
             if not any(one.state in ("queued", "running") for one in found):
                 return
             before = found

@@ -44,13 +44,13 @@ from tuner.cli.options import (
     TrustProxies,
     UsersFile,
     Workers,
-    connected,
-    refuse_two_places,
-    tls_given,
+    cluster_tls,
+    connect_workers,
+    refuse_workers_with_cluster,
 )
 from tuner.cli.terminal import (
     log_line,
-    opened_storage,
+    open_storage,
     print_json,
     print_note,
     stop_on_signals,
@@ -99,8 +99,8 @@ def dashboard(
         data=data,
         artifacts=artifacts,
     )
-    make_policy(settings)  # what is wrong is said before a database is opened
-    with opened_storage(storage, create=True) as opened:
+    make_policy(settings)  # mistakes are reported before a database is opened
+    with open_storage(storage, create=True) as opened:
         serve(opened, settings)
 
 
@@ -202,7 +202,7 @@ def log(
     """Shows the changes made through the dashboard, newest first."""
     import dataclasses
 
-    with opened_storage(storage) as opened:
+    with open_storage(storage) as opened:
         changes = opened.audit.entries(last=last)
     if as_json:
         print_json([dataclasses.asdict(one) for one in changes])
@@ -242,8 +242,8 @@ def serve(
     _log_format: LogFormat = None,
 ) -> None:
     """Runs the studies that were launched with --detach, and shows the dashboard."""
-    refuse_two_places(cluster, workers)
-    tls = tls_given(tls_ca, tls_cert, tls_key, cluster)
+    refuse_workers_with_cluster(cluster, workers)
+    tls = cluster_tls(tls_ca, tls_cert, tls_key, cluster)
     if cluster is None:
         require_training()
     settings = _dashboard_settings(
@@ -263,28 +263,30 @@ def serve(
     from tuner.dashboard.server import make_server
     from tuner.dashboard.settings import make_policy
 
-    make_policy(settings)  # what is wrong is said before a database is waited for
+    make_policy(settings)  # mistakes are reported before a database is waited for
     connections: list[Connection] = []  # none until the workers are there
-    # Until the service listens, SIGTERM ends it as Ctrl-C does: what was opened is closed.
+    # Until the service listens, SIGTERM ends it as Ctrl-C does, and what was opened is closed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    opened_storage(
+    open_storage(
         storage, patience_seconds=None, say=log_line, create=True
-    ).close()  # waits for one that is not up yet
+    ).close()  # waits until the database is there
     with (
-        # It gives up on a database that is away, so that a signal is heard meanwhile.
-        opened_storage(storage, patience_seconds=2.0, say=lambda _: None) as shown,
+        # It does not wait for an unavailable database: a signal must end it meanwhile.
+        open_storage(storage, patience_seconds=2.0, say=lambda _: None) as own_storage,
         make_server(
-            shown, settings, scheduler_is_up=lambda: any(one.is_up for one in connections)
+            own_storage, settings, scheduler_is_up=lambda: any(one.is_up for one in connections)
         ) as server,
     ):
         from tuner.cluster.trainings import Cluster
         from tuner.coordination.service import Service
         from tuner.coordination.study_trainings import StudyTrainings
 
-        log_line(f"Serving {shown.masked_url}; the dashboard is on {server.url} ({server.login})")
+        log_line(
+            f"Serving {own_storage.masked_url}; the dashboard is on {server.url} ({server.login})"
+        )
         with (
-            connected(cluster, tls, workers, threads or 1, log_line) as connection,
-            opened_storage(storage, patience_seconds=2.0, say=lambda _: None) as queue,
+            connect_workers(cluster, tls, workers, threads or 1, log_line) as connection,
+            open_storage(storage, patience_seconds=2.0, say=lambda _: None) as queue,
         ):
             connections.append(connection)
 
@@ -297,7 +299,7 @@ def serve(
                 )
 
             service = Service(
-                open_storage=lambda: opened_storage(storage, patience_seconds=None, say=log_line),
+                open_storage=lambda: open_storage(storage, patience_seconds=None, say=log_line),
                 open_workers=open_workers,
                 slots=connection.slots,
                 artifacts_root=artifacts,

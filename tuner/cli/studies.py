@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 from tuner.cli.app import app, data_app, storage_app
 from tuner.cli.options import ArtifactsRoot, AsJson, Name, SourcePath, StorageUrl
 from tuner.cli.terminal import (
-    opened_storage,
+    open_storage,
     print_json,
     print_note,
     terminal,
@@ -56,13 +56,13 @@ def status(
         for one in list_names(opened):
             try:
                 found.append(read_status(load(opened, one, artifacts_root=artifacts)))
-            except StudyError as error:  # of a later version, say: it must not hide the others
+            except StudyError as error:  # of a later version, for example: the others are shown
                 if one not in unreadable:
                     print_note(str(error))
                 unreadable.add(one)
         return found
 
-    def shown(found: list[StudyStatus]) -> RenderableType:
+    def render(found: list[StudyStatus]) -> RenderableType:
         if as_json:
             documents = [one.to_document() for one in found]
             return json.dumps(documents[0] if name else documents, indent=2)
@@ -75,15 +75,15 @@ def status(
 
     console = terminal()
     try:
-        with opened_storage(storage) as opened:
+        with open_storage(storage) as opened:
             if watch:
-                watch_studies(look, shown, console, in_place=console.is_terminal and not as_json)
+                watch_studies(look, render, console, in_place=console.is_terminal and not as_json)
             else:
-                console.print(shown(look()), soft_wrap=as_json)
+                console.print(render(look()), soft_wrap=as_json)
     except StorageMissingError:
         if name:
             raise
-        console.print(shown([]))
+        console.print(render([]))
 
 
 @app.command(epilog="Example: tuner stop quickstart")
@@ -94,12 +94,12 @@ def stop(
     as_json: AsJson = False,
 ) -> None:
     """Stops a running or queued study. Its trials save a checkpoint; `launch` resumes it."""
-    from tuner.coordination import queue as orders
+    from tuner.coordination import queue
     from tuner.search.study import load
 
-    with opened_storage(storage) as opened:
+    with open_storage(storage) as opened:
         tuned = load(opened, name, artifacts_root=artifacts)
-        stopped = orders.stop(tuned)
+        stopped = queue.stop(tuned)
     if as_json:
         print_json(stopped.to_document())
     else:
@@ -118,7 +118,7 @@ def delete(
     from tuner.search.study import delete as delete_study
     from tuner.search.study import load
 
-    with opened_storage(storage) as opened:
+    with open_storage(storage) as opened:
         tuned = load(opened, name, artifacts_root=artifacts)
         if not yes:
             trials = counted(len(tuned.trials()), "trial")
@@ -177,7 +177,7 @@ def export(
 
     if trial is not None and top is not None:
         raise typer.BadParameter("--top asks for the best trials, --trial for one by its number.")
-    with opened_storage(storage) as opened:
+    with open_storage(storage) as opened:
         tuned = load(opened, name, artifacts_root=artifacts)
         rows = None if trials is None else write_trials(tuned, trials)
         wanted = top or 1
@@ -228,7 +228,7 @@ def report(
     """Opens the test split once, and writes the final report of a finished study."""
     from tuner.results.report import write_report
 
-    with opened_storage(storage) as opened:
+    with open_storage(storage) as opened:
         written = write_report(opened, name, artifacts_root=artifacts, output=output, data=data)
     if as_json:
         print_json(written.to_document())

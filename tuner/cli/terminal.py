@@ -1,4 +1,4 @@
-"""What the verbs print, and where; and how they end."""
+"""What the verbs print, and to which stream; how they open the storage, and stop."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def complain(message: str) -> None:
 
 
 def print_note(message: str) -> None:
-    """Prints a line beside the results."""
+    """Prints a line to stderr, beside the results."""
     if logs.is_asked():
         logger.info(message)
         return
@@ -43,18 +43,18 @@ def print_note(message: str) -> None:
 
 
 def log_line(message: str) -> None:
-    """A line of the log of what runs for long."""
+    """Logs a line of a process that runs until it is stopped."""
     logger.info(message)
 
 
-#: Where there is no terminal, Rich takes 80 columns, and folds or cuts what is longer.
+#: Without a terminal, Rich assumes 80 columns, and folds or cuts what is longer.
 _PIPE_COLUMNS = 100_000
 
 
 def terminal(*, stderr: bool = False, **options: Any) -> Console:
     """The console that shows tables and progress.
 
-    What it prints is text: `[bold]` or `:smile:` in a name, a path or an error is no markup.
+    What it prints is text: `[bold]` or `:smile:` in a name, a path or an error is not markup.
     Styles are `rich.text.Text`.
     """
     from rich.console import Console
@@ -70,20 +70,27 @@ def print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2))
 
 
-def opened_storage(
+def open_storage(
     url: str,
     *,
     patience_seconds: float | None = 5.0,
     say: Callable[[str], None] = print_note,
     create: bool = False,
 ) -> Storage:
-    """Opens a storage; only a verb that puts something into it makes one that is not there."""
+    """Opens a storage.
+
+    Args:
+        url: Of the database.
+        patience_seconds: How long an unavailable database is waited for; None: until it is there.
+        say: Takes lines about an outage.
+        create: Whether a storage that does not exist is created: only for verbs that write to it.
+    """
     import optuna
     from stamina.instrumentation import set_on_retry_hooks
 
     from tuner.storage.storage import Storage
 
-    set_on_retry_hooks(())  # an outage is told in our words
+    set_on_retry_hooks(())  # the storage itself reports an outage
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logs.adopt()
     return Storage(url, patience_seconds=patience_seconds, say=say, create=create)
@@ -106,7 +113,12 @@ def print_warning(text: str) -> None:
 
 
 def lines_of_commands(tuned: TunedStudy, suggested: dict[str, str]) -> str:
-    """Commands with what each does, a line each: a shell takes the whole line."""
+    """Suggested commands, a line each.
+
+    Args:
+        tuned: The study that they are about.
+        suggested: What each command does, a comment to the shell, by command.
+    """
     from tuner.commands import password_hint
 
     width = max(map(len, suggested))
@@ -116,7 +128,12 @@ def lines_of_commands(tuned: TunedStudy, suggested: dict[str, str]) -> str:
 
 
 def stop_on_signals(stop_gracefully: Callable[[], None], *, has_log: bool = False) -> None:
-    """Ctrl-C or SIGTERM once: running trials save and stay open. Twice: now."""
+    """Makes Ctrl-C and SIGTERM stop gracefully the first time, and at once the second time.
+
+    Args:
+        stop_gracefully: Asks for checkpoints of the running trials, and returns at once.
+        has_log: Whether lines are written as the log; else only if the user asked for one.
+    """
     from tuner.cluster.processes import SAME_SIGNAL_SECONDS
 
     asked_at: list[float] = []

@@ -11,14 +11,13 @@ from tuner.errors import TunerError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-
-LOOPBACK_HOSTS = frozenset(("127.0.0.1", "localhost", "::1"))
-#: Names under which a browser on this machine, or at the other end of an SSH tunnel, asks.
+_LOOPBACK_HOSTS = frozenset(("127.0.0.1", "localhost", "::1"))
+#: Host headers of a browser on this machine, or at the other end of an SSH tunnel; without a port.
 LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
 
 
 def counted_address(address: str) -> str:
-    """For whom an address counts: whoever has one IPv6 address has the 2**64 of its network."""
+    """The address that limits count; of IPv6 its /64 network, which one client has as a whole."""
     with contextlib.suppress(ValueError):
         found = ipaddress.ip_address(address.partition("%")[0])
         if isinstance(found, ipaddress.IPv6Address):
@@ -53,9 +52,9 @@ def is_in(address: str, network: Network) -> bool:
     return (getattr(found, "ipv4_mapped", None) or found) in network
 
 
-def is_loopback(host: str) -> bool:
+def is_loopback_host(host: str) -> bool:
     """Whether a server that listens on this address is reached from its own machine alone."""
-    if host in LOOPBACK_HOSTS:
+    if host in _LOOPBACK_HOSTS:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -67,15 +66,15 @@ def allowed_hosts(listening_on: str, also: Collection[str]) -> frozenset[str]:
     """Names that the Host header may have: this machine's, the address, and those given.
 
     Raises:
-        TunerError: One of them is no name.
+        TunerError: One of them is not a host name.
     """
     for name in also:
         if not re.fullmatch(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]", name):
             raise TunerError(
-                f"--allow-host {name!r} is no host's name: write it without https:// and without "
+                f"--allow-host {name!r} is not a host name: write it without https:// and without "
                 "a port, such as tuner.example.org."
             )
     given = {name.lower() for name in also}
-    if listening_on not in ("0.0.0.0", "::", ""):  # noqa: S104 - every address is no name
+    if listening_on not in ("0.0.0.0", "::", ""):  # noqa: S104 - they stand for every address
         given.add(f"[{listening_on}]" if ":" in listening_on else listening_on.lower())
     return LOOPBACK_NAMES | given

@@ -1,9 +1,9 @@
-"""Connections to the dashboard: how many there may be, and which one gives way to the next.
+"""Connections to the dashboard: how many there may be, and which one is closed for the next.
 
-A connection costs a file descriptor, and the process that serves the dashboard may also be the
-one that drives studies: strangers must not take the descriptors that checkpoints, the database
-and the workers need. So connections are limited, in all and of each address, and a share of the
-descriptors is never given to any.
+A connection costs a file descriptor, and the process that serves the dashboard may also run
+studies: its clients must not take the descriptors that checkpoints, the database and the workers
+need. So connections are limited, in total and for each address, and a share of the descriptors is
+not used for any.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tuner.every import Every
 
 MOST = 512  #: connections at once; 50 browsers open 6 each
 MOST_OF_AN_ADDRESS = 128  #: of one IPv4 address, or of one /64 network of IPv6
-_MOST_DESCRIPTORS = 65_536  #: what the process asks for; systems offer a billion
+_MOST_DESCRIPTORS = 65_536  #: that the process asks for; a hard limit may be a billion
 _SHARE = 4  #: connections take at most one in `_SHARE` descriptors, and as many are kept free
-_AT_ONCE = 128  #: connections that are accepted before anything else is done
-_PAUSE_SECONDS = 1.0  #: without accepting, after the system refused a connection
-_TOLD_SECONDS = 600.0  #: the same trouble is told again after so long
+_AT_ONCE = 128  #: connections accepted in one turn of the event loop
+_PAUSE_SECONDS = 1.0  #: until accepting is tried again after the system refused it
+_LOG_SECONDS = 600.0  #: until the same problem is logged again
 
 #: The process or the machine has no descriptor or memory left for a connection.
 _EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
@@ -61,20 +61,21 @@ def raise_descriptor_limit() -> int:
 
 @dataclass(slots=True, eq=False)
 class _Connection:
-    stream: IOStream
-    owner: str  #: its address, or the network that counts as one
-    waits_since: float = field(default_factory=time.monotonic)  #: for its next request
+    stream: IOStream  #: Tornado's, with its socket
+    owner: str  #: its address, or the network that is counted as one
+    #: Since when it waits for its next request, by the monotonic clock, seconds.
+    waits_since: float = field(default_factory=time.monotonic)
     answering: int = 0  #: requests of it that are being answered
 
 
 class LimitedServer(HTTPServer):
     """Tornado's HTTP server with a limited number of connections.
 
-    A newcomer is let in as long as another connection can give way: where its address has its
-    share already, the one of that address that has waited longest for a request; where all
-    places are taken, the longest-waiting one of the address that holds most. Whoever opens
-    connections without end so closes their own. A connection whose request is being answered
-    gives way to none.
+    A new connection is accepted as long as another one can be closed for it: if its address has
+    reached its limit, the one of that address that has waited longest for a request; if the total
+    is reached, the longest-waiting one of the address that holds most. A client that keeps
+    opening connections thus closes its own. A connection whose request is being answered is not
+    closed.
     """
 
     def limit(
@@ -89,7 +90,7 @@ class LimitedServer(HTTPServer):
 
         Args:
             descriptors: Files that this process may open.
-            say: Takes a line where connections cannot be accepted.
+            say: Logs a line if connections cannot be accepted.
             of_an_address: Connections of one address, or of one /64 network of IPv6.
             is_shared: Whether an address stands for many visitors, as a proxy's does, so that
                 only the number of all connections limits it.
@@ -101,7 +102,7 @@ class LimitedServer(HTTPServer):
         # that as many files are open, whoever opened them.
         self._first_kept_free = descriptors - descriptors // _SHARE
         self._say = say
-        self._told_pause = Every(_TOLD_SECONDS)
+        self._log_pause = Every(_LOG_SECONDS)
         self._open: dict[IOStream, _Connection] = {}
         self._listening: socket.socket | None = None
 
@@ -118,7 +119,7 @@ class LimitedServer(HTTPServer):
 
     @contextmanager
     def answering(self, stream: IOStream) -> Iterator[None]:
-        """A block that answers a request of a connection."""
+        """A block that answers a request of a connection, which is not closed meanwhile."""
         connection = self._open.get(stream)
         if connection is None:  # it was closed meanwhile
             yield
@@ -173,7 +174,7 @@ class LimitedServer(HTTPServer):
                 connection.close()
 
     def _make_room(self, address: str, descriptor: int) -> bool:
-        """Whether there is a place for one more connection, for which another may be closed."""
+        """Whether one more connection may be accepted; closes another one for it if need be."""
         owner = counted_address(address)
         open_ = [one for one in self._open.values() if not one.stream.closed()]
         held = Counter(one.owner for one in open_)
@@ -188,7 +189,7 @@ class LimitedServer(HTTPServer):
         return True
 
     def _close_one(self, open_: list[_Connection]) -> bool:
-        """Closes the one that has waited longest for a request; False where none waits."""
+        """Closes the one that has waited longest for a request; False if none waits."""
         waiting = [one for one in open_ if not one.answering]
         if not waiting:
             return False
@@ -196,7 +197,7 @@ class LimitedServer(HTTPServer):
         return True
 
     def _pause(self, error: OSError) -> None:
-        """Accepts nothing for a moment: the socket stays ready, and would be asked in a loop."""
+        """Accepts nothing for a moment: the socket stays readable, and the loop would spin."""
         listening = self._listening
         if listening is None:
             return
@@ -209,7 +210,7 @@ class LimitedServer(HTTPServer):
                 loop.add_reader(listening, self._accept)
 
         loop.call_later(_PAUSE_SECONDS, resume)
-        if self._told_pause.is_due():
+        if self._log_pause.is_due():
             self._say(
                 f"The dashboard cannot accept connections ({error.strerror}); it tries again "
                 "every second. A higher limit of open files (ulimit -n) helps."

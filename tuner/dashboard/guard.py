@@ -1,8 +1,8 @@
 """The Optuna dashboard and the tuner's own pages over one storage, behind one guard.
 
-The guard asks of every request: is it for us (Host), from us (Origin), from whom (session), may
-they (role), is it one of the changes that a study survives? Only then does Optuna's dashboard
-or a page of ours see it. Whatever is not on a list here is refused.
+The guard checks of every request for which host it is (Host), from which page it comes (Origin),
+who sent it (session), whether that user may send it (role), and, for Optuna's dashboard, whether
+its route is on the list of those that cannot break a study. All else is refused.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _RECORDED = "tuner.recorded"
 
 
 class Guard:
-    """What `make_app` makes."""
+    """The WSGI application that decides about each request, and passes it on."""
 
     def __init__(self, storage: Storage, policy: Policy, folders: Folders) -> None:
         self._storage = storage
@@ -77,7 +77,11 @@ class Guard:
                 policy.limit.remember(name, address)
 
     def may_send_much(self, environ: WSGIEnvironment) -> bool:
-        """Whether a request may have a large body; its Cookie and Host headers say whose it is."""
+        """Whether a request may have a large body: it has a session, or no login is asked for.
+
+        Args:
+            environ: Needs no more than its Cookie and Host headers.
+        """
         return self._visitor(environ) is not None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -97,7 +101,7 @@ class Guard:
             return answer.refuse(RequestError("503 Service Unavailable", NO_DATABASE))
         except TunerError as error:
             return answer.refuse(RequestError("409 Conflict", str(error)))
-        except Exception as error:  # noqa: BLE001 - a request without an answer hangs the browser
+        except Exception as error:  # noqa: BLE001 - else the browser would wait forever
             what = f"{environ.get('REQUEST_METHOD')} {path!r}: {type(error).__name__}: {error}"
             logging.getLogger(logs.OURS).error(what)
             return answer.refuse(RequestError("500 Internal Server Error", "Something broke here."))
@@ -171,7 +175,7 @@ class Guard:
     def _change(
         self, environ: WSGIEnvironment, answer: SecureResponse, path: str, visitor: Visitor
     ) -> Iterable[bytes]:
-        """A request that changes something: only an editor's, only a known one, and recorded."""
+        """A request that changes something: it needs an editor and a known route; is recorded."""
         method = environ["REQUEST_METHOD"]
         if path in LOGOUTS:
             return self._pages(environ, answer)
@@ -221,7 +225,11 @@ class Guard:
         route: Route,
         parts: Mapping[str, str],
     ) -> tuple[str, list[bytes]]:
-        """Does what Optuna's dashboard is asked for; what was changed, and the answer."""
+        """Lets Optuna's dashboard change a study.
+
+        Returns:
+            What was changed, for the record of changes, and the body of the answer.
+        """
         with (
             self._optuna.uploads.one_at_a_time
             if route.method == "POST"
@@ -232,11 +240,11 @@ class Guard:
             name = self._optuna.name(asked.study)
             if route is DELETE_STUDY:
                 tuned = load(self._storage, name, artifacts_root=self._artifacts)
-                return delete_study(tuned), answer.nothing()
+                return delete_study(tuned), answer.no_content()
             return name, self._optuna.write(environ, answer)
 
 
 def _action(environ: WSGIEnvironment, path: str) -> str:
-    """What a request asked for, as the record of changes has it."""
+    """Method and path of a request, for the record of changes."""
     text = path.encode("latin-1", "replace").decode("utf-8", "replace")
     return f"{environ['REQUEST_METHOD']} {text}"

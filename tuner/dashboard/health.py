@@ -1,4 +1,4 @@
-"""What probes are told: whether the process is alive, and whether it can do its work now."""
+"""What probes are answered: whether the process is alive, and whether it is ready to work."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _CLOSE_SECONDS = 6.0  #: for the last look; a connection attempt ends after 5 s
 
 
 class Health:
-    """Looks at the database on a thread of its own, so that who asks need not wait for it.
+    """Asks the database on a thread of its own, so that no request has to wait for the answer.
 
     During an outage a request that waits for the database holds one of the few threads that
-    answer requests. Known of here, the outage is the answer at once.
+    answer requests. An outage that is known here is answered at once.
     """
 
     def __init__(
@@ -31,8 +31,9 @@ class Health:
         """Knows of no outage yet.
 
         Args:
-            look: Asks the database; raises an exception where it is unavailable.
-            scheduler_is_up: Whether the scheduler is there, without waiting; None: none is needed.
+            look: Asks the database; raises an exception if it is unavailable.
+            scheduler_is_up: Whether the scheduler is connected, without waiting; None: none is
+                needed.
         """
         self._look = look
         self._scheduler_is_up = scheduler_is_up
@@ -43,14 +44,14 @@ class Health:
 
     @property
     def outage(self) -> str | None:
-        """Why no request can be answered; None where it can. Never waits."""
+        """Why no request can be answered; None if it can. Never waits."""
         since = self._looking_since
         is_silent = since is not None and time.monotonic() - since > _SILENCE_SECONDS
         return NO_DATABASE if self._failed or is_silent else None
 
     @property
     def unready(self) -> str | None:
-        """Why studies do not proceed or cannot be shown; None where all is well. Never waits."""
+        """Why studies do not proceed or cannot be shown; None if they do. Never waits."""
         if self.outage is not None:
             return self.outage
         if self._scheduler_is_up is not None and not self._scheduler_is_up():

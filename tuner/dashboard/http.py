@@ -1,4 +1,4 @@
-"""What every answer has: headers that protect its reader, and paths as they were asked for."""
+"""What both applications share: paths, security headers of answers, and errors of requests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOGOUTS = frozenset((f"{ROOT}/logout", f"{ROOT}/api/logout"))
 VISITOR_KEY = "tuner.visitor"  #: in the WSGI environment: who asks
 DETAIL_KEY = "tuner.detail"  #: in the WSGI environment: what was changed, for the record
 
-#: A browser that saw this asks in the clear no more, for so long.
+#: A browser that saw this header uses HTTPS alone for a year.
 _HSTS = f"max-age={365 * 24 * 3600}"
 #: Optuna's dashboard draws with WebGL, which compiles functions, and styles its elements inline.
 _DASHBOARD_POLICY = (
@@ -47,7 +47,7 @@ _OTHERS_PAGE_POLICY = SANDBOX_POLICY.format(scripts="", sources="'none'")
 
 #: In the WSGI environment, behind a proxy: whether the request came through it.
 FROM_PROXY = "tuner.from_proxy"
-#: In the WSGI environment: the file that is asked for is a page of the tuner's own.
+#: In the WSGI environment: the requested file is a page that the tuner wrote.
 OWN_PAGE = "tuner.own_page"
 
 
@@ -60,7 +60,7 @@ class RequestError(Exception):
 
 
 class SecureResponse:
-    """A `start_response` that adds the security headers, and remembers the status."""
+    """A `start_response` that adds security headers, and remembers the status (0 before)."""
 
     def __init__(
         self, start_response: StartResponse, path: str, environ: WSGIEnvironment, *, secure: bool
@@ -69,7 +69,7 @@ class SecureResponse:
         self._path = path
         self._environ = environ
         host = re.sub(r":\d+$", "", str(environ.get("HTTP_HOST", "")).lower())
-        # For "localhost" it would hold for every other program's port of this machine, too.
+        # For "localhost" it would hold for every other port of this machine, too.
         self._sends_hsts = secure and host not in LOOPBACK_NAMES
         self.status = 0
 
@@ -77,9 +77,10 @@ class SecureResponse:
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
         self.status = int(status[:3])
-        return self._start(status, [*self._kept(headers), *self._added(headers)], exc_info)
+        allowed, ours = self._allowed(headers), self._security_headers(headers)
+        return self._start(status, [*allowed, *ours], exc_info)
 
-    def _kept(self, headers: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    def _allowed(self, headers: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         ours = is_ours(self._path)
         for name, value in headers:
             lower = name.lower()
@@ -92,7 +93,7 @@ class SecureResponse:
                 continue
             yield name, value
 
-    def _added(self, headers: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    def _security_headers(self, headers: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         given = {name.lower() for name, _ in headers}
         yield "Server", "tuner"  # instead of Tornado's version
         yield "X-Content-Type-Options", "nosniff"
@@ -114,7 +115,7 @@ class SecureResponse:
                 yield "Content-Security-Policy", _DASHBOARD_POLICY
         static = self._path.startswith(("/static/", f"{ROOT}/static/"))
         if not static and "cache-control" not in given:
-            # What one user saw must not come out of a shared machine's cache.
+            # Another user of the same browser must not see it.
             yield "Cache-Control", "no-store"
 
     def refuse(self, error: RequestError) -> Iterable[bytes]:
@@ -128,8 +129,8 @@ class SecureResponse:
         self(error.status, [*headers, *error.headers])
         return [] if self._environ.get("REQUEST_METHOD") == "HEAD" else [content]
 
-    def nothing(self) -> list[bytes]:
-        """204: done, and nothing to say."""
+    def no_content(self) -> list[bytes]:
+        """204: done, with an empty body."""
         self("204 No Content", [])
         return []
 

@@ -14,18 +14,13 @@ import io
 import json
 import mimetypes
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, urlencode
 
-from optuna.artifacts import FileSystemArtifactStore
-from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import BaseStorage
-from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -33,23 +28,22 @@ from tuner.artifacts import ARTIFACT_PREFIX, ARTIFACT_PREFIXES, StudyArtifacts, 
 from tuner.dashboard.http import RequestError
 from tuner.errors import counted
 from tuner.search.attributes import RECORD_KEY
-from tuner.storage.dashboard_note import MAX_NOTE_VERSION, note_version
+from tuner.storage.dashboard_note import MAX_NOTE_VERSION
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
 
-#: Notes are written in pieces of two kilobytes, and sent with every look at the study: one of
-#: 15 MB kept the storage from everybody for 13 s.
+#: Notes are written in pieces of two kilobytes, and sent with every answer about the study: one
+#: of 15 MB blocked the storage for 13 s.
 MAX_NOTE_BYTES = 128 * 1024
 MAX_UPLOADS = 200  #: files that people attach to a study and its trials
-MAX_UPLOAD_BYTES = 256 * 1024 * 1024  #: of all of them together
+MAX_UPLOAD_BYTES = 256 * 1024 * 1024  #: of all of these files together
 _MAX_CELLS = 1_000_000  #: of a plot of pairs: a contour needs about 20 bytes a cell
 _MAX_SELECTED = 10_000  #: trials that are named for a CSV file
 
 _ID = re.compile(r"0|[1-9][0-9]{0,17}")  #: what a database of ours takes for a number
 _ARTIFACT = re.compile(r"[0-9a-fA-F]{1,12}(-[0-9a-fA-F]{1,12}){1,8}")
 _MIMETYPE = re.compile(r"[\w.+-]+/[\w.+-]+", re.ASCII)
-_NOTE_KEY = re.compile(r"dashboard:(?:[0-9]+:)?note_(ver|str:[0-9]+)")
 
 #: These draw every pair of parameters; the contour of 2,000 trials with 10 parameters was
 #: answered with 4.46 GB after 107 s.
@@ -112,33 +106,33 @@ def _known_types() -> set[str]:
 class Route:
     """One route of Optuna's dashboard."""
 
-    method: str
+    method: Literal["GET", "PUT", "POST", "DELETE"]
     path: re.Pattern[str]  #: its groups study, trial, artifact and plot are checked further
-    query: str = ""  #: the one parameter that matters
-    body: type[BaseModel] | None = None
-    max_bytes: int = 0  #: of the body; 0: as the server takes them
-    kept_seconds: float = 0.0  #: so long an answer that many ask for is given out again
+    query: str = ""  #: the one parameter that is passed on; "": none is
+    body: type[BaseModel] | None = None  #: its type; None: what is sent is dropped
+    max_bytes: int = 0  #: of the body; 0: the server's limit
+    cache_seconds: float = 0.0  #: how long its answer is cached; 0: not at all
 
 
-def _route(method: str, path: str, **more: Any) -> Route:
+def _route(method: Literal["GET", "PUT", "POST", "DELETE"], path: str, **more: Any) -> Route:
     pattern = re.sub(r"<(\w+)>", r"(?P<\1>[^/]*)", path)
     return Route(method=method, path=re.compile(pattern, re.DOTALL), **more)
 
 
 DELETE_STUDY = _route("DELETE", r"/api/studies/<study>")
-#: What may be read, and what people may change: what they write about a study, and files beside
-#: it. Not here, and so refused: creating and renaming studies (a renamed one is another study),
-#: telling trials and their attributes (the coordinator's business), and what is still to come.
+#: What may be read, and what people may change: notes and files. Not here, and so refused:
+#: creating and renaming studies (a renamed one is another study), changing trials and their
+#: attributes (which only the coordinator does), and every route of a later version.
 ROUTES = (
     _route("GET", r"/"),
     _route("GET", r"/dashboard(/.*)?"),
     _route("GET", r"/favicon\.ico"),
     _route("GET", r"/static/[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*"),
     _route("GET", r"/api/meta"),
-    _route("GET", r"/api/studies", kept_seconds=2.0),
-    _route("GET", r"/api/studies/<study>", query="after", kept_seconds=2.0),
-    _route("GET", r"/api/studies/<study>/param_importances", kept_seconds=10.0),
-    _route("GET", r"/api/studies/<study>/plot/<plot>", kept_seconds=10.0),
+    _route("GET", r"/api/studies", cache_seconds=2.0),
+    _route("GET", r"/api/studies/<study>", query="after", cache_seconds=2.0),
+    _route("GET", r"/api/studies/<study>/param_importances", cache_seconds=10.0),
+    _route("GET", r"/api/studies/<study>/plot/<plot>", cache_seconds=10.0),
     _route("GET", r"/csv/<study>", query="trial_ids"),
     _route("GET", r"/artifacts/<study>/<artifact>"),
     _route("GET", r"/artifacts/<study>/<trial>/<artifact>"),
@@ -154,13 +148,12 @@ ROUTES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedRequest:
-    """A request that was checked."""
+    """A request that fits its route."""
 
     route: Route
-    study: int | None = None
-    query: str = ""
-    may_run_scripts: bool = False  #: a page that the tuner wrote itself
-    is_upload: bool = False
+    study: int | None = None  #: its id in the storage; None where the path names none
+    query: str = ""  #: what is passed on of the query
+    may_run_scripts: bool = False  #: it asks for a page that the tuner wrote itself
 
 
 def find_route(method: str, path: str) -> tuple[Route, Mapping[str, str]] | None:
@@ -178,12 +171,12 @@ def find_route(method: str, path: str) -> tuple[Route, Mapping[str, str]] | None
 
 
 class Checks:
-    """Looks at requests for Optuna's dashboard over one storage."""
+    """Checks requests for Optuna's dashboard over one storage."""
 
     def __init__(
         self, storage: BaseStorage, artifacts: Path, is_study: Callable[[int], bool]
     ) -> None:
-        """Makes checks.
+        """Keeps what requests are checked against.
 
         Args:
             storage: Optuna's.
@@ -197,10 +190,10 @@ class Checks:
     def check(
         self, environ: WSGIEnvironment, route: Route, parts: Mapping[str, str]
     ) -> CheckedRequest:
-        """Checks a request, and leaves in it what its route declares.
+        """Checks a request, and removes from it what its route does not declare.
 
         Raises:
-            RequestError: It is for nothing that there is, or does not fit the declaration.
+            RequestError: Its study, trial or file does not exist, or it does not fit its route.
         """
         study = trial = None
         if "study" in parts:
@@ -220,13 +213,10 @@ class Checks:
             assert study is not None
             is_ours = self._is_ours(study, trial, parts["artifact"])
         self._check_body(environ, route)
-        is_upload = route.body is _Upload
-        if is_upload:
+        if route.body is _Upload:
             assert study is not None
             self._check_room(study, int(environ["CONTENT_LENGTH"]))
-        return CheckedRequest(
-            route=route, study=study, query=query, may_run_scripts=is_ours, is_upload=is_upload
-        )
+        return CheckedRequest(route=route, study=study, query=query, may_run_scripts=is_ours)
 
     def _trial(self, study: int, text: str) -> FrozenTrial:
         number = _number(text)
@@ -262,7 +252,11 @@ class Checks:
             raise RequestError("404 Not Found", "A Pareto front needs two or three objectives.")
 
     def _is_ours(self, study: int, trial: FrozenTrial | None, artifact: str) -> bool:
-        """Whether the tuner itself attached a file; refuses one that is not attached there."""
+        """Whether the tuner itself attached this file.
+
+        Raises:
+            RequestError: The file is not attached to the study, or to the trial.
+        """
         attributes = self._storage.get_study_system_attrs(study)
         keys = [f"{ARTIFACT_PREFIX}{artifact}"]
         found = attributes.get(keys[0]) if trial is None else None
@@ -334,12 +328,12 @@ class Checks:
 
 
 def _number(text: str) -> int | None:
-    """A number as a path or a query names it: digits of ASCII, and no more than a database has."""
+    """A number in a path or a query; None if it is not one that a database's id can be."""
     return int(text) if _ID.fullmatch(text) else None
 
 
 def _described(attribute: object) -> dict[str, Any] | None:
-    """What is known of a file, from the attribute that attaches it; None if it was removed."""
+    """The description of a file, from the attribute that attaches it; None if it was removed."""
     try:
         found = json.loads(attribute) if isinstance(attribute, str) else None
     except ValueError:
@@ -365,85 +359,3 @@ def is_too_large(storage: BaseStorage, study: int) -> bool:
         return False  # no such study: the dashboard says so
     parameters = {name for trial in trials for name in trial.params}
     return (len(parameters) * len(trials)) ** 2 > _MAX_CELLS
-
-
-# --- what Optuna's dashboard is given ---
-
-
-class Uploads(FileSystemArtifactStore):
-    """The files attached to studies; removes those that were never attached to one."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._folder = folder
-        self._written = threading.local()
-        self.one_at_a_time = threading.Lock()  #: or two uploads share the last place
-
-    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        self._written.identities.append(artifact_id)
-        try:
-            super().write(artifact_id, content_body)
-        except OSError as error:
-            self._written.error = error
-            raise
-
-    @contextmanager
-    def whole_or_nothing(self, is_done: Callable[[], bool]) -> Iterator[None]:
-        """A block that uploads; removes its files unless it is done at its end.
-
-        Raises:
-            OSError: A file could not be written, whatever was made of that on the way.
-        """
-        self._written.identities, self._written.error = [], None
-        done = False
-        try:
-            yield
-            done = is_done()
-        finally:
-            if not done:
-                for identity in self._written.identities:
-                    (self._folder / identity).unlink(missing_ok=True)
-        if self._written.error is not None:
-            raise self._written.error
-
-    def remove(self, artifact_id: str) -> None:
-        try:
-            super().remove(artifact_id)
-        except FileNotFoundError as error:
-            raise ArtifactNotFound("not found") from error
-
-
-@BaseStorage.register
-class ReadableStudies:
-    """Optuna's storage, with notes that are text whatever was stored as one.
-
-    An older version stored notes of any type: Optuna's dashboard fails on every page of a study
-    that has one.
-    """
-
-    def __init__(self, storage: BaseStorage) -> None:
-        self._storage = storage
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._storage, name)
-
-    def get_all_studies(self) -> list[FrozenStudy]:
-        studies = self._storage.get_all_studies()
-        for study in studies:
-            study.system_attrs = with_readable_notes(study.system_attrs)
-        return studies
-
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        return with_readable_notes(self._storage.get_study_system_attrs(study_id))
-
-
-def with_readable_notes(attributes: dict[str, Any]) -> dict[str, Any]:
-    """A study's system attributes, whose notes have a number for a version, and pieces of text."""
-    readable = dict(attributes)
-    for key, value in attributes.items():
-        found = _NOTE_KEY.fullmatch(key)
-        if found and found[1] == "ver":
-            readable[key] = note_version(value)
-        elif found and not isinstance(value, str):
-            readable[key] = json.dumps(value, ensure_ascii=False)
-    return readable

@@ -1,7 +1,6 @@
-"""Who may do what on the dashboard: users, sessions, login limits, and where a request is from.
+"""Who may do what, from where: the settings by which the guard decides, and the log of refusals.
 
-Nothing here knows a study. `tuner.dashboard.guard` asks these questions of every request, before
-any page or any part of Optuna's dashboard sees it.
+`tuner.dashboard.guard` checks every request by it, before a page or Optuna's dashboard sees it.
 """
 
 from __future__ import annotations
@@ -20,19 +19,15 @@ from tuner.dashboard.users import Users
 READING = frozenset(("GET", "HEAD"))
 WRITING = frozenset(("POST", "PUT", "DELETE"))
 
-
-_REFUSALS = 100  #: in `_REFUSALS_SECONDS` that are recorded one by one
+_REFUSALS = 100  #: that are recorded one by one in `_REFUSALS_SECONDS`
 _REFUSALS_SECONDS = 300.0
-
-
-# --- login limits ---
 
 
 class Refusals:
     """Failed logins and refused requests, for the record of changes.
 
-    A flood of them must not fill the database: of more than 100 in 5 minutes, the number is
-    recorded with the next one that is recorded.
+    They must not fill the database: beyond 100 in 5 minutes they are counted, and the number is
+    recorded with the next one.
     """
 
     def __init__(
@@ -59,29 +54,25 @@ class Refusals:
         self._record(who=who, address=address, action=action, status=status, detail=detail)
 
 
-# --- where requests come from ---
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """What the server was started with; who may come in, from where."""
 
-    users: Users | None = None  #: None: on this machine, without a login
+    users: Users | None = None  #: who may log in; None: no login, on this machine alone
     hosts: Collection[str] = LOOPBACK_NAMES  #: names in the Host header, lower case, no port
-    secure: bool = False  #: the browser speaks TLS, with us or with the proxy before us
-    #: Where the proxy is that speaks TLS and says who asks; empty where there is none. Other
-    #: addresses are refused: they would come past it, in the clear.
+    secure: bool = False  #: the browser speaks TLS, with us or with the proxy
+    #: Addresses of the proxy that terminates TLS and forwards the client's address; empty: there
+    #: is none. Requests from elsewhere are refused: they came past it, unencrypted.
     proxies: Collection[Network] = ()
-    #: Who changes things where nobody logs in.
-    local_name: str = "local"
-    limit: LoginLimit = field(default_factory=LoginLimit)
+    local_name: str = "local"  #: the user in the record of changes if no login is asked for
+    limit: LoginLimit = field(default_factory=LoginLimit)  #: of failed logins
 
     def cookie(self, environ: Mapping[str, Any]) -> str:
-        """The name of the session's cookie, under the address that a request asks for.
+        """The name of the session's cookie for the host and port of a request.
 
-        With TLS it is one that browsers take from this host alone: a neighbour under the same
-        domain could otherwise plant a session of its own. Browsers do not tell the ports of a
-        host apart, so the name does: two dashboards would else end each other's sessions.
+        With TLS it is one that browsers accept from this host alone: another host of the same
+        domain could otherwise set a session of its own. Browsers send cookies to every port of a
+        host, so the name has the port: two dashboards would else end each other's sessions.
         """
         port = re.search(r":(\d{1,5})$", str(environ.get("HTTP_HOST", "")))
         number = int(port[1]) if port else 443 if self.secure else 80
@@ -92,14 +83,14 @@ class Policy:
         return any(is_in(address, network) for network in self.proxies)
 
     def names_host(self, environ: Mapping[str, Any]) -> bool:
-        """Whether the request asks for a name of ours: one whose name was pointed here does not."""
+        """Whether the Host header has a name of ours: after DNS rebinding it does not."""
         host = str(environ.get("HTTP_HOST", "")).lower()
         return re.sub(r":\d{1,5}$", "", host) in self.hosts
 
     def is_same_origin(self, environ: Mapping[str, Any]) -> bool:
         """Whether a writing request is from our own pages, or from no page at all.
 
-        Browsers name the origin of every such request; programs such as curl name none.
+        Browsers send the origin of every such request; programs such as curl send none.
         """
         if environ.get("HTTP_SEC_FETCH_SITE", "same-origin") not in ("same-origin", "none"):
             return False

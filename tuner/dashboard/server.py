@@ -1,12 +1,10 @@
-"""The web server: limits of connections, bodies and times, TLS, and an orderly end."""
+"""The web server: limits of connections, bodies and times, TLS, and a graceful end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
-import json
-import re
 import signal
 import socket
 import ssl
@@ -15,44 +13,28 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
-
-from tornado.http1connection import HTTP1Connection
-from tornado.httputil import (
-    HTTPConnection,
-    HTTPHeaders,
-    HTTPMessageDelegate,
-    HTTPServerConnectionDelegate,
-    HTTPServerRequest,
-    RequestStartLine,
-    ResponseStartLine,
-)
-from tornado.netutil import is_valid_ip
-from tornado.wsgi import WSGIContainer
+from typing import TYPE_CHECKING, Self
 
 from tuner.dashboard.connections import MOST_OF_AN_ADDRESS, LimitedServer, raise_descriptor_limit
 from tuner.dashboard.guard import Guard
-from tuner.dashboard.health import ALIVE, READY, Health
-from tuner.dashboard.http import FROM_PROXY, is_api, log_line
+from tuner.dashboard.health import Health
+from tuner.dashboard.http import log_line
 from tuner.dashboard.policy import Policy
 from tuner.dashboard.settings import Folders, Settings, make_policy
+from tuner.dashboard.wsgi_bridge import ConnectionDelegate, Container
 from tuner.errors import TunerError
 from tuner.storage.storage import Storage
 
 if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+    from wsgiref.types import StartResponse, WSGIEnvironment
 
 _MAX_BODY_BYTES = 16 * 1024 * 1024
 _MAX_HEADER_BYTES = 32 * 1024
-#: Of a request without a session: a login's, which are the only ones that are answered.
-_MAX_STRANGERS_BODY_BYTES = 64 * 1024
-
-
-_IDLE_SECONDS = 75.0  #: a connection that sends no request, or takes so long over its headers
+_IDLE_SECONDS = 75.0  #: until a connection without a request, or with half a header, is closed
 _BODY_SECONDS = 60.0  #: for the body of a request
 _THREADS = 16  #: requests answered at once; the storage answers one at a time anyway
 _LAST_SECONDS = 5.0  #: for requests that are being answered when the server ends
-_CLOSE_SECONDS = 2.0
+_CLOSE_SECONDS = 2.0  #: for closing the connections when the server ends
 
 
 def serve(
@@ -141,137 +123,6 @@ def make_app(
     return Guard(storage, policy or Policy(), folders or Folders())
 
 
-class _Container(WSGIContainer):
-    """Tornado's bridge to WSGI."""
-
-    server: LimitedServer | None = None  #: whose requests are answered
-
-    def __init__(self, app: WSGIApplication, executor: ThreadPoolExecutor, policy: Policy) -> None:
-        super().__init__(app, executor)
-        self._policy = policy
-
-    def environ(self, request: HTTPServerRequest) -> dict[str, Any]:
-        # Tornado takes the port out of the Host header without a look, and a request that fails
-        # there is never answered. The guard judges the header itself.
-        if not re.fullmatch(r"[^:]*|[^:]*:\d{1,5}|\[[0-9a-fA-F:]*\](:\d{1,5})?", request.host):
-            request.host = "invalid"
-        environ = super().environ(request)
-        # Tornado has put the chunks together; nobody may take them for chunks again.
-        environ.pop("HTTP_TRANSFER_ENCODING", None)
-        environ["CONTENT_LENGTH"] = str(len(request.body))
-        if self._policy.proxies:
-            environ[FROM_PROXY] = self._policy.is_proxy(environ["REMOTE_ADDR"])
-            said = environ.get("HTTP_X_REAL_IP") or environ.get("HTTP_X_FORWARDED_FOR", "")
-            asks = said.rpartition(",")[2].strip()  # the last is the one that our proxy saw
-            if environ[FROM_PROXY] and is_valid_ip(asks):
-                environ["REMOTE_ADDR"] = asks
-        return environ
-
-    async def handle_request(self, request: HTTPServerRequest) -> None:
-        server, stream = self.server, getattr(request.connection, "stream", None)
-        with server.answering(stream) if server and stream else contextlib.nullcontext():
-            await super().handle_request(request)
-
-    def _log(self, status_code: int, request: HTTPServerRequest) -> None:
-        """A line for every request is no help to anybody."""
-
-
-class _Reception(HTTPServerConnectionDelegate):
-    """Looks at the head of each request before its body is read.
-
-    Whoever has no session may send what a login needs. Bodies are held in memory: without this,
-    60 strangers took 900 MB.
-    """
-
-    def __init__(self, app: Guard, container: _Container, health: Health) -> None:
-        self._app = app
-        self._container = container
-        self._health = health
-
-    def start_request(
-        self, server_conn: object, request_conn: HTTPConnection
-    ) -> HTTPMessageDelegate:
-        return _Received(self._app, self._container, self._health, request_conn)
-
-
-#: Of the answers that are given on the event loop.
-_PHRASES = {200: "OK", 413: "Content Too Large", 503: "Service Unavailable"}
-
-
-class _Received(HTTPMessageDelegate):
-    """One request on its way in."""
-
-    def __init__(
-        self, app: Guard, container: _Container, health: Health, connection: HTTPConnection
-    ) -> None:
-        self._app = app
-        self._container = container
-        self._health = health
-        self._connection = connection
-        self._request: HTTPServerRequest | None = None
-        self._body = bytearray()
-
-    def headers_received(
-        self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
-    ) -> None:
-        assert isinstance(start_line, RequestStartLine)
-        self._request = HTTPServerRequest(
-            connection=self._connection, start_line=start_line, headers=headers
-        )
-        known = {"HTTP_COOKIE": headers.get("Cookie", ""), "HTTP_HOST": headers.get("Host", "")}
-        if self._app.may_send_much(known):
-            return
-        length = headers.get("Content-Length", "")
-        if length.isdecimal() and int(length[:20]) > _MAX_STRANGERS_BODY_BYTES:
-            self._refuse()
-        else:  # chunks do not say how long they are
-            assert isinstance(self._connection, HTTP1Connection)
-            self._connection.set_max_body_size(_MAX_STRANGERS_BODY_BYTES)
-
-    def _refuse(self) -> None:
-        limit = _MAX_STRANGERS_BODY_BYTES // 1024
-        # Tornado closes a connection whose answer is whole before its request is.
-        self._answer(413, f"Log in first to send more than {limit} KB.", Connection="close")
-
-    def _answer(self, status: int, message: str, **headers: str) -> None:
-        """Answers on the event loop, whatever the threads and the database do."""
-        assert self._request is not None
-        path = self._request.path
-        kind, body = "text/plain; charset=utf-8", f"{message}\n"
-        if is_api(path) or status == 413:
-            kind, body = "application/json", json.dumps({"reason": message})
-        head = {
-            "Content-Type": kind,
-            "Content-Length": str(len(body.encode())),
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-            "Server": "tuner",
-        }
-        line = ResponseStartLine("HTTP/1.1", status, _PHRASES[status])
-        sent = b"" if self._request.method == "HEAD" else body.encode()
-        self._connection.write_headers(line, HTTPHeaders(head | headers), sent)
-        self._connection.finish()
-
-    def data_received(self, chunk: bytes) -> None:
-        self._body += chunk
-
-    def finish(self) -> None:
-        assert self._request is not None
-        path = self._request.path.rstrip("/")
-        is_probe = path in (ALIVE, READY)
-        problem = self._health.unready if path == READY else self._health.outage
-        if path == ALIVE or (is_probe and problem is None):
-            self._answer(200, "ok")
-        elif problem is not None:
-            self._answer(503, problem, **{"Retry-After": "5"})
-        else:
-            self._request.body = bytes(self._body)
-            self._container(self._request)
-
-    def on_connection_close(self) -> None:
-        self._body.clear()
-
-
 class DashboardServer:
     """Tornado's HTTP server on a thread of its own.
 
@@ -314,7 +165,7 @@ class DashboardServer:
 
     @property
     def login(self) -> str:
-        """Who may come in, in words."""
+        """Who may log in, in words."""
         if self._policy.users is None:
             return "no login: whoever works on this machine may change things"
         return f"users of {self._policy.users.path}"
@@ -352,9 +203,9 @@ class DashboardServer:
 
     async def _answer_until_the_end(self, executor: ThreadPoolExecutor) -> None:
         self._loop, self._ending = asyncio.get_running_loop(), asyncio.Event()
-        container = _Container(self._counted, executor, self._policy)
+        container = Container(self._counted, executor, self._policy)
         container.server = self._server = server = LimitedServer(
-            _Reception(self._app, container, self._health),
+            ConnectionDelegate(self._app, container, self._health),
             ssl_options=self._context,
             max_header_size=_MAX_HEADER_BYTES,
             max_body_size=_MAX_BODY_BYTES,

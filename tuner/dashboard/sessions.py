@@ -15,33 +15,31 @@ from tuner.dashboard.users import Role, Users
 COOKIE = "tuner_session"
 
 
-_IDLE_SECONDS = 12 * 3600.0  #: a session that is not used for so long ends
-_SESSION_SECONDS = 7 * 24 * 3600.0  #: and every session ends after so long
-_SESSIONS_OF_A_USER = 20  #: more browsers than anybody has; the oldest session makes room
-
-
-_COUNTED_PLACES = 10_000  #: addresses and names whose failed logins are remembered
+_IDLE_SECONDS = 12 * 3600.0  #: until an unused session ends
+_SESSION_SECONDS = 7 * 24 * 3600.0  #: until any session ends
+_SESSIONS_OF_A_USER = 20  #: a further login ends the oldest one
+_COUNTED_KEYS = 10_000  #: names and addresses whose failed logins are counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visitor:
     """Who sent a request."""
 
-    name: str
-    role: Role
-    logged_in: bool = True  #: False on this machine, where no login is asked for
+    name: str  #: of the user
+    role: Role  #: what the user may do
+    logged_in: bool = True  #: False where no login is asked for, on this machine alone
 
 
 @dataclass(slots=True, kw_only=True)
 class _Session:
-    name: str
-    mark: str  #: of the password that it began with
-    began: float
-    used: float
+    name: str  #: of the user
+    password_mark: str  #: `Users.password_mark` when it began
+    began: float  #: by the clock of `Sessions`, seconds
+    used: float  #: when its last request came, likewise
 
 
 class Sessions:
-    """Who is logged in: random tokens, kept here and as cookies only, gone with the process."""
+    """Who is logged in: a random token in a cookie for each, known until the process ends."""
 
     def __init__(self, users: Users, clock: Callable[[], float] = time.monotonic) -> None:
         self._users = users
@@ -50,20 +48,22 @@ class Sessions:
         self._sessions: dict[bytes, _Session] = {}
 
     def begin(self, name: str) -> str:
-        """A new session's token; a token that a browser brought along is never used."""
+        """Begins a session; its token is new, whatever token the browser sent."""
         token = secrets.token_urlsafe(32)
         now = self._clock()
-        mark = self._users.mark(name)
+        mark = self._users.password_mark(name)
         with self._lock:
             self._forget_old(now)
             own = [key for key, one in self._sessions.items() if one.name == name]
             for key in own[: max(0, len(own) + 1 - _SESSIONS_OF_A_USER)]:
                 del self._sessions[key]
-            self._sessions[_digest(token)] = _Session(name=name, mark=mark, began=now, used=now)
+            self._sessions[_digest(token)] = _Session(
+                name=name, password_mark=mark, began=now, used=now
+            )
         return token
 
     def visitor(self, token: str) -> Visitor | None:
-        """Whose token it is, with the role that the users file gives now."""
+        """The user of a valid token, with the role that the users file gives now; else None."""
         now = self._clock()
         with self._lock:
             session = self._sessions.get(_digest(token))
@@ -71,7 +71,7 @@ class Sessions:
                 return None
             session.used = now
         role = self._users.role(session.name)
-        if role is None or session.mark != self._users.mark(session.name):
+        if role is None or session.password_mark != self._users.password_mark(session.name):
             self.end(token)
             return None
         return Visitor(name=session.name, role=role)
@@ -96,12 +96,12 @@ def _digest(token: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Limit:
-    failures: int
-    seconds: float
+    failures: int  #: that are allowed
+    seconds: float  #: in this time
 
 
-#: A user at one address; one address; a user from all addresses together at which that user has
-#: not logged in yet: strangers share the last one, and cannot lock the user out with it.
+#: For a user at one address; for one address; for a user at all those addresses together at which
+#: the user has not logged in yet: others share the last one, and cannot lock the user out with it.
 _LIMITS = {
     "user and address": _Limit(5, 60.0),
     "address": _Limit(20, 300.0),
@@ -110,7 +110,7 @@ _LIMITS = {
 
 
 class LoginLimit:
-    """Counts failed logins and says how long to wait before the next try."""
+    """Counts failed logins and says how long to wait before the next attempt."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -119,10 +119,13 @@ class LoginLimit:
         self._known: dict[str, None] = {}  # users at addresses at which they have logged in
 
     def claim(self, name: str, address: str) -> float:
-        """Counts a try in advance; seconds to wait where it is one too many, else 0.
+        """Counts an attempt before its password is checked.
 
-        A hundred tries at once are so counted before the first is answered. `succeeded` takes
-        back what a right password cost.
+        A hundred attempts at once are thus counted before the first is answered. `succeeded`
+        takes the attempt back.
+
+        Returns:
+            Seconds to wait if it is one too many, which is then not counted; else 0.
         """
         now = self._clock()
         with self._lock:
@@ -131,17 +134,17 @@ class LoginLimit:
                 return max(waits)
             for key, _ in self._keys(name, address):
                 self._failures.setdefault(key, []).append(now)
-            while len(self._failures) > _COUNTED_PLACES:
+            while len(self._failures) > _COUNTED_KEYS:
                 del self._failures[next(iter(self._failures))]
         return 0.0
 
     def succeeded(self, name: str, address: str) -> None:
-        """The password was right: the try does not count, and the user is known there."""
+        """The password was right: the attempt does not count, and the user is known there."""
         self.take_back(name, address)
         self.remember(name, address)
 
     def take_back(self, name: str, address: str) -> None:
-        """The last try does not count."""
+        """The last attempt does not count."""
         with self._lock:
             for key, _ in self._keys(name, address):
                 tries = self._failures.get(key)
@@ -156,7 +159,7 @@ class LoginLimit:
         with self._lock:
             self._known.pop(known, None)
             self._known[known] = None
-            while len(self._known) > _COUNTED_PLACES:
+            while len(self._known) > _COUNTED_KEYS:
                 del self._known[next(iter(self._known))]
 
     def _wait(self, key: tuple[str, str], limit: _Limit, now: float) -> float:
@@ -176,5 +179,5 @@ class LoginLimit:
 
 
 def _user_at(name: str, address: str) -> str:
-    # A name longer than a user's may be must not fill the memory.
+    # Cut to the longest name of a user: longer ones would fill the memory.
     return f"{name[:64].lower()} {counted_address(address)}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STUDIES_FOLDER
-from tuner.dashboard.addresses import allowed_hosts, is_loopback, networks
+from tuner.dashboard.addresses import allowed_hosts, is_loopback_host, networks
 from tuner.dashboard.policy import Policy
 from tuner.dashboard.users import Users
 from tuner.errors import TunerError
@@ -28,16 +28,16 @@ class Folders:
 class Settings:
     """How the dashboard is served."""
 
-    host: str = "127.0.0.1"
-    port: int = 8080  #: 0 takes a free one
-    users_file: Path | None = None  #: None: no login, on a loopback address alone
-    certificate: Path | None = None  #: PEM, with its key in `key`: the server speaks TLS itself
-    key: Path | None = None
-    behind_proxy: bool = False  #: a proxy that speaks TLS stands before it and says who asks
+    host: str = "127.0.0.1"  #: address to listen on
+    port: int = 8080  #: to listen on; 0 takes a free one
+    users_file: Path | None = None  #: None: no login, which only a loopback address allows
+    certificate: Path | None = None  #: PEM; the server then speaks TLS itself
+    key: Path | None = None  #: of the certificate, PEM, without a password
+    behind_proxy: bool = False  #: a proxy terminates TLS and forwards the client's address
     proxies: Sequence[str] = ()  #: its addresses or networks; by default this machine's
     trust_network: bool = False  #: plain HTTP beyond loopback: the network is private
-    allow_hosts: Sequence[str] = ()  #: further names that browsers ask for
-    folders: Folders = field(default_factory=Folders)
+    allow_hosts: Sequence[str] = ()  #: host names that requests may have, beside the usual ones
+    folders: Folders = field(default_factory=Folders)  #: what the pages read
 
 
 def make_policy(settings: Settings) -> Policy:
@@ -47,7 +47,7 @@ def make_policy(settings: Settings) -> Policy:
         TunerError: Strangers could reach a dashboard that asks for no login, or could listen.
     """
     host = settings.host
-    if not is_loopback(host):
+    if not is_loopback_host(host):
         if settings.users_file is None:
             raise TunerError(
                 f"--host {host}: whoever reaches that address would see and change every study, "
@@ -70,7 +70,7 @@ def make_policy(settings: Settings) -> Policy:
     if settings.proxies and not settings.behind_proxy:
         raise TunerError("--trust-proxy says where a proxy is: give --behind-proxy as well.")
     proxies = networks(settings.proxies or (_LOOPBACK if settings.behind_proxy else ()))
-    if settings.behind_proxy and not settings.proxies and not is_loopback(host):
+    if settings.behind_proxy and not settings.proxies and not is_loopback_host(host):
         raise TunerError(
             f"--host {host} --behind-proxy: name the proxy's address (--trust-proxy 10.0.0.2, or "
             "its network, 10.0.0.0/24). Only what comes from there is believed when it says who "

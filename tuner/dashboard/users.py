@@ -25,7 +25,6 @@ from tuner.errors import TunerError
 Role = Literal["viewer", "editor"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
-
 MIN_PASSWORD = 10  #: characters
 MAX_PASSWORD = 200  #: characters
 
@@ -33,10 +32,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 #: Docker and Kubernetes mount secrets here, read-only, with permissions that they choose.
 _MOUNTED_SECRETS = Path("/run/secrets")
 
-
-_HASHES_AT_ONCE = 2  #: scrypt takes 32 MB and 0.1 s of a core
-_QUEUED_HASHES = 6  #: those and the ones that wait: each holds one of the server's threads
-_QUEUED_OF_AN_ADDRESS = 3
+_HASHES_AT_ONCE = 2  #: passwords; for each, scrypt takes 32 MB and 0.1 s of a core
+_QUEUED_HASHES = 6  #: passwords being checked or waiting; each holds one of the server's threads
+_QUEUED_OF_AN_ADDRESS = 3  #: of those, from one address
 
 
 class LoginsBusyError(TunerError):
@@ -45,7 +43,7 @@ class LoginsBusyError(TunerError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _User:
-    role: Role
+    role: Role  #: what the user may do
     password: str  #: hashed with scrypt, as Werkzeug writes it
 
 
@@ -63,8 +61,8 @@ class Users:
         self._hashing = _HashQueue()
         self._stamp: tuple[int, ...] | None = _stamp(path)
         self._known = read_users(path)
-        # Unknown names are checked against this one, so that they take as long.
-        self._nobody = generate_password_hash(secrets.token_hex(16))
+        # Passwords of unknown names are checked against this one, so that they take as long.
+        self._unknown_user_hash = generate_password_hash(secrets.token_hex(16))
         if not self._known:
             raise TunerError(f"{path} has no user, so no one could log in. {_how_to_add(path)}")
 
@@ -75,17 +73,17 @@ class Users:
                 if stamp != self._stamp:
                     self._known, self._stamp = read_users(self.path), stamp
             except TunerError:
-                # Whoever cannot be looked up any more has no rights any more.
+                # Without a file that can be trusted, no user has rights.
                 self._known, self._stamp = {}, None  # looked at again each time
             return self._known
 
     def role(self, name: str) -> Role | None:
-        """The role of a user; None where there is no such user (any more)."""
+        """The role of a user; None if there is no such user (any more)."""
         user = self._current().get(name)
         return None if user is None else user.role
 
     def check(self, name: str, password: str, address: str = "") -> Role | None:
-        """The user's role where the password is right, else None; a no takes as long as a yes.
+        """The user's role if the password is right, else None; both take equally long.
 
         Raises:
             LoginsBusyError: Too many passwords are being checked, of all addresses or of this one.
@@ -93,12 +91,12 @@ class Users:
         user = self._current().get(name)
         with self._hashing.turn(address):
             right = check_password_hash(
-                self._nobody if user is None else user.password, password[:MAX_PASSWORD]
+                self._unknown_user_hash if user is None else user.password, password[:MAX_PASSWORD]
             )
         return user.role if user is not None and right else None
 
-    def mark(self, name: str) -> str:
-        """Changes with the user's password: a session of the old one ends."""
+    def password_mark(self, name: str) -> str:
+        """Differs after the user's password was changed, which ends the sessions before."""
         user = self._current().get(name)
         return "" if user is None else hashlib.sha256(user.password.encode()).hexdigest()
 
@@ -150,7 +148,7 @@ def read_users(path: Path) -> dict[str, _User]:
         raise TunerError(f"Users file {path}: {error.strerror or error}.") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TunerError(
-            f"{path} is no users file ({type(error).__name__}: {error}); remove it. "
+            f"{path} is not a users file ({type(error).__name__}: {error}); remove it. "
             f"{_how_to_add(path)}"
         ) from error
     for name, user in users.items():
@@ -163,14 +161,14 @@ def read_users(path: Path) -> dict[str, _User]:
 
 
 def write_user(path: Path, name: str, role: Role, password: str) -> bool:
-    """Adds a user, or changes role and password of one; True where the user is new.
+    """Adds a user, or changes role and password of one; True if the user is new.
 
     Raises:
-        TunerError: Name or password are none, or the file cannot be used.
+        TunerError: The name or the password is not allowed, or the file cannot be used.
     """
     if not _NAME.fullmatch(name):
         raise TunerError(
-            f"{name!r} is no user's name: letters, digits and . _ @ -, at most 64, "
+            f"{name!r} is not a user name: letters, digits and . _ @ -, at most 64, "
             "a letter or digit first."
         )
     if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
@@ -209,7 +207,7 @@ def _write(path: Path, users: Mapping[str, _User]) -> None:
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     try:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        # For this user alone before its first byte.
+        # Readable by this user alone before the first byte is written.
         with beside.open("xb") as file:
             beside.chmod(0o600)
             file.write(json.dumps(document, indent=2).encode() + b"\n")
@@ -236,7 +234,7 @@ def _refuse_what_others_control(path: Path, found: os.stat_result) -> None:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Differs once content, owner or mode of the file did; ctime changes with each of them."""
+    """Differs after content, owner or mode of the file changed: ctime changes with each."""
     try:
         found = path.stat()
     except OSError:

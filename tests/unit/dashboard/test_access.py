@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from lab import PASSWORDS, write_users
 
-from tuner.dashboard.addresses import allowed_hosts, is_loopback
+from tuner.dashboard.addresses import allowed_hosts, is_loopback_host
 from tuner.dashboard.policy import Policy, Refusals
 from tuner.dashboard.sessions import LoginLimit, Sessions
 from tuner.dashboard.users import LoginsBusyError, Users, read_users, remove_user, write_user
@@ -120,7 +120,7 @@ def test_a_missing_file_is_told_with_the_command_that_makes_it(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "a\nb", "<b>", "x" * 65, "-x", "ä"])
 def test_a_name_that_could_be_mistaken_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(TunerError, match="is no user's name"):
+    with pytest.raises(TunerError, match="is not a user name"):
         write_user(tmp_path / "users.json", name, "viewer", "correct horse battery")
 
 
@@ -330,5 +330,5 @@ def test_hosts_are_this_machine_s_the_address_and_those_given() -> None:
 
 
 def test_loopback_is_told_from_every_other_address() -> None:
-    assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.8.8.8")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.0.2.1", "", "example.org")))
+    assert all(map(is_loopback_host, ("127.0.0.1", "localhost", "::1", "127.8.8.8")))
+    assert not any(map(is_loopback_host, ("0.0.0.0", "::", "192.0.2.1", "", "example.org")))

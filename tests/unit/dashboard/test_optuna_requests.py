@@ -25,8 +25,9 @@ from optuna.trial import TrialState
 from tuner.artifacts import dashboard_folder
 from tuner.coordination import queue
 from tuner.coordination.study_note import attach_page
-from tuner.dashboard import optuna_app, optuna_requests
-from tuner.dashboard.optuna_requests import ROUTES, find_route, with_readable_notes
+from tuner.dashboard import answer_cache, optuna_data, optuna_requests
+from tuner.dashboard.optuna_data import with_readable_notes
+from tuner.dashboard.optuna_requests import ROUTES, find_route
 from tuner.errors import TunerError
 from tuner.search import study
 from tuner.search.tuned_study import TunedStudy
@@ -371,7 +372,7 @@ def test_an_upload_that_fails_on_the_way_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(optuna_requests.FileSystemArtifactStore, "write", full)
+        patched.setattr(optuna_data.FileSystemArtifactStore, "write", full)
         answer = ada.post("/api/artifacts/1", json=upload)
     assert answer.status_code == 503
     assert "No space left on device" in answer.json["reason"]
@@ -406,14 +407,14 @@ def test_of_two_uploads_at_once_one_takes_the_last_place(
 ) -> None:
     monkeypatch.setattr(optuna_requests, "MAX_UPLOADS", 1)
     both_write = threading.Barrier(2)
-    write = optuna_requests.FileSystemArtifactStore.write
+    write = optuna_data.FileSystemArtifactStore.write
 
     def write_beside_the_other(*given: Any) -> None:
         with contextlib.suppress(threading.BrokenBarrierError):
             both_write.wait(0.5)  # the other one does not come: it waits for this one's end
         write(*given)
 
-    monkeypatch.setattr(optuna_requests.FileSystemArtifactStore, "write", write_beside_the_other)
+    monkeypatch.setattr(optuna_data.FileSystemArtifactStore, "write", write_beside_the_other)
     codes: list[int] = []
 
     def upload(browser: Browser) -> None:
@@ -486,7 +487,7 @@ def test_the_tuner_s_own_page_runs_its_scripts_in_an_origin_of_its_own(
 
 
 def test_what_a_query_says_besides_makes_no_other_answer(lab: Lab, ada: Browser) -> None:
-    kept = lab.app._optuna._kept
+    kept = lab.app._optuna._answers._entries
     bodies = {ada.get(f"/api/studies/1?after=2&x={n}").data for n in range(20)}
     bodies |= {ada.get(f"/api/studies/1?x={n}&after=2&after={n}").data for n in range(20)}
     assert len(bodies) == 1
@@ -519,16 +520,18 @@ def test_an_answer_that_failed_is_not_kept(
     assert ada.get("/api/studies").status_code == 200
 
 
-@pytest.mark.parametrize(("limit", "most"), [("_KEPT_ANSWERS", 3), ("_KEPT_BYTES", 5000)])
+@pytest.mark.parametrize(("limit", "most"), [("_MAX_ANSWERS", 3), ("_MAX_BYTES", 5000)])
 def test_kept_answers_have_a_number_and_a_size(
     lab: Lab, ada: Browser, monkeypatch: pytest.MonkeyPatch, limit: str, most: int
 ) -> None:
-    monkeypatch.setattr(optuna_app, limit, most)
+    monkeypatch.setattr(answer_cache, limit, most)
     for n in range(10):
         assert ada.get(f"/api/studies/1?after={n}").status_code == 200
-        kept = lab.app._optuna._kept
+        kept = lab.app._optuna._answers._entries
         held = (
-            len(kept) if limit == "_KEPT_ANSWERS" else sum(len(one.body) for one in kept.values())
+            len(kept)
+            if limit == "_MAX_ANSWERS"
+            else sum(len(one.answer.data) for one in kept.values())
         )
         assert held <= most
 

@@ -1,4 +1,4 @@
-// Keeps every [data-live] fresh, without loading the page anew. Without it, reload by hand.
+// Updates every [data-live] without reloading the page. Without scripts, reload by hand.
 "use strict";
 const lives = [...document.querySelectorAll("[data-live]")];
 async function refresh() {
