@@ -339,7 +339,7 @@ def test_a_file_that_is_too_long_or_too_deep_is_refused(ada: Browser) -> None:
     head = b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\n'
     form = head + b"x" * 3 * orders.MAX_UPLOAD_BYTES + b"\r\n--x--\r\n"
     assert ada.post("/tuner/launch", data=form, headers=kind).status_code == 413
-    deep = f"{study_file()}\nx = {'[' * 50_000}"
+    deep = study_file() + "x = " + "[\n" * 50_000
     answer = ada.post("/tuner/api/studies", json={"toml": deep})
     assert answer.status_code == 422
     assert "nested too deeply" in answer.json["reason"]
