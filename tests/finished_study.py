@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,52 @@ def tell(
         user_attrs=attributes,
     )
     tuned.study.add_trial(trial)
+
+
+def study_with_networks(storage: Storage, folder: Path, **changes: Any) -> TunedStudy:
+    """A finished study of three small networks that exist: their weights are kept, and fit.
+
+    They are not trained but drawn at random, so each has a validation loss of its own.
+    """
+    from tuner.network.model import build_model, named_weights
+    from tuner.network.predict import logits
+
+    if not (folder / "rows.csv").exists():
+        write_rows(folder)
+    document = {
+        "name": "nets",
+        "trials": 3,
+        "data": {"source": "rows.csv", "split": {"seed": 1, "validation": 0.2, "test": 0.2}},
+        "training": {"max_epochs": 9, "precision": "float32"},
+        "hyperband": {"min_epochs": 1, "eta": 3},
+        "space": {
+            "embedding_dim": 4,
+            "filters": 4,
+            "units": 4,
+            "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
+        },
+    }
+    spec = spec_from_document(document | changes, folder=folder)
+    artifacts = folder / "artifacts"
+    prepared = prepare(spec.data, folder=folder, artifacts=artifacts)
+    tuned = study.create_or_resume(
+        storage,
+        spec,
+        prepared.identity,
+        development_sha256=prepared.development_sha256,
+        artifacts_root=artifacts,
+    )
+    development = load_development(prepared.development_file)
+    labels, tokens = development.validation_labels, development.validation_tokens
+    config = spec.space.resolve({"learning_rate": 0.01})
+    for number in range(3):
+        noise = np.random.default_rng(number)
+        model = build_model(config, tokens.shape[1], seed=number)
+        file = io.BytesIO()
+        weights = named_weights(model).items()
+        np.savez(file, **{name: one + noise.normal(0, 0.5, one.shape) for name, one in weights})
+        loss = float(cross_entropy(labels, logits(config, file.getvalue(), tokens)).mean())
+        tell(tuned, loss, 0.01, epochs=9)
+        tuned.artifacts.weights(number).parent.mkdir(parents=True, exist_ok=True)
+        tuned.artifacts.weights(number).write_bytes(file.getvalue())
+    return tuned

@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tuner.notebook import load_study_file, local_objective, new_study, open_study
+    from tuner.notebook import (
+        load_bundle,
+        load_study_file,
+        local_objective,
+        new_study,
+        open_study,
+    )
 
-__all__ = ["load_study_file", "local_objective", "new_study", "open_study"]
+__all__ = ["load_bundle", "load_study_file", "local_objective", "new_study", "open_study"]
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -208,13 +208,31 @@ def publish(
 ) -> None:
     """Writes a file whole: a reader sees the old content or the new, never a part.
 
+    Args:
+        path: Where to.
+        content: All of it.
+        durable: See `publishing`.
+        only_if: See `publishing`.
+
+    Raises:
+        OSError: It cannot be written; see `publishing`.
+    """
+    with publishing(path, durable=durable, only_if=only_if) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def publishing(
+    path: Path, *, durable: bool = True, only_if: Callable[[], bool] | None = None
+) -> Iterator[BinaryIO]:
+    """A block that writes a file; it is there, whole, when the block ends without an error.
+
     An existing file keeps its mode and, where this process may give files away, its owner; a
     symbolic link stays, and the file that it names is written. A new file is private where its
     folder is, and a folder that is missing is made private.
 
     Args:
         path: Where to.
-        content: All of it.
         durable: Nor does a power cut leave a part: what is on the disk gets the name, and nothing
             else. That takes milliseconds of a disk, which a drawing is not worth.
         only_if: Asked last of all, so that a process that was frozen meanwhile does not replace
@@ -233,7 +251,7 @@ def publish(
             make_folder(path.parent)
             file = _create(beside, old)
         with file:
-            file.write(content)
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

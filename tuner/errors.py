@@ -90,6 +90,10 @@ class StudyError(TunerError):
     """A study that does not exist, is in use, or does not fit what was asked."""
 
 
+class BundleError(TunerError):
+    """A bundle that is missing, damaged or of another version."""
+
+
 class ClusterError(TunerError):
     """No workers, or no way to reach them."""
 

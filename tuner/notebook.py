@@ -11,6 +11,7 @@ import optuna
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STORAGE_URL
 from tuner.data.development import load_development
 from tuner.data.prepare import prepare
+from tuner.results.bundle import Bundle, read_bundle
 from tuner.search.hyperband import make_pruner
 from tuner.search.objective import Objective
 from tuner.search.sampler import make_sampler
@@ -32,6 +33,21 @@ def load_study_file(path: str | Path, overrides: Sequence[str] = ()) -> StudySpe
         SpecError: With all mistakes of the file and the overrides.
     """
     return load_spec(Path(path), overrides)
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Reads a bundle that `tuner export NAME --model` wrote; its checksums are verified.
+
+    `bundle.predict(["MKV...", ...])` gives float64 [n], the probability of each sequence of being
+    soluble.
+
+    Args:
+        path: The folder, or the zip file.
+
+    Raises:
+        BundleError: It is not a bundle, damaged, or of a later version.
+    """
+    return read_bundle(Path(path))
 
 
 def local_objective(spec: StudySpec, *, artifacts: str | Path = DEFAULT_ROOT) -> Objective:

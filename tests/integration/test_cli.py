@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import http.client
 import json
 import os
@@ -194,9 +195,8 @@ def test_the_line_on_a_trial_s_page_trains_the_same_network_again(
     assert curves(folder, again["study"]) == [curves(folder, "tiny")[number]]
 
 
-def test_an_export_brings_the_trained_network_and_every_trial(launched: dict, folder: Path) -> None:
-    tuner(folder, "export", "tiny", "-o", "winner.toml", "--model", "--trials", "all.csv")
-    assert (folder / "winner.npz").exists()
+def test_an_export_brings_every_trial(launched: dict, folder: Path) -> None:
+    tuner(folder, "export", "tiny", "-o", "winner.toml", "--trials", "all.csv")
     with (folder / "all.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["number"] for row in rows] == ["0", "1", "2"]
@@ -204,6 +204,111 @@ def test_an_export_brings_the_trained_network_and_every_trial(launched: dict, fo
     assert exported["rank"] == 1
     assert exported["provenance"]["study"] == "tiny"
     assert exported["config"]["blocks"][0]["filters"] == exported["sampled"]["block1.filters"]
+
+
+# --- bundles and predictions ---
+
+PROTEINS = ">p1 a protein\nMKVLAAGIVG\nLLLAAC\n>p2\nMKX\n>p1\nWWWW\n"
+
+
+@pytest.fixture(scope="module")
+def bundle(launched: dict, folder: Path) -> Path:
+    done = tuner(folder, "export", "tiny", "--model", "-o", "bundle")
+    assert done.stdout.endswith("Next: tuner predict bundle PROTEINS.fasta\n")
+    return folder / "bundle"
+
+
+def test_a_bundle_predicts_what_its_study_does(bundle: Path, folder: Path) -> None:
+    (folder / "proteins.fasta").write_text(PROTEINS)
+    done = tuner(folder, "predict", "bundle", "proteins.fasta")
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert [row["id"] for row in rows] == ["p1", "p2", "p1"]
+    assert [row["flags"] for row in rows] == [
+        "shorter_than_trained",
+        "unknown_residues:X_at_3",
+        "shorter_than_trained;duplicate_id",
+    ]
+    assert 0 < float(rows[0]["probability"]) < 1
+    assert rows[1]["probability"] == ""
+    assert done.stderr.startswith("3 sequences, ")
+    tuner(folder, "predict", "tiny", "proteins.fasta", "-o", "out.csv")
+    assert (folder / "out.csv").read_text() == done.stdout
+
+
+def test_an_ensemble_is_one_bundle(bundle: Path, folder: Path) -> None:
+    done = tuner(folder, "export", "tiny", "--ensemble", "5", "-o", "several.zip", "--json")
+    (described,) = json.loads(done.stdout)["bundles"]
+    assert described["path"] == "several.zip"
+    assert described["validation"]["cross_fitted"]["halvings"] == 20
+    # A table from stdin, and a packed file.
+    (folder / "proteins.csv.gz").write_bytes(gzip.compress(b"id,sequence\nx,MKVLAAG\n"))
+    done = subprocess.run(
+        [sys.executable, "-m", "tuner", "predict", "several.zip", "-", "proteins.csv.gz",
+         "--format", "jsonl"],
+        input="id\tsequence\ny\tWWWWW\n",
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=True,
+    )  # fmt: skip
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ["y", "x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("predict", "bundle", "proteins.fasta", "--strict", "-o", "no.csv"), 1,
+         "proteins.fasta:4: record 'p2' cannot be predicted (unknown_residues:X_at_3)"),
+        (("predict", "bundle", "none.fasta", "-o", "no.csv"), 1, "none.fasta: cannot be read"),
+        (("predict", "bundle", "tiny.toml", "-o", "no.csv"), 1, "no column 'sequence'"),
+        (("predict", "bundle", "-", "-"), 2, "name it once"),
+        (("predict", "bundle", "tiny.csv", "-o", "tiny.csv"), 2, "is one of the inputs"),
+        (("predict", "bundle", "tiny.csv", "-o", "bundle"), 1, "bundle: cannot be written"),
+        (("predict", "nobody", "proteins.fasta"), 1, "holds no study 'nobody'"),
+        (("predict", "no/bundle", "proteins.fasta"), 1, "there is no such bundle"),
+        (("predict", "tiny.csv", "proteins.fasta"), 1, "cannot be read as a bundle"),
+        (("export", "tiny", "--model", "-o", "."), 1, "is not empty and not a bundle"),
+        (("export", "tiny", "--model", "--format", "yaml"), 2, "--format onnx needs --model"),
+        (("export", "tiny", "--format", "onnx"), 2, "--format onnx needs --model"),
+        (("export", "tiny", "--ensemble", "3", "--top", "2"), 2, "chooses its networks itself"),
+        (("export", "tiny", "--model", "--top", "2", "-o", "two.zip"), 2, "is one bundle"),
+        (("export", "tiny", "--model", "--trial", "77"), 1, "has no trial 77"),
+    ],
+)  # fmt: skip
+def test_a_mistake_about_a_bundle_is_one_clear_message(
+    bundle: Path, folder: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    (folder / "proteins.fasta").write_text(PROTEINS)
+    before = sorted(folder.iterdir())
+    done = tuner(folder, *arguments, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert words in " ".join(done.stderr.replace("│", "").split())
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_prediction_leaves_no_half_file(
+    bundle: Path, folder: Path, which: signal.Signals
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tuner", "predict", "bundle", "-", "-o", "half.csv"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(b"".join(b">p%d\nMKVLAAG\n" % at for at in range(20_000)))
+        process.stdin.flush()
+    wait_until(lambda: list(folder.glob(".*.new")), seconds=120, alive=[process])
+    process.send_signal(which)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert not list(folder.glob(".*.new"))
+    assert not (folder / "half.csv").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full device")

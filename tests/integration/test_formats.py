@@ -155,9 +155,18 @@ def test_a_finished_study_is_exported_with_the_hash_that_it_was_made_with(lab: P
     assert spec.training.max_epochs == 3
     assert spec.provenance is not None
     assert spec.provenance["spec_hash"] == stored(lab)["finished"]["spec_hash"]
-    done = verb("export", "finished", "--trials", "trials.csv", "--model")
+    done = verb("export", "finished", "--trials", "trials.csv")
     assert done.exit_code == 0, done.stderr
     assert len((lab / "trials.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_a_finished_study_becomes_a_bundle(lab: Path) -> None:
+    exported = json.loads(verb_that_computes(lab, "export", "finished", "--model", "--json"))
+    (bundle,) = exported["bundles"]
+    assert bundle["spec_hash"] == stored(lab)["finished"]["spec_hash"]
+    assert bundle["validation"]["loss"] == pytest.approx(
+        exported["configs"][0]["validation_loss"], abs=1e-4
+    )
 
 
 def test_a_finished_study_is_reported_and_a_reported_one_is_not_again(lab: Path) -> None:

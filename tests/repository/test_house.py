@@ -66,6 +66,7 @@ def declared(table: str) -> list[Requirement]:
         "runtime": project["dependencies"],
         "cpu": project["optional-dependencies"]["cpu"],
         "gpu": project["optional-dependencies"]["gpu"],
+        "onnx": project["optional-dependencies"]["onnx"],
         **PYPROJECT["dependency-groups"],
         "build": PYPROJECT["build-system"]["requires"],
     }
@@ -149,6 +150,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
         "pydantic_core": "pydantic",
     }
     names = {canonicalize_name(wanted.name) for wanted in declared("runtime") + declared("cpu")}
+    names |= {canonicalize_name(wanted.name) for wanted in declared("onnx")}
     for path in sorted((ROOT / "tuner").rglob("*.py")):
         for module in imported_modules(path):
             if module != "tuner" and module not in sys.stdlib_module_names:

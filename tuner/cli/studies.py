@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tuner.artifacts import (
-    DEFAULT_EXPORT_FOLDER,
     DEFAULT_ROOT,
     DEFAULT_STORAGE_URL,
     development_path,
@@ -128,90 +127,6 @@ def delete(
     rows = development_path(artifacts, tuned.record.development_sha256)
     if rows.is_file():
         typer.echo(f"Its training and validation rows stay, others may need them: {rows}")
-
-
-@app.command(epilog="Example: tuner export quickstart --top 3 --format yaml -o best/")
-def export(
-    name: Name,
-    top: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="K", help="Number of configurations, best first; 1 by default."
-        ),
-    ] = None,
-    trial: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="N", help="Number of one trial to export, in any state."),
-    ] = None,
-    form: Annotated[
-        Literal["toml", "json", "yaml"] | None,
-        typer.Option(
-            "--format",
-            help="Format of the study files; by default that of the suffix of -o, else TOML.",
-        ),
-    ] = None,
-    trials: Annotated[
-        Path | None, typer.Option(metavar="FILE.csv", help="Also write all trials as CSV.")
-    ] = None,
-    model: Annotated[
-        bool, typer.Option("--model", help="Also write the trained networks.")
-    ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="PATH", help="Folder, or file, to write to."),
-    ] = None,
-    data: SourcePath = None,
-    storage: StorageUrl = DEFAULT_STORAGE_URL,
-    artifacts: ArtifactsRoot = DEFAULT_ROOT,
-    as_json: AsJson = False,
-) -> None:
-    """Writes the best configurations (or one trial's), each a study file that trains it again."""
-    from tuner.results.export import (
-        best_configs,
-        config_of_trial,
-        write_configs,
-        write_model,
-        write_trials,
-    )
-    from tuner.search.study import load
-
-    if trial is not None and top is not None:
-        raise typer.BadParameter("--top asks for the best trials, --trial for one by its number.")
-    with open_storage(storage) as opened:
-        tuned = load(opened, name, artifacts_root=artifacts)
-        rows = None if trials is None else write_trials(tuned, trials)
-        wanted = top or 1
-        configs = (
-            best_configs(tuned, wanted, data=data)
-            if trial is None
-            else (config_of_trial(tuned, trial, data=data),)
-        )
-        paths: tuple[Path, ...] = ()
-        if output is not None or not as_json:
-            paths = write_configs(configs, output or DEFAULT_EXPORT_FOLDER, form)
-        models = [path.with_suffix(".npz") for path in paths] if model else []
-        for exported, path in zip(configs, models, strict=False):
-            write_model(tuned, exported, path)
-        synthetic = tuned.record.data.synthetic
-    if as_json:
-        print_json({"study": tuned.name, "configs": [one.to_document() for one in configs]})
-        return
-    if synthetic:
-        warn_of_synthetic_data()
-    for exported, path in zip(configs, paths, strict=True):
-        rank = "Trial" if exported.rank is None else f"{exported.rank}. trial"
-        loss = exported.validation_loss
-        reached = "" if loss is None else f", validation loss {loss:.4f}"
-        typer.echo(
-            f"{rank} {exported.trial}{reached} after {counted(exported.epochs, 'epoch')}: {path}"
-        )
-    for path in models:
-        typer.echo(f"   its network: {path}")
-    if len(configs) < wanted:
-        were = counted(len(configs), "trial was", "trials were")
-        typer.echo(f"Only {were} trained to the end.")
-    if rows is not None:
-        typer.echo(f"{counted(rows, 'trial')} in all: {trials}")
 
 
 @app.command(epilog="Example: tuner report quickstart -o report/")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,20 @@ def encode(sequences: Sequence[str], max_length: int) -> Tokens:
     tokens = np.zeros((len(sequences), max_length), dtype=np.uint8)
     tokens[np.arange(max_length) < lengths[:, np.newaxis]] = flat
     return tokens
+
+
+def first_unknown(sequences: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """The sequences with letters that are not residues: their index, and the first such position.
+
+    Both count from 0. Lower case counts as upper case.
+    """
+    codes = np.frombuffer("".join(sequences).encode("ascii", "replace"), dtype=np.uint8)
+    unknown = np.flatnonzero(_TOKEN_OF_CODE[codes] == 0)
+    if len(unknown):
+        ends = np.cumsum([len(sequence) for sequence in sequences])
+        rows, first = np.unique(np.searchsorted(ends, unknown, "right"), return_index=True)
+        starts = ends[rows] - [len(sequences[row]) for row in rows]
+        yield from zip(rows.tolist(), (unknown[first] - starts).tolist(), strict=True)
 
 
 def decode_tokens(tokens: Tokens) -> list[str]:

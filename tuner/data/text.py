@@ -49,7 +49,7 @@ def file_text(file: str, content: bytes, problems: Problems) -> str | None:
     if content.startswith(b"\x1f\x8b"):
         problems.add(file, "is compressed with gzip; unpack it first (gunzip)")
         return None
-    wide = _wide_encoding(content)
+    wide = wide_encoding(content)
     if wide is not None:
         problems.add(file, f"is not UTF-8 text but {wide}; save it as UTF-8", line=1, value=wide)
         return None
@@ -76,7 +76,7 @@ _WIDE_ENCODINGS = (
 _ENCODING_SAMPLE = 4_096  # bytes
 
 
-def _wide_encoding(content: bytes) -> str | None:
+def wide_encoding(content: bytes) -> str | None:
     """UTF-16 or UTF-32, by byte order mark or, without one, by where zero bytes stand."""
     sample = content[:_ENCODING_SAMPLE]
     for name, mark, zeros in _WIDE_ENCODINGS:

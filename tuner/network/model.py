@@ -15,6 +15,7 @@ The model is made of built-in layers and `keras.ops` alone, so a saved model loa
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -52,6 +53,9 @@ BATCH_NORMALIZATION_MOMENTUM = 0.9
 
 #: An embedding of fewer channels is faster convolved as it is (`benchmarks/layers.py`).
 LEAST_TOKEN_CONVOLUTION = 16
+
+#: Not infinity, as ONNX chooses by a product with 0 or 1, and 0 times infinity is not a number.
+_FAR_BELOW = 1e30
 
 Tensor: TypeAlias = Any  # a KerasTensor; Keras has no types
 Weights: TypeAlias = npt.NDArray[Any]
@@ -137,6 +141,9 @@ class _KerasLayers:
             # Keras' own registers a gradient function with TensorFlow permanently, and with it
             # keeps the graph of every network in memory.
             return ops.multiply(x, ops.sigmoid(x))
+        if activation == "gelu":
+            # Keras' own takes the complementary error function, which ONNX does not have.
+            return ops.multiply(x, ops.add(0.5, ops.multiply(0.5, ops.erf(x * math.sqrt(0.5)))))
         return layers.Activation(activation, dtype=x.dtype, name=name)(x)
 
 
@@ -359,10 +366,10 @@ def _zeroed(values: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _without_padding(positions: _Positions) -> Tensor:
-    """The values with -inf at padding, which no maximum takes."""
+    """The values far below all others at padding, where no maximum takes them."""
     # Unlike a choice, a difference has nothing to compute in the gradient; a sum is none, as Keras
     # takes one of as many positions as channels, in a batch of one, for that with a bias.
-    below = ops.cast(ops.where(positions.real, 0.0, np.inf), positions.values.dtype)
+    below = ops.cast(ops.where(positions.real, 0.0, _FAR_BELOW), positions.values.dtype)
     return ops.subtract(positions.values, below)
 
 

@@ -9,20 +9,18 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-import numpy as np
 import tomli_w
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import publish, require_writable
 from tuner.data.sources import PAIR
-from tuner.errors import StudyError, TunerError, reason_of
+from tuner.errors import StudyError, TunerError
 from tuner.search.attributes import DETAIL_KEY, ENDED_KEY, RESUMED_KEY, curve_of
 from tuner.search.data_source import source_files
 from tuner.search.record import StudyRecord
@@ -364,47 +362,6 @@ def _write(path: Path, content: bytes, data: tuple[Path, ...]) -> None:
 
 def _rank(exported: ExportedConfig) -> str:
     return "" if exported.rank is None else f"{exported.rank}-"
-
-
-def write_model(tuned: TunedStudy, exported: ExportedConfig, path: Path) -> None:
-    """Writes the trained network: weights, configuration and provenance in one npz.
-
-    Raises:
-        StudyError: The weights of this trial were not kept.
-        TunerError: They cannot be read, or the file cannot be written.
-    """
-    kept = tuned.artifacts.weights(exported.trial)
-    try:
-        packed = kept.read_bytes()
-    except FileNotFoundError:
-        raise StudyError(
-            f"The weights of trial {exported.trial} are not in {kept.parent}: only those of the "
-            "best trials are kept. Ask for fewer (--top) or another trial, or launch the exported "
-            "study file."
-        ) from None
-    except (OSError, MemoryError) as error:
-        raise TunerError(
-            f"{kept} cannot be read ({reason_of(error)}), which says nothing about what is in it; "
-            "once that is solved, export again."
-        ) from error
-    try:
-        with np.load(io.BytesIO(packed)) as weights:
-            arrays = {name: weights[name] for name in weights.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise TunerError(
-            f"{kept}: the weights of trial {exported.trial} cannot be read ({error}). Put a sound "
-            "copy there, or launch the exported study file."
-        ) from error
-    description = json.dumps(
-        {
-            "config": dataclasses.asdict(exported.config),
-            "max_length": tuned.record.data.max_length,
-            "provenance": dict(exported.provenance),
-        }
-    )
-    content = io.BytesIO()
-    np.savez_compressed(content, tuner=np.array(description), **arrays)
-    _write(path, content.getvalue(), exported.files)
 
 
 _FIGURES = (ACCURACY_KEY, ROC_AUC_KEY, BEST_EPOCH_KEY, PARAMETERS_KEY, SECONDS_KEY)

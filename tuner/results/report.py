@@ -7,30 +7,27 @@ result is recorded, and the report is published.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import publish, require_writable
 from tuner.coordination.study_note import attach_page
-from tuner.data.development import DevelopmentData, load_development
-from tuner.errors import LeaseLostError, StudyError, TunerError, counted, is_outage, reason_of
-from tuner.metrics import Metrics, measure, roc_curve
+from tuner.errors import LeaseLostError, StudyError, TunerError, counted, reason_of
+from tuner.metrics import measure, roc_curve
 from tuner.results import heldout, report_page
 from tuner.results.export import config_hash
+from tuner.results.kept import Evaluate, evaluate_kept, predict_logits, read_development
 from tuner.search import overlap
 from tuner.search.attributes import ENDED_KEY, curve_of
-from tuner.search.development import study_development
 from tuner.search.record import versions
 from tuner.search.status import status as status_of
 from tuner.search.study import load
@@ -39,15 +36,7 @@ from tuner.spec.architecture import ModelConfig
 from tuner.storage.lease import LEASE_SECONDS
 from tuner.storage.storage import Storage
 
-#: (configuration, its trained weights, uint8 tokens [n, max_length]) -> logits [n]
-Evaluate: TypeAlias = Callable[[ModelConfig, bytes, npt.NDArray[np.uint8]], npt.NDArray[np.float64]]
-
 JSON_FILE, HTML_FILE = "report.json", "report.html"
-
-#: How far the kept weights' validation loss may be from the recorded one: nats, of a loss of 0.5
-#: and below; as much for each 0.5 of a larger one, whose logits are large. A study in bfloat16
-#: chose by coarser figures than those of the evaluation, which is in float32.
-_LOSS_TOLERANCE = {"float32": 0.002, "bfloat16": 0.02}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +116,7 @@ def write_report(
     _require_writable(folder)
     recorded, opened_now = _recorded_report(tuned), False
     if recorded is None:
-        recorded, opened_now = _open_and_evaluate(tuned, evaluate or _logits, data)
+        recorded, opened_now = _open_and_evaluate(tuned, evaluate, data)
     document = _with_the_ledger_of_now(tuned, recorded)
     document["warnings"] = list(report_page.warnings(document))
     page = report_page.render(document)
@@ -158,7 +147,7 @@ def _recorded_report(tuned: TunedStudy) -> dict[str, Any] | None:
 
 
 def _open_and_evaluate(
-    tuned: TunedStudy, evaluate: Evaluate, data: Path | None
+    tuned: TunedStudy, evaluate: Evaluate | None, data: Path | None
 ) -> tuple[dict[str, Any], bool]:
     """Opens the split, and records what the winner is worth on it.
 
@@ -174,9 +163,11 @@ def _open_and_evaluate(
             return recorded, False
         _require_finished(tuned)
         winner = _winner(tuned)
-        weights = _kept_weights(tuned, winner)
-        config = tuned.record.spec.space.resolve(winner.params)
-        validation = _validation_metrics(tuned, winner, config, weights, evaluate)
+        with _nothing_is_opened():
+            # The rehearsal, with rows that are not sealed: weights that do not give the loss for
+            # which they were chosen would waste the one opening.
+            kept = evaluate_kept(tuned, winner, read_development(tuned), evaluate)
+        config, weights = kept.config, kept.weights
         source = heldout.check_source(tuned, data)
         try:
             entry, rows = heldout.open_test_split(
@@ -187,7 +178,7 @@ def _open_and_evaluate(
                 f"{_lost(tuned)} Nothing was opened; report again once it is finished."
             ) from error
         try:
-            logits = _predict(evaluate, config, weights, rows.tokens)
+            logits = predict_logits(evaluate, config, weights, rows.tokens)
             test = measure(rows.labels, logits)
         except (OSError, MemoryError) as error:
             raise StudyError(
@@ -203,7 +194,7 @@ def _open_and_evaluate(
             "confusion_matrix": dataclasses.asdict(test.confusion),
             "roc_curve": roc_curve(rows.labels, logits),
             "validation_loss": winner.value,
-            "validation": validation.to_document(),
+            "validation": kept.metrics.to_document(),
             "ledger": {"entry": entry},
             **_winner_document(tuned, winner, config, weights),
             **_study_document(tuned),
@@ -315,6 +306,15 @@ def _with_the_ledger_of_now(tuned: TunedStudy, recorded: Mapping[str, Any]) -> d
 # --- what is checked before anything is opened ---
 
 
+@contextlib.contextmanager
+def _nothing_is_opened() -> Iterator[None]:
+    """Adds to an error that the test split is as sealed as before."""
+    try:
+        yield
+    except StudyError as error:
+        raise StudyError(f"{error} Nothing was opened.") from error
+
+
 def _require_not_running(tuned: TunedStudy) -> None:
     lease = tuned.storage.leases.of(tuned.id)
     if lease is not None and lease.is_live:
@@ -349,82 +349,6 @@ def _winner(tuned: TunedStudy) -> FrozenTrial:
     return ranked[0]
 
 
-def _kept_weights(tuned: TunedStudy, winner: FrozenTrial) -> bytes:
-    path = tuned.artifacts.weights(winner.number)
-    try:
-        return path.read_bytes()
-    except (OSError, MemoryError) as error:
-        raise StudyError(
-            f"{path}: {reason_of(error)}. The winner, trial {winner.number}, is evaluated "
-            "from the weights that were kept there, never trained again. If the study ran with "
-            "another artifacts folder, name that one (TUNER_ARTIFACTS). Nothing was opened."
-        ) from error
-
-
-def _validation_metrics(
-    tuned: TunedStudy,
-    winner: FrozenTrial,
-    config: ModelConfig,
-    weights: bytes,
-    evaluate: Evaluate,
-) -> Metrics:
-    """The winner on the validation split: the rehearsal, with rows that are not sealed.
-
-    Weights that do not give the validation loss for which they were chosen (another file,
-    another version of Keras) would waste the one opening.
-    """
-    path = tuned.artifacts.weights(winner.number)
-    development = _development(tuned)
-    try:
-        logits = _predict(evaluate, config, weights, development.validation_tokens)
-        metrics = measure(development.validation_labels, logits)
-    except (ValueError, KeyError, EOFError, OSError, MemoryError, zipfile.BadZipFile) as error:
-        if is_outage(error):
-            raise StudyError(
-                f"Trial {winner.number} cannot be evaluated now ({reason_of(error)}); once that "
-                "is solved, report again. Nothing was opened."
-            ) from error
-        raise StudyError(
-            f"{path}: the network of trial {winner.number} cannot be made from these weights "
-            f"({error}). Was the file damaged, or written by another version? Put a sound copy "
-            "there. Nothing was opened."
-        ) from error
-    recorded = winner.value or 0.0
-    tolerance = _LOSS_TOLERANCE[tuned.precision_of(config)] * max(1.0, 2 * recorded)
-    if abs(metrics.loss - recorded) > tolerance:
-        raise StudyError(
-            f"{path}: these weights have a validation loss of {metrics.loss:.4f}, but trial "
-            f"{winner.number} is recorded with {winner.value:.4f}. Are they another trial's, or "
-            f"are the versions others than those of the study ({_changed_versions(tuned)})? "
-            "Nothing was opened."
-        )
-    return metrics
-
-
-def _development(tuned: TunedStudy) -> DevelopmentData:
-    """The rows on which the winner is tried before the test split is opened."""
-    try:
-        return load_development(study_development(tuned))
-    except StudyError as error:
-        raise StudyError(f"{error} Nothing was opened.") from error
-    except (OSError, MemoryError) as error:
-        raise StudyError(
-            f"The training and validation rows of study {tuned.name!r} cannot be read "
-            f"({reason_of(error)}), which says nothing about what is in them; once that is solved, "
-            "report again. Nothing was opened."
-        ) from error
-
-
-def _changed_versions(tuned: TunedStudy) -> str:
-    then, now = tuned.record.versions, versions()
-    changed = [
-        f"{package} {then.get(package, 'none')}, now {now.get(package, 'none')}"
-        for package in dict.fromkeys([*then, *now])
-        if then.get(package) != now.get(package)
-    ]
-    return "; ".join(changed) or "they are the same"
-
-
 def _require_writable(folder: Path) -> None:
     try:
         require_writable(folder, JSON_FILE, HTML_FILE)
@@ -434,18 +358,3 @@ def _require_writable(folder: Path) -> None:
             f"({error.strerror or error}); name a folder that you may write with -o. Nothing was "
             "opened."
         ) from error
-
-
-def _predict(
-    evaluate: Evaluate, config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
-) -> npt.NDArray[np.float64]:
-    return np.asarray(evaluate(config, weights, tokens), dtype=np.float64).reshape(-1)
-
-
-def _logits(
-    config: ModelConfig, weights: bytes, tokens: npt.NDArray[np.uint8]
-) -> npt.NDArray[np.float64]:
-    # TensorFlow takes seconds to import, and a recorded report does not need it.
-    from tuner.network.predict import logits  # noqa: PLC0415
-
-    return logits(config, weights, tokens)

@@ -25,7 +25,6 @@ from tuner.results.export import (
     render,
     require_writable_output,
     write_configs,
-    write_model,
     write_trials,
 )
 from tuner.search.study import load
@@ -386,13 +385,6 @@ def test_an_export_never_replaces_the_data_of_its_study(
         with pytest.raises(TunerError, match="it is the data of the study"):
             write_trials(tuned, path)
     assert sha256(project / "rows.csv") == before
-
-
-def test_weights_that_are_damaged_are_told_of(tuned: TunedStudy, tmp_path: Path) -> None:
-    (exported,) = best_configs(tuned)
-    with pytest.raises(TunerError, match=r"the weights of trial 1 cannot be read"):
-        write_model(tuned, exported, tmp_path / "model.npz")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_study_whose_data_is_gone_is_exported_all_the_same(

@@ -628,7 +628,9 @@ def test_an_evaluation_that_the_system_refuses_is_told(
         before.append(len(tokens))
         return predict(config, weights, tokens)
 
-    with pytest.raises(StudyError, match=r"evaluated.*once that is solved, report again") as told:
+    with pytest.raises(
+        StudyError, match=r"evaluated.*once that is solved, (report|try) again"
+    ) as told:
         reported(tuned, evaluate=refused)
     assert "amaged" not in str(told.value)
     assert len(tuned.storage.ledger.entries()) == opened
@@ -668,7 +670,7 @@ def test_a_pipe_in_the_way_of_a_report_is_found_out_before_anything_is_opened(
 ) -> None:
     (tmp_path / "report").mkdir()
     os.mkfifo(tmp_path / "report" / name)
-    with pytest.raises(TunerError, match=rf"{name}: the report cannot be written there \(it is a"):
+    with pytest.raises(TunerError, match=rf"{name}: the report cannot be written there \(it"):
         reported(tuned, tmp_path / "report")
     assert tuned.storage.ledger.entries() == ()
 

@@ -1,0 +1,165 @@
+"""Files of sequences to predict, in whatever shape they come."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tuner.data.sequences import SeenIds, SequenceRecord, read_sequences
+from tuner.errors import DataError
+
+
+def records(content: bytes, **columns: str) -> list[SequenceRecord]:
+    return list(read_sequences("stdin", io.BytesIO(content), **columns))
+
+
+def told(content: bytes, **columns: str) -> list[tuple[str, str]]:
+    return [(one.id, one.sequence) for one in records(content, **columns)]
+
+
+TWO = [("a", "MKV"), ("b", "ACDE")]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b">a\nMKV\n>b\nACDE\n",
+        b">a\r\nMKV\r\n>b\r\nACDE\r\n",
+        b">a\rMKV\r>b\rACDE\r",
+        b">a\nMKV\n>b\nACDE",
+        b"\n\n>a first protein\nM\nKV\n\n>b\nAC DE\n",
+        b"\xef\xbb\xbf>a\nMKV\n>b\nACDE\n",
+        b">a|x y\nMKV\n>b\nACDE\n".replace(b"|x", b""),
+        b"; a comment of old programs\n>a\nMKV\n;another\n>b\nACDE\n"[28:],
+        b"id,sequence\na,MKV\nb,ACDE\n",
+        b"sequence,id\nMKV,a\nACDE,b\n",
+        b"ID , Sequence \n a , MKV \nb,ACDE\n",
+        b"id\tsequence\na\tMKV\nb\tACDE\n",
+        b'id,note,sequence\na,"one, two",MKV\nb,"line\nbreak",ACDE\n',
+        b"\n\nid,sequence\n\na,MKV\n,\nb,ACDE\n\n",
+        b"name,sequence\na,MKV\nb,ACDE\n",
+    ],
+)
+def test_two_records_in_every_shape(content: bytes, tmp_path: Path) -> None:
+    assert told(content) == TWO
+    assert told(gzip.compress(content)) == TWO
+    (tmp_path / "a file").write_bytes(gzip.compress(content))
+    found = list(read_sequences(tmp_path / "a file"))
+    assert [(one.id, one.sequence) for one in found] == TWO
+
+
+def test_a_table_without_ids_counts_its_records() -> None:
+    assert told(b"sequence\nMKV\n\nACDE\n") == [("1", "MKV"), ("2", "ACDE")]
+
+
+def test_columns_are_named() -> None:
+    content = b"sid,fasta,id\nx,MKV,1\n"
+    assert told(content, sequence_column="FASTA") == [("1", "MKV")]
+    assert told(content, sequence_column="fasta", id_column="sid") == [("x", "MKV")]
+
+
+def test_each_record_knows_its_line() -> None:
+    assert [one.line for one in records(b"\n>a\nMKV\nMKV\n>b\nA\n")] == [2, 5]
+    assert [one.line for one in records(b'id,sequence\na,"M\nKV"\nb,A\n')] == [2, 4]
+
+
+def test_ids_that_are_not_utf8_come_back_as_they_were() -> None:
+    (record,) = records(b">caf\xe9\nMKV\n")
+    assert record.id.encode("utf-8", "surrogateescape") == b"caf\xe9"
+
+
+@pytest.mark.parametrize(
+    ("content", "flags"),
+    [
+        (b">\nMKV\n", ("no_id",)),
+        (b"id,sequence\n,MKV\n", ("no_id",)),
+        (b"id,sequence\na\n", ("wrong_number_of_fields",)),
+        (b"id,sequence\na,MKV,1\n", ("wrong_number_of_fields",)),
+        (b">a\n\n", ()),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_a_flag(content: bytes, flags: tuple[str, ...]) -> None:
+    (record,) = records(content)
+    assert record.flags == flags
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no records"),
+        (b"\n \n", "holds no records"),
+        (b"MKV\nACDE\n", "no column 'sequence' among mkv; name it with --sequence-column"),
+        (b"id;sequence\na;MKV\n", "is separated by ';'"),
+        (b"sequence,sequence\nA,M\n", "2 columns are called 'sequence'"),
+        ("id,sequence\na,MKV\n".encode("utf-16"), "is not UTF-8 text but UTF-16"),
+        (b"PK\x03\x04\x00\x00", "is not text"),
+        (gzip.compress(b">a\nMKV\n" * 9, mtime=0)[:-9], "is damaged or was cut"),
+        (b"\x1f\x8bnothing", "is damaged or was cut"),
+        (b'id,sequence\na,"MKV\n' + b"b,A\n", None),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_of(content: bytes, message: str | None) -> None:
+    if message is None:  # an open quote swallows the rest, which then has no residues
+        assert [one.sequence for one in records(content)] == ["MKVb,A"]
+        return
+    with pytest.raises(DataError, match=r"^stdin.*") as caught:
+        records(content)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_told_of(tmp_path: Path) -> None:
+    for place in (tmp_path / "none.fasta", tmp_path):
+        with pytest.raises(DataError, match="cannot be read"):
+            list(read_sequences(place))
+
+
+def test_a_long_file_is_read_as_it_is_asked_for() -> None:
+    """Constant memory: no more is read than a buffer ahead of what was asked for."""
+
+    class Endless(io.RawIOBase):
+        given = 0
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: memoryview) -> int:
+            line = b">a\nMKV\n"
+            count = len(buffer) // len(line) * len(line)
+            buffer[:count] = line * (count // len(line))
+            self.given += count
+            return count
+
+    stream = Endless()
+    found = read_sequences("stdin", stream)
+    for _ in range(10_000):
+        assert next(found).sequence == "MKV"
+    assert stream.given < 10_000 * 7 + 200_000
+
+
+# --- ids ---
+
+
+def test_ids_are_remembered_over_all_calls() -> None:
+    seen = SeenIds()
+    assert seen.add(["a", "b", "a"]).tolist() == [False, False, True]
+    assert seen.add([]).tolist() == []
+    assert seen.add(["c", "b", "c", "d"]).tolist() == [False, True, True, False]
+
+
+def test_many_calls_find_what_one_would() -> None:
+    generator = np.random.default_rng(0)
+    ids = [str(one) for one in generator.integers(0, 3_000, 5_000)]
+    seen, found = SeenIds(), []
+    start = 0
+    while start < len(ids):
+        size = int(generator.integers(1, 200))
+        found += seen.add(ids[start : start + size]).tolist()
+        start += size
+    before: set[str] = set()
+    for one, repeated in zip(ids, found, strict=True):
+        assert repeated == (one in before)
+        before.add(one)

@@ -1,0 +1,222 @@
+"""export: configurations and trained networks of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tuner.artifacts import DEFAULT_EXPORT_FOLDER, DEFAULT_ROOT, DEFAULT_STORAGE_URL
+from tuner.cli.app import app
+from tuner.cli.options import ArtifactsRoot, AsJson, Name, SourcePath, StorageUrl
+from tuner.cli.terminal import open_storage, print_json, warn_of_synthetic_data
+from tuner.commands import command
+from tuner.errors import counted
+
+if TYPE_CHECKING:
+    from tuner.results.bundle_writer import Chosen
+    from tuner.results.export import ExportedConfig
+    from tuner.search.tuned_study import TunedStudy
+
+
+@app.command(epilog="Example: tuner export quickstart --top 3 --format yaml -o best/")
+def export(
+    name: Name,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="K", help="Number of configurations, best first; 1 by default."
+        ),
+    ] = None,
+    trial: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Number of one trial to export, in any state."),
+    ] = None,
+    form: Annotated[
+        Literal["toml", "json", "yaml", "onnx"] | None,
+        typer.Option(
+            "--format",
+            help="Format of the study files; by default that of the suffix of -o, else TOML. With "
+            "--model, onnx writes the network as ONNX as well.",
+        ),
+    ] = None,
+    trials: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Also write all trials as CSV.")
+    ] = None,
+    model: Annotated[
+        bool,
+        typer.Option(
+            "--model",
+            help="Write a bundle, a folder or a .zip file: the trained network for Keras, its "
+            "study file, its figures and a model card.",
+        ),
+    ] = False,
+    ensemble: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Write a bundle of the networks that predict best together, chosen in N picks "
+            "from those that were kept.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="PATH", help="Folder, or file, to write to."),
+    ] = None,
+    data: SourcePath = None,
+    storage: StorageUrl = DEFAULT_STORAGE_URL,
+    artifacts: ArtifactsRoot = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Writes the best configurations, each a study file, or the trained networks (--model)."""
+    from tuner.results.export import write_trials
+    from tuner.search.study import load
+
+    if trial is not None and top is not None:
+        raise typer.BadParameter("--top asks for the best trials, --trial for one by its number.")
+    if ensemble is not None and (trial, top) != (None, None):
+        raise typer.BadParameter("--ensemble chooses its networks itself; leave --top and --trial.")
+    with_model = model or ensemble is not None
+    if form is not None and with_model != (form == "onnx"):
+        raise typer.BadParameter(
+            "--format onnx needs --model; a bundle's study files are TOML, so leave --format out."
+        )
+    with open_storage(storage) as opened:
+        tuned = load(opened, name, artifacts_root=artifacts)
+        rows = None if trials is None else write_trials(tuned, trials)
+        if with_model:
+            _export_bundles(
+                tuned,
+                top=top or 1,
+                trial=trial,
+                picks=ensemble,
+                output=output,
+                data=data,
+                onnx=form == "onnx",
+                as_json=as_json,
+            )
+        else:
+            _export_configs(
+                tuned,
+                top=top or 1,
+                trial=trial,
+                form=form,
+                output=output,
+                data=data,
+                as_json=as_json,
+            )
+        synthetic = tuned.record.data.synthetic
+    if as_json:
+        return
+    if synthetic:
+        warn_of_synthetic_data()
+    if rows is not None:
+        typer.echo(f"{counted(rows, 'trial')} in all: {trials}")
+
+
+def _export_configs(
+    tuned: TunedStudy,
+    *,
+    top: int,
+    trial: int | None,
+    form: Any,
+    output: Path | None,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    from tuner.results.export import best_configs, config_of_trial, write_configs
+
+    configs = (
+        best_configs(tuned, top, data=data)
+        if trial is None
+        else (config_of_trial(tuned, trial, data=data),)
+    )
+    paths: tuple[Path, ...] = ()
+    if output is not None or not as_json:
+        paths = write_configs(configs, output or DEFAULT_EXPORT_FOLDER, form)
+    if as_json:
+        print_json({"study": tuned.name, "configs": [one.to_document() for one in configs]})
+        return
+    for exported, path in zip(configs, paths, strict=True):
+        typer.echo(f"{_in_words(exported)}: {path}")
+    if len(configs) < top:
+        were = counted(len(configs), "trial was", "trials were")
+        typer.echo(f"Only {were} trained to the end.")
+
+
+def _in_words(exported: ExportedConfig) -> str:
+    rank = "Trial" if exported.rank is None else f"{exported.rank}. trial"
+    loss = exported.validation_loss
+    reached = "" if loss is None else f", validation loss {loss:.4f}"
+    return f"{rank} {exported.trial}{reached} after {counted(exported.epochs, 'epoch')}"
+
+
+def _export_bundles(
+    tuned: TunedStudy,
+    *,
+    top: int,
+    trial: int | None,
+    picks: int | None,
+    output: Path | None,
+    data: Path | None,
+    onnx: bool,
+    as_json: bool,
+) -> None:
+    from tuner.results.bundle_writer import choose_ensemble, choose_trial, write_bundle
+    from tuner.results.export import best_configs, config_of_trial
+
+    if picks is not None:
+        chosen = choose_ensemble(tuned, picks)
+        numbers = [network.trial.number for network in chosen.networks]
+        of_each = tuple(config_of_trial(tuned, number, data=data) for number in numbers)
+        wanted = [(chosen, of_each)]
+        names = [f"{tuned.name}-ensemble"]
+    else:
+        configs = (
+            best_configs(tuned, top, data=data)
+            if trial is None
+            else (config_of_trial(tuned, trial, data=data),)
+        )
+        wanted = [(choose_trial(tuned, one.trial), (one,)) for one in configs]
+        names = [f"{tuned.name}-trial-{one.trial}" for one in configs]
+    if output is None:
+        places = [DEFAULT_EXPORT_FOLDER / name for name in names]
+    elif len(wanted) == 1:
+        places = [output]
+    elif output.suffix.lower() == ".zip":
+        raise typer.BadParameter(f"-o {output} is one bundle, and --top asks for {len(wanted)}.")
+    else:
+        places = [output / name for name in names]
+    written = [
+        write_bundle(tuned, chosen, configs, place, onnx=onnx)
+        for (chosen, configs), place in zip(wanted, places, strict=True)
+    ]
+    if as_json:
+        documents = [one.to_document() for _, configs in wanted for one in configs]
+        bundles = [
+            {"path": str(place), **description}
+            for place, description in zip(places, written, strict=True)
+        ]
+        print_json({"study": tuned.name, "configs": documents, "bundles": bundles})
+        return
+    for (chosen, configs), place in zip(wanted, places, strict=True):
+        typer.echo(f"{_bundle_in_words(chosen, configs)}: {place}")
+    typer.echo(f"Next: {command('predict', places[0], 'PROTEINS.fasta')}")
+
+
+def _bundle_in_words(chosen: Chosen, configs: Sequence[ExportedConfig]) -> str:
+    if chosen.selection is None:
+        return _in_words(configs[0])
+    trials = ", ".join(str(config.trial) for config in configs)
+    said = f"Ensemble of {counted(len(configs), 'network')} (trials {trials})"
+    crossed = chosen.selection.cross_fitted
+    if crossed is None:
+        return said
+    return (
+        f"{said}, cross-fitted validation loss {crossed.ensemble_loss:.4f}; the best single "
+        f"network has {crossed.single_loss:.4f} (gain {crossed.gain:.4f}, standard deviation "
+        f"{crossed.gain_sd:.4f} over {crossed.halvings} halvings)"
+    )

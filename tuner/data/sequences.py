@@ -1,0 +1,251 @@
+"""Sequences to predict: FASTA, CSV and TSV from files or a stream, gzip or not, one at a time.
+
+What is wrong with one record is a flag of that record; only what keeps the rest of a file from
+being read is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from tuner.data.problems import shortened
+from tuner.data.text import wide_encoding
+from tuner.errors import DataError, Problem, reason_of
+
+#: The columns that hold a record's id, the first that a table has; in lower case.
+ID_COLUMNS = ("id", "name", "accession", "identifier", "sid")
+SEQUENCE_COLUMN = "sequence"
+_LONGEST_FIELD = 2**31 - 1  #: letters; Python's own limit is 131,072
+_SAMPLE_BYTES = 65_536  #: of a file's beginning, from which its format is told
+_GZIP = b"\x1f\x8b"
+_SPACE = re.compile(r"\s+")
+
+
+class SequenceRecord(NamedTuple):
+    """One record of a file."""
+
+    file: str  #: as the user named it; "stdin" of the stream
+    line: int  #: the record's first, from 1
+    id: str  #: as it stands there; in a table without ids the number of the record, from 1
+    sequence: str  #: as it stands there, without white space
+    flags: tuple[str, ...] = ()  #: what is wrong with the record itself
+
+
+def read_sequences(
+    place: str | Path,
+    stream: BinaryIO | None = None,
+    *,
+    sequence_column: str | None = None,
+    id_column: str | None = None,
+) -> Iterator[SequenceRecord]:
+    """The records of a file, in their order.
+
+    Args:
+        place: The file; what a stream is called in messages.
+        stream: What is read in place of a file.
+        sequence_column: Of a table, the column of the sequences; "sequence" by default.
+        id_column: Of a table, the column of the ids; the first of `ID_COLUMNS` by default.
+
+    Raises:
+        DataError: The file cannot be read to its end, or a table lacks a column.
+    """
+    file = str(place)
+    try:
+        with contextlib.ExitStack() as opened:
+            raw = stream or opened.enter_context(Path(place).open("rb"))
+            lines, first = _begun(file, opened.enter_context(_as_text(file, raw, opened)))
+            if first.startswith(">"):
+                yield from _fasta(file, lines)
+            else:
+                yield from _table(file, lines, first, sequence_column, id_column)
+    except (OSError, EOFError, zlib.error) as error:
+        damaged = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
+        what = "is damaged or was cut" if damaged else "cannot be read"
+        raise _error(file, f"{what}: {reason_of(error)}") from error
+
+
+def _error(file: str, message: str, *, line: int | None = None, value: str = "") -> DataError:
+    problem = Problem(file=file, line=line, key="", value=shortened(value), message=message)
+    return DataError([problem])
+
+
+def _as_text(file: str, raw: BinaryIO, opened: contextlib.ExitStack) -> io.TextIOWrapper:
+    """The text of a file, unpacked where it is gzip; `opened` closes what lies between.
+
+    Raises:
+        DataError: It is not text that can be read here.
+    """
+
+    def buffered(source: object) -> io.BufferedReader:
+        return opened.enter_context(io.BufferedReader(cast("Any", source), _SAMPLE_BYTES))
+
+    content = buffered(raw)
+    if content.peek(2)[:2] == _GZIP:
+        content = buffered(gzip.GzipFile(fileobj=content))
+    sample = content.peek(_SAMPLE_BYTES)
+    if wide := wide_encoding(sample):
+        raise _error(file, f"is not UTF-8 text but {wide}; save it as UTF-8", value=wide)
+    if b"\0" in sample:
+        raise _error(file, "is not text; name a FASTA, CSV or TSV file, or one of these as .gz")
+    # What is not UTF-8 is written back as it was.
+    return io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _begun(file: str, text: Iterable[str]) -> tuple[Iterator[str], str]:
+    """The lines of a file with their ends, and the first that is not blank, stripped.
+
+    Raises:
+        DataError: There is none.
+    """
+    lines, blank = iter(text), list[str]()
+    for line in lines:
+        if line.strip():
+            return itertools.chain(blank, [line], lines), line.strip()
+        blank.append(line)
+    raise _error(file, "holds no records; write >NAME lines (FASTA), or a header line (CSV, TSV)")
+
+
+def _fasta(file: str, lines: Iterable[str]) -> Iterator[SequenceRecord]:
+    name, at, parts = "", 0, list[str]()
+
+    def record() -> SequenceRecord:
+        flags = () if name else ("no_id",)
+        return SequenceRecord(file=file, line=at, id=name, sequence="".join(parts), flags=flags)
+
+    for number, line in enumerate(_lines(lines), start=1):
+        if line.startswith(">"):
+            if at:
+                yield record()
+            name, at = next(iter(line[1:].split()), ""), number
+            parts.clear()
+        elif at and not line.startswith(";"):
+            parts.append(line if line.isalpha() else _SPACE.sub("", line))
+    yield record()
+
+
+def _lines(chunks: Iterable[str]) -> Iterator[str]:
+    """Lines without their ends, of whatever kind these are."""
+    for chunk in chunks:
+        if "\r" in chunk.rstrip("\r\n"):  # a file of old Macintoshes
+            yield from map(str.strip, chunk.split("\r"))
+        else:
+            yield chunk.strip()
+
+
+def _table(
+    file: str,
+    lines: Iterable[str],
+    header: str,
+    sequence_column: str | None,
+    id_column: str | None,
+) -> Iterator[SequenceRecord]:
+    delimiter = "\t" if "\t" in header else ","
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.reader(lines, delimiter=delimiter)
+    line, number, names = 1, 0, list[str]()
+    sequence_at, id_at = 0, None
+    try:
+        for fields in reader:
+            first_line, line = line, reader.line_num + 1
+            if not any(map(str.strip, fields)):
+                continue
+            if not names:
+                names = [field.strip().lower() for field in fields]
+                sequence_at, id_at = _columns(
+                    file, first_line, names, header, sequence_column, id_column
+                )
+                continue
+            number += 1
+            complete = len(fields) == len(names)
+            its_id = str(number) if id_at is None or id_at >= len(fields) else fields[id_at].strip()
+            sequence = fields[sequence_at] if sequence_at < len(fields) else ""
+            flags = [] if complete else ["wrong_number_of_fields"]
+            yield SequenceRecord(
+                file=file,
+                line=first_line,
+                id=its_id,
+                sequence=_SPACE.sub("", sequence),
+                flags=tuple(flags if its_id else [*flags, "no_id"]),
+            )
+    except csv.Error as error:
+        raise _error(
+            file, f"cannot be read as {delimiter!r}-separated text ({error})", line=line
+        ) from error
+
+
+def _columns(
+    file: str,
+    line: int,
+    names: Sequence[str],
+    header: str,
+    sequence_column: str | None,
+    id_column: str | None,
+) -> tuple[int, int | None]:
+    """Where sequence and id stand in a row; None for the latter if there are no ids."""
+
+    def place(name: str, option: str) -> int:
+        wanted = name.strip().lower()
+        if names.count(wanted) == 1:
+            return names.index(wanted)
+        if wanted in names:
+            message = f"{names.count(wanted)} columns are called {name!r}; rename all but one"
+        elif ";" in header and len(names) == 1:
+            message = "is separated by ';'; save it with commas or tabs"
+        else:
+            message = (
+                f"no column {name!r} among {shortened(', '.join(names))}; name it with {option}, "
+                "or write FASTA (>NAME lines)"
+            )
+        raise _error(file, message, line=line, value=header)
+
+    sequence_at = place(sequence_column or SEQUENCE_COLUMN, "--sequence-column")
+    if id_column is not None:
+        return sequence_at, place(id_column, "--id-column")
+    known = [names.index(name) for name in ID_COLUMNS if name in names]
+    return sequence_at, next(iter(known), None)
+
+
+class SeenIds:
+    """Which ids were there before, in eight bytes for each.
+
+    By a hash of 64 bits: among a million different ids the chance that one is taken for a
+    duplicate is 3e-8.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[npt.NDArray[np.uint64]] = []  # sorted; each shorter than the one before
+
+    def add(self, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Adds ids; returns which of them, [n], stand before, in this call or an earlier one."""
+        hashes = np.frombuffer(
+            b"".join(
+                hashlib.blake2b(one.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+                for one in ids
+            ),
+            dtype=np.uint64,
+        )
+        found = np.zeros(len(hashes), bool)
+        for known in self._known:
+            at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+            found |= known[at] == hashes
+        new, first = np.unique(hashes, return_index=True)
+        repeated = np.ones(len(hashes), bool)
+        repeated[first] = False
+        while self._known and len(self._known[-1]) <= len(new):
+            new = np.union1d(self._known.pop(), new)
+        if len(new):
+            self._known.append(new)
+        return found | repeated

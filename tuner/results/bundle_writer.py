@@ -1,0 +1,362 @@
+"""Writes bundles: one network of a study, or several that predict together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import shutil
+import uuid
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+
+from tuner.artifacts import make_folder, publish
+from tuner.data.development import DevelopmentData
+from tuner.data.rows import RESIDUES, decode_tokens, encode
+from tuner.errors import StudyError, TunerError
+from tuner.metrics import THRESHOLD, Metrics, measure
+from tuner.results.bundle import (
+    CARD_FILE,
+    DESCRIPTION_FILE,
+    FORMAT,
+    MODEL_FILE,
+    ONNX_FILE,
+    SUMS_FILE,
+    Bundle,
+    bundle_from,
+    versions_in_words,
+)
+from tuner.results.ensemble import Selection, mean_probability, select
+from tuner.results.export import ExportedConfig, best_configs, render
+from tuner.results.kept import Evaluate, KeptNetwork, evaluate_kept, read_development
+from tuner.search.record import versions
+from tuner.search.tuned_study import TunedStudy
+from tuner.spec.architecture import parameter_count
+
+PROBES = 5  #: sequences whose probabilities are kept, so that a reader can tell a wrong network
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The networks that a bundle is made of."""
+
+    networks: tuple[KeptNetwork, ...]  #: the largest share first
+    shares: tuple[float, ...]  #: of the mean probability, in the same order
+    validation: Metrics  #: of the mean
+    selection: Selection | None  #: how an ensemble was chosen; None of a single network
+    development: DevelopmentData
+
+
+def choose_trial(tuned: TunedStudy, number: int, *, evaluate: Evaluate | None = None) -> Chosen:
+    """The network of one trial.
+
+    Raises:
+        StudyError: There is no such trial, or its weights were not kept or do not fit it.
+    """
+    trial = next((one for one in tuned.trials() if one.number == number), None)
+    if trial is None:
+        raise StudyError(f"Study {tuned.name!r} has no trial {number}.")
+    development = read_development(tuned)
+    kept = evaluate_kept(tuned, trial, development, evaluate)
+    return Chosen(
+        networks=(kept,),
+        shares=(1.0,),
+        validation=kept.metrics,
+        selection=None,
+        development=development,
+    )
+
+
+def choose_ensemble(tuned: TunedStudy, picks: int, *, evaluate: Evaluate | None = None) -> Chosen:
+    """The kept networks that predict best together; see `tuner.results.ensemble`.
+
+    Args:
+        tuned: The study.
+        picks: Of networks, at most; one may be picked several times.
+        evaluate: Predicts with trained weights.
+
+    Raises:
+        StudyError: No weights were kept, or they do not fit their trials.
+    """
+    kept_trials = [
+        trial for trial in tuned.ranked() if tuned.artifacts.weights(trial.number).is_file()
+    ]
+    if not kept_trials:
+        raise StudyError(
+            f"Study {tuned.name!r} has no kept weights in {tuned.artifacts.weights(0).parent}, so "
+            "there is nothing to combine. If the study ran with another artifacts folder, name "
+            "that one (TUNER_ARTIFACTS)."
+        )
+    development = read_development(tuned)
+    candidates = [evaluate_kept(tuned, trial, development, evaluate) for trial in kept_trials]
+    labels = development.validation_labels
+    probabilities = np.stack([_probability(one.logits) for one in candidates])
+    selection = select(probabilities, labels, picks=picks)
+    mean = mean_probability(probabilities, selection.members)
+    return Chosen(
+        networks=tuple(candidates[index] for index, _ in selection.members),
+        shares=tuple(share for _, share in selection.members),
+        validation=measure(labels, _logit(mean)),
+        selection=selection,
+        development=development,
+    )
+
+
+def bundle_of_study(tuned: TunedStudy) -> Bundle:
+    """The network of the best trial, to predict with; nothing is written.
+
+    Raises:
+        StudyError: No trial was trained to its end yet, or its weights were not kept.
+        SetupError: TensorFlow is missing.
+    """
+    (best,) = best_configs(tuned)
+    contents, _ = _contents(tuned, choose_trial(tuned, best.trial), [best], onnx=False)
+    return bundle_from(contents, Path(tuned.name))
+
+
+def write_bundle(
+    tuned: TunedStudy,
+    chosen: Chosen,
+    configs: Sequence[ExportedConfig],
+    output: Path,
+    *,
+    onnx: bool = False,
+) -> dict[str, Any]:
+    """Writes a bundle, whole or not at all.
+
+    Args:
+        tuned: The study.
+        chosen: Its networks.
+        configs: Their configurations, in the same order.
+        output: A folder, new, empty or an earlier bundle; or a file whose name ends in .zip.
+        onnx: Also write the network as ONNX, which needs the extra "onnx".
+
+    Returns:
+        What `bundle.json` holds.
+
+    Raises:
+        SetupError: TensorFlow, or what writes ONNX, is missing.
+        TunerError: It cannot be written.
+    """
+    if output.suffix.lower() != ".zip":
+        _require_replaceable(output)
+    contents, description = _contents(tuned, chosen, configs, onnx=onnx)
+    try:
+        if output.suffix.lower() == ".zip":
+            publish(output, _zipped(contents))
+        else:
+            _publish_folder(output, contents)
+    except OSError as error:
+        raise TunerError(
+            f"{output}: the bundle cannot be written ({error.strerror or error}); name another "
+            "folder or file with -o."
+        ) from error
+    return description
+
+
+def _contents(
+    tuned: TunedStudy, chosen: Chosen, configs: Sequence[ExportedConfig], *, onnx: bool
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The files of a bundle by name, and what `bundle.json` holds."""
+    from tuner.network import combined  # noqa: PLC0415 - TensorFlow takes seconds to import
+
+    max_length = tuned.record.data.max_length
+    networks = [
+        combined.TrainedNetwork.unpacked(one.config, one.weights, share)
+        for one, share in zip(chosen.networks, chosen.shares, strict=True)
+    ]
+    model = combined.combined_model(networks, max_length)
+    probes = decode_tokens(chosen.development.validation_tokens[:PROBES])
+    probed = combined.predicted(model, encode(probes, max_length))
+    contents = {MODEL_FILE: combined.keras_bytes(model)}
+    if onnx:
+        contents[ONNX_FILE] = combined.onnx_bytes(model)
+    for config in configs:
+        contents[_study_file(config)] = render(config, "toml").encode()
+    description = _description(tuned, chosen, configs) | {
+        "probe": {"sequences": probes, "probabilities": [float(one) for one in probed]},
+        "files": sorted([*contents, CARD_FILE]),
+    }
+    contents[DESCRIPTION_FILE] = f"{json.dumps(description, indent=2)}\n".encode()
+    contents[CARD_FILE] = _card(description).encode()
+    sums = (
+        f"{hashlib.sha256(content).hexdigest()}  {name}\n"
+        for name, content in sorted(contents.items())
+    )
+    contents[SUMS_FILE] = "".join(sums).encode()
+    return contents, description
+
+
+def _study_file(config: ExportedConfig) -> str:
+    return f"trial-{config.trial}.toml"
+
+
+def _description(
+    tuned: TunedStudy, chosen: Chosen, configs: Sequence[ExportedConfig]
+) -> dict[str, Any]:
+    record, selection = tuned.record, chosen.selection
+    development = chosen.development
+    cross_fitted = None if selection is None else selection.cross_fitted
+    return {
+        "format": FORMAT,
+        "study": tuned.name,
+        "trials": [config.trial for config in configs],
+        "networks": [
+            {
+                "trial": config.trial,
+                "share": share,
+                "study_file": _study_file(config),
+                "train_again": f"tuner launch {_study_file(config)}",
+                "validation_loss": config.validation_loss,
+                "epochs": config.epochs,
+                "parameters": parameter_count(config.config, record.data.max_length),
+                "seed": record.spec.seed,
+                "precision": tuned.precision_of(config.config),
+                "config": dataclasses.asdict(config.config),
+                "config_hash": config.provenance["config_hash"],
+            }
+            for config, share in zip(configs, chosen.shares, strict=True)
+        ],
+        "alphabet": RESIDUES,
+        "max_length": record.data.max_length,
+        "min_length": int(np.count_nonzero(development.training_tokens, axis=1).min()),
+        "threshold": THRESHOLD,
+        "validation": {
+            **chosen.validation.to_document(),
+            "selected_loss": None if selection is None else selection.selected_loss,
+            "cross_fitted": None if cross_fitted is None else cross_fitted.to_document(),
+        },
+        **_reported(tuned, [config.trial for config in configs]),
+        "synthetic": record.data.synthetic,
+        "data": configs[0].provenance["data"],
+        "development_sha256": record.development_sha256,
+        "spec_hash": record.spec_hash,
+        "versions": {"trained_with": dict(record.versions), "written_with": versions()},
+        "study_created_at": record.created_at,
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _reported(tuned: TunedStudy, trials: Sequence[int]) -> dict[str, Any]:
+    """The figures on the test split, if the study's report evaluated this very network."""
+    for entry in tuned.storage.ledger.entries(study_key=tuned.key):
+        if entry.report is not None and trials == [entry.trial]:
+            ledger = {
+                "entry": entry.id,
+                "opened_at": entry.opened_at,
+                "opened_by": entry.opened_by,
+                "split_id": entry.split_id,
+            }
+            return {"test": entry.report["test"], "ledger": ledger}
+    return {"test": None, "ledger": None}
+
+
+def _card(description: Mapping[str, Any]) -> str:
+    environment = jinja2.Environment(
+        autoescape=False,  # noqa: S701 - Markdown, of figures and names that were checked
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template = files("tuner.results").joinpath("model_card.md.jinja").read_text("utf-8")
+    rows = [
+        (name, *(_figure(description[rows], key) for rows in ("validation", "test")))
+        for name, key in _FIGURES.items()
+    ]
+    trained_with = versions_in_words(description["versions"]["trained_with"])
+    return environment.from_string(template).render(
+        bundle=description, rows=rows, trained_with=trained_with
+    )
+
+
+#: What the card shows, by its key in `Metrics.to_document`.
+_FIGURES = {
+    "accuracy": "accuracy",
+    "loss (nats)": "loss",
+    "Matthews correlation": "mcc",
+    "area under the ROC curve": "roc_auc",
+}
+
+
+def _figure(figures: Mapping[str, Any] | None, key: str) -> str:
+    """A figure with its 95 % interval."""
+    if figures is None:
+        return "not opened"
+    if figures[key] is None:
+        return "-"
+    shown = "{:.1%}" if key == "accuracy" else "{:.4f}"
+    value, low, high = (shown.format(one) for one in (figures[key], *figures[f"{key}_ci95"]))
+    return f"{value} ({low} to {high})"
+
+
+def _require_replaceable(folder: Path) -> None:
+    """Makes sure that a folder is missing, empty, or a bundle."""
+    try:
+        names = [one.name for one in folder.iterdir()]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise TunerError(
+            f"{folder}: {error.strerror or error}; name another folder with -o."
+        ) from error
+    if names and DESCRIPTION_FILE not in names:
+        raise TunerError(
+            f"{folder} is not empty and not a bundle, so it is not replaced; name a new folder "
+            "with -o, or a file that ends in .zip."
+        )
+
+
+def _publish_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files into a folder of this name, which then has these and no others."""
+    make_folder(folder.parent, private=False)
+    target = Path(os.path.realpath(folder))
+    beside = target.with_name(f".{target.name}-{uuid.uuid4().hex}.new")
+    try:
+        make_folder(beside, private=False)
+        for name, content in contents.items():
+            publish(beside / name, content)
+        if target.is_dir():
+            old = target.with_name(f".{target.name}-{uuid.uuid4().hex}.old")
+            os.replace(target, old)
+            try:
+                os.replace(beside, target)
+            except BaseException:
+                os.replace(old, target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(beside, target)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _zipped(contents: Mapping[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    return content.getvalue()
+
+
+def _probability(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    found: npt.NDArray[np.float64] = 1 / (1 + np.exp(-logits))
+    return found
+
+
+def _logit(probability: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    bounded = np.clip(probability, 2.0**-53, 1 - 2.0**-53)
+    found: npt.NDArray[np.float64] = np.log(bounded) - np.log1p(-bounded)
+    return found

@@ -1,0 +1,144 @@
+"""The networks that a study kept, tried on its validation rows before anything is made of them."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from optuna.trial import FrozenTrial
+
+from tuner.data.development import DevelopmentData, load_development
+from tuner.errors import StudyError, is_outage, reason_of
+from tuner.metrics import Metrics, measure
+from tuner.search.development import study_development
+from tuner.search.record import versions
+from tuner.search.tuned_study import TunedStudy
+from tuner.spec.architecture import ModelConfig
+
+#: (configuration, its trained weights, uint8 tokens [n, max_length]) -> logits [n]
+Evaluate: TypeAlias = Callable[[ModelConfig, bytes, npt.NDArray[np.uint8]], npt.NDArray[np.float64]]
+
+#: How far the kept weights' validation loss may be from the recorded one: nats, of a loss of 0.5
+#: and below; as much for each 0.5 of a larger one, whose logits are large. A study in bfloat16
+#: chose by coarser figures than those of the evaluation, which is in float32.
+_LOSS_TOLERANCE = {"float32": 0.002, "bfloat16": 0.02}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptNetwork:
+    """The trained network of a trial, with what it is worth on the validation rows."""
+
+    trial: FrozenTrial
+    config: ModelConfig
+    weights: bytes  #: what `TrainingRun.best_weights` returned
+    logits: npt.NDArray[np.float64]  #: of the validation rows, [m]
+    metrics: Metrics  #: of the validation rows
+
+
+def read_kept_weights(tuned: TunedStudy, number: int) -> bytes:
+    """The best weights of a trial, as npz.
+
+    Raises:
+        StudyError: They were not kept, or cannot be read now.
+    """
+    path = tuned.artifacts.weights(number)
+    try:
+        return path.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise StudyError(
+            f"{path}: {reason_of(error)}. Trial {number} is evaluated from the weights that were "
+            "kept there, never trained again; only those of the best trials are kept. If the "
+            "study ran with another artifacts folder, name that one (TUNER_ARTIFACTS)."
+        ) from error
+
+
+def read_development(tuned: TunedStudy) -> DevelopmentData:
+    """The training and validation rows of a study.
+
+    Raises:
+        StudyError: Their file is missing, or cannot be read now.
+    """
+    try:
+        return load_development(study_development(tuned))
+    except (OSError, MemoryError) as error:
+        raise StudyError(
+            f"The training and validation rows of study {tuned.name!r} cannot be read "
+            f"({reason_of(error)}), which says nothing about what is in them; once that is solved, "
+            "try again."
+        ) from error
+
+
+def evaluate_kept(
+    tuned: TunedStudy,
+    trial: FrozenTrial,
+    development: DevelopmentData,
+    evaluate: Evaluate | None = None,
+) -> KeptNetwork:
+    """The network of a trial, evaluated on the validation rows.
+
+    Args:
+        tuned: The study.
+        trial: One whose weights were kept.
+        development: The study's rows.
+        evaluate: Predicts with trained weights; `tuner.network.predict.logits` by default.
+
+    Raises:
+        StudyError: The weights are missing, damaged, or do not have the validation loss that is
+            recorded with the trial: they are of another trial or another version.
+    """
+    weights = read_kept_weights(tuned, trial.number)
+    config = tuned.record.spec.space.resolve(trial.params)
+    path = tuned.artifacts.weights(trial.number)
+    try:
+        logits = predict_logits(evaluate, config, weights, development.validation_tokens)
+        metrics = measure(development.validation_labels, logits)
+    except (ValueError, KeyError, EOFError, OSError, MemoryError, zipfile.BadZipFile) as error:
+        if is_outage(error):
+            raise StudyError(
+                f"Trial {trial.number} cannot be evaluated now ({reason_of(error)}); once that "
+                "is solved, try again."
+            ) from error
+        raise StudyError(
+            f"{path}: the network of trial {trial.number} cannot be made from these weights "
+            f"({error}). Was the file damaged, or written by another version? Put a sound copy "
+            "there."
+        ) from error
+    recorded = min(trial.intermediate_values.values(), default=0.0)
+    recorded = recorded if trial.value is None else trial.value
+    tolerance = _LOSS_TOLERANCE[tuned.precision_of(config)] * max(1.0, 2 * recorded)
+    if abs(metrics.loss - recorded) > tolerance:
+        raise StudyError(
+            f"{path}: these weights have a validation loss of {metrics.loss:.4f}, but trial "
+            f"{trial.number} is recorded with {recorded:.4f}. Are they another trial's, or "
+            f"are the versions others than those of the study ({_changed_versions(tuned)})?"
+        )
+    return KeptNetwork(trial=trial, config=config, weights=weights, logits=logits, metrics=metrics)
+
+
+def predict_logits(
+    evaluate: Evaluate | None,
+    config: ModelConfig,
+    weights: bytes,
+    tokens: npt.NDArray[np.uint8],
+) -> npt.NDArray[np.float64]:
+    """The logits of tokens [n, max_length], float64 [n]; see `evaluate_kept`."""
+    if evaluate is None:
+        # TensorFlow takes seconds to import, and a recorded report does not need it.
+        from tuner.network.predict import logits  # noqa: PLC0415
+
+        evaluate = logits
+    return np.asarray(evaluate(config, weights, tokens), dtype=np.float64).reshape(-1)
+
+
+def _changed_versions(tuned: TunedStudy) -> str:
+    then, now = tuned.record.versions, versions()
+    changed = [
+        f"{package} {then.get(package, 'none')}, now {now.get(package, 'none')}"
+        for package in dict.fromkeys([*then, *now])
+        if then.get(package) != now.get(package)
+    ]
+    return "; ".join(changed) or "they are the same"
