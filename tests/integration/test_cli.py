@@ -111,7 +111,7 @@ def in_storage(folder: Path, look: Callable[[Storage], T]) -> T:
         return look(storage)
 
 
-def queued(storage: Storage) -> tuple[int, ...]:
+def queued_studies(storage: Storage) -> tuple[int, ...]:
     return storage.queue.study_ids()
 
 
@@ -143,7 +143,7 @@ def test_a_launch_ends_with_exactly_its_budget(launched: dict, folder: Path) -> 
     assert launched["budget"] == 3
     assert launched["trials"]["COMPLETE"] + launched["trials"]["PRUNED"] == 3
     assert launched["epochs"]["spent"] + launched["epochs"]["saved"] == 9
-    assert in_storage(folder, queued) == ()
+    assert in_storage(folder, queued_studies) == ()
     assert set(launched["best"]["sampled"]) == {"block1.filters", "learning_rate"}
 
 
@@ -225,7 +225,7 @@ def test_a_bundle_predicts_what_its_study_does(bundle: Path, folder: Path) -> No
     assert [row["id"] for row in rows] == ["p1", "p2", "p1"]
     assert [row["flags"] for row in rows] == [
         "shorter_than_trained",
-        "unknown_residues:X_at_3",
+        "shorter_than_trained;unknown_residues:X_at_3",
         "shorter_than_trained;duplicate_id",
     ]
     assert 0 < float(rows[0]["probability"]) < 1
@@ -260,7 +260,7 @@ def test_an_ensemble_is_one_bundle(bundle: Path, folder: Path) -> None:
     ("arguments", "code", "words"),
     [
         (("predict", "bundle", "proteins.fasta", "--strict", "-o", "no.csv"), 1,
-         "proteins.fasta:4: record 'p2' cannot be predicted (unknown_residues:X_at_3)"),
+         "proteins.fasta:4: record 'p2' cannot be predicted (shorter_than_trained;unknown"),
         (("predict", "bundle", "none.fasta", "-o", "no.csv"), 1, "none.fasta: cannot be read"),
         (("predict", "bundle", "tiny.toml", "-o", "no.csv"), 1, "no column 'sequence'"),
         (("predict", "bundle", "-", "-"), 2, "name it once"),
@@ -298,6 +298,8 @@ def test_an_interrupted_prediction_leaves_no_half_file(
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # Where the tests run in the background, a shell may have them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
@@ -507,7 +509,7 @@ def test_the_service_goes_on_after_a_restart_and_takes_turns_on_one_worker(folde
     assert "The service ended; queued studies wait for the next one." in said
     assert finished() != budgets
     assert "queued" in tuner(folder, "status").stdout
-    said = serve(lambda: finished() == budgets and not in_storage(folder, queued))
+    said = serve(lambda: finished() == budgets and not in_storage(folder, queued_studies))
     assert "Study first: finished, 3 of 3 trials" in said
     assert "Study second: finished, 2 of 2 trials" in said
     for document in json.loads(tuner(folder, "status", "--json").stdout):
@@ -555,8 +557,8 @@ def test_kill_9_of_the_service_costs_nothing_and_the_next_one_goes_on(folder: Pa
     assert_all_end(first.pid)
     before = trials()
     assert TrialState.RUNNING in [trial.state for trial in before]
-    assert in_storage(folder, queued)
-    second = serve(lambda: finished() == 2 and not in_storage(folder, queued))
+    assert in_storage(folder, queued_studies)
+    second = serve(lambda: finished() == 2 and not in_storage(folder, queued_studies))
     second.send_signal(signal.SIGTERM)
     said, _ = second.communicate(timeout=60)
     assert second.returncode == 0, said
@@ -592,7 +594,7 @@ def test_a_queued_study_can_be_stopped_and_deleted(folder: Path) -> None:
         "Its training and validation rows stay"
         in tuner(folder, "delete", "waiting", "--yes").stdout
     )
-    assert number not in in_storage(folder, queued)
+    assert number not in in_storage(folder, queued_studies)
 
 
 def test_a_service_whose_port_is_taken_says_so_and_leaves_nothing_running(folder: Path) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tuner.artifacts import make_folder, publish
+from tuner.commands import command
 from tuner.data.development import DevelopmentData
 from tuner.data.rows import RESIDUES, decode_tokens, encode
 from tuner.errors import StudyError, TunerError
@@ -217,7 +218,7 @@ def _description(
                 "trial": config.trial,
                 "share": share,
                 "study_file": _study_file(config),
-                "train_again": f"tuner launch {_study_file(config)}",
+                "train_again": command("launch", _study_file(config)),
                 "validation_loss": config.validation_loss,
                 "epochs": config.epochs,
                 "parameters": parameter_count(config.config, record.data.max_length),

@@ -187,7 +187,7 @@ def test_a_document_that_is_none_is_refused(ada: Browser, document: object) -> N
     [
         ({"toml": study_file() + "# \ud800"}, "not UTF-8 text"),
         ({"toml": study_file(), "name": "\udfff"}, "U+DFFF"),
-        ({"file": "\ud83d"}, "no study file of this server"),
+        ({"file": "\ud83d"}, "not a study file of this server"),
         ({"file": "tiny.toml", "name": "a\ud83d"}, "U+D83D"),
     ],
 )

@@ -13,7 +13,7 @@ from folders import ROOT
 from tuner.artifacts import development_path
 from tuner.coordination import queue
 from tuner.errors import StudyError
-from tuner.results.report import _development
+from tuner.results.kept import read_development
 from tuner.search.development import find_development, study_development
 from tuner.search.overlap import used_elsewhere
 from tuner.search.tuned_study import TunedStudy
@@ -42,7 +42,7 @@ SPOILS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS.keys())
-@pytest.mark.parametrize("read", [study_development, _development, queue.queue])
+@pytest.mark.parametrize("read", [study_development, read_development, queue.queue])
 def test_whoever_reads_the_rows_takes_them_from_the_storage_where_the_file_is_not_whole(
     tuned: TunedStudy, spoil: Callable[[Path], object], read: Callable[[TunedStudy], object]
 ) -> None:
