@@ -345,8 +345,8 @@ def test_a_launch_that_could_not_export_at_its_end_does_not_begin(folder: Path) 
 
 def test_kill_9_of_the_coordinator_costs_nothing_and_leaves_no_process(folder: Path) -> None:
     arguments = ("launch", "tiny.toml", "--name", "killed", "--workers", "2", "--trials", "2",
-                 "--set", "training.max_epochs=900", "--set", "training.patience=900",
-                 "--set", "hyperband.min_epochs=600")  # fmt: skip
+                 "--set", "training.max_epochs=400", "--set", "training.patience=400",
+                 "--set", "hyperband.min_epochs=300")  # fmt: skip
     process = start(folder, *arguments)
     wait_for_epochs(folder, "killed", 2, process)
     process.kill()

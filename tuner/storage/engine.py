@@ -91,6 +91,7 @@ class Calls:
             timeout=self.patience_seconds,
             wait_initial=0.1,
             wait_max=_RETRY_SECONDS,
+            wait_jitter=0.1,  # the default, 1 s, is ten times the first pause
         ):
             with attempt, self.each_try():
                 if not said and time.monotonic() - began > _SAY_SO_AFTER_SECONDS:

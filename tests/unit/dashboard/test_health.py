@@ -168,6 +168,7 @@ def test_an_outage_that_is_not_known_of_yet_is_no_500_either(
         raise StorageError("server closed the connection")
 
     monkeypatch.setattr(Storage, "look", refuse)
+    monkeypatch.setattr(storage._calls, "patience_seconds", 0.01)  # for each of many routes
     sa.event.listen(storage._rdb.engine, "before_cursor_execute", fail)
     try:
         answers = {
