@@ -14,7 +14,7 @@ from fakes import ready_sqlite
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from tuner.data.development import load_development
+from tuner.data.development import DevelopmentData, load_development
 from tuner.data.prepare import prepare
 from tuner.data.synthetic import synthetic_sequences
 from tuner.metrics import cross_entropy
@@ -50,19 +50,17 @@ def write_rows(folder: Path, *, rows: int = 400) -> None:
     (folder / "rows.csv").write_text("\n".join(["sequence,label", *lines[:rows], ""]))
 
 
-def finished_study(storage: Storage, folder: Path, **changes: Any) -> TunedStudy:
-    """Five trials: 0 and 1 fully trained (1 wins), 2 pruned, 3 diverged, 4 failed."""
+def _created(
+    storage: Storage, folder: Path, document: dict[str, Any]
+) -> tuple[TunedStudy, DevelopmentData]:
+    """A new study over the rows of `write_rows`, and its training and validation rows."""
     if not (folder / "rows.csv").exists():
         write_rows(folder)
-    document = {
-        "name": "demo",
-        "trials": 4,
+    common = {
         "data": {"source": "rows.csv", "split": {"seed": 1, "validation": 0.2, "test": 0.2}},
-        "training": {"max_epochs": 9},
         "hyperband": {"min_epochs": 1, "eta": 3},
-        "space": SPACE,
     }
-    spec = spec_from_document(document | changes, folder=folder)
+    spec = spec_from_document(common | document, folder=folder)
     artifacts = folder / "artifacts"
     prepared = prepare(spec.data, folder=folder, artifacts=artifacts)
     tuned = study.create_or_resume(
@@ -72,8 +70,19 @@ def finished_study(storage: Storage, folder: Path, **changes: Any) -> TunedStudy
         development_sha256=prepared.development_sha256,
         artifacts_root=artifacts,
     )
-    development = load_development(prepared.development_file)
-    config = spec.space.resolve({"learning_rate": 0.01})
+    return tuned, load_development(prepared.development_file)
+
+
+def finished_study(storage: Storage, folder: Path, **changes: Any) -> TunedStudy:
+    """Five trials: 0 and 1 fully trained (1 wins), 2 pruned, 3 diverged, 4 failed."""
+    document = {
+        "name": "demo",
+        "trials": 4,
+        "training": {"max_epochs": 9},
+        "space": SPACE,
+    }
+    tuned, development = _created(storage, folder, document | changes)
+    config = tuned.record.spec.space.resolve({"learning_rate": 0.01})
     logits = predict(config, b"weights of the winner", development.validation_tokens)
     best = float(cross_entropy(development.validation_labels, logits).mean())
     tell(tuned, best + 0.05, 0.05, epochs=9)
@@ -124,14 +133,10 @@ def study_with_networks(storage: Storage, folder: Path, **changes: Any) -> Tuned
     from tuner.network.model import build_model, named_weights
     from tuner.network.predict import logits
 
-    if not (folder / "rows.csv").exists():
-        write_rows(folder)
     document = {
         "name": "nets",
         "trials": 3,
-        "data": {"source": "rows.csv", "split": {"seed": 1, "validation": 0.2, "test": 0.2}},
         "training": {"max_epochs": 9, "precision": "float32"},
-        "hyperband": {"min_epochs": 1, "eta": 3},
         "space": {
             "embedding_dim": 4,
             "filters": 4,
@@ -139,19 +144,9 @@ def study_with_networks(storage: Storage, folder: Path, **changes: Any) -> Tuned
             "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
         },
     }
-    spec = spec_from_document(document | changes, folder=folder)
-    artifacts = folder / "artifacts"
-    prepared = prepare(spec.data, folder=folder, artifacts=artifacts)
-    tuned = study.create_or_resume(
-        storage,
-        spec,
-        prepared.identity,
-        development_sha256=prepared.development_sha256,
-        artifacts_root=artifacts,
-    )
-    development = load_development(prepared.development_file)
+    tuned, development = _created(storage, folder, document | changes)
     labels, tokens = development.validation_labels, development.validation_tokens
-    config = spec.space.resolve({"learning_rate": 0.01})
+    config = tuned.record.spec.space.resolve({"learning_rate": 0.01})
     for number in range(3):
         noise = np.random.default_rng(number)
         model = build_model(config, tokens.shape[1], seed=number)
