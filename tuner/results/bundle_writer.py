@@ -353,7 +353,8 @@ def _zipped(contents: Mapping[str, bytes]) -> bytes:
 
 
 def _probability(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    found: npt.NDArray[np.float64] = 1 / (1 + np.exp(-logits))
+    # Not 1 / (1 + exp(-x)), which overflows at a logit of -710.
+    found: npt.NDArray[np.float64] = np.exp(-np.logaddexp(0, -logits))
     return found
 
 

@@ -37,10 +37,6 @@ class CrossFitted:
     gain_sd: float  #: nats; standard deviation of the gain over the halvings
     halvings: int  #: how often the rows were halved
 
-    @property
-    def favours_ensemble(self) -> bool:
-        return self.gain > 0
-
     def to_document(self) -> dict[str, Any]:
         return {
             "loss": self.ensemble_loss,

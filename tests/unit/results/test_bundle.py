@@ -458,6 +458,11 @@ def test_weights_that_were_not_kept_are_told_of(tuned: TunedStudy) -> None:
         choose_trial(tuned, 9)
 
 
+def test_logits_of_any_size_have_a_probability_without_a_warning() -> None:
+    found = bundle_writer._probability(np.array([-1e4, -800.0, 0.0, 800.0]))
+    assert found.tolist() == [0.0, 0.0, 0.5, 1.0]
+
+
 def test_a_study_without_kept_weights_has_no_ensemble(
     storage: Storage, tuned: TunedStudy, tmp_path: Path
 ) -> None:
