@@ -49,8 +49,9 @@ format: setup-dev ## format the code and fix what ruff can fix by itself
 	.venv/bin/ruff check --fix-only .
 	.venv/bin/ruff format .
 
-docs: setup-dev ## write docs/cli.md anew from the program
+docs: setup-dev ## write docs/cli.md anew from the program, and copy studies/ into the package
 	.venv/bin/python tests/cli_page.py
+	cp studies/*.toml tuner/examples/
 
 lock: ## write locks/ anew from pyproject.toml (needs uv; LOCK_FLAGS=--upgrade takes newer versions)
 	$(UV_LOCK) pyproject.toml --extra cpu $(LOCK_FLAGS) -o locks/cpu.txt
@@ -60,7 +61,7 @@ lock: ## write locks/ anew from pyproject.toml (needs uv; LOCK_FLAGS=--upgrade t
 
 clean: ## remove .venv and every cache; never runs/
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis htmlcov
-	rm -rf .coverage .coverage.* build tuner.egg-info
+	rm -rf .coverage .coverage.* build *.egg-info
 	find . -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: ## set up .venv with all that `tuner` needs (run and test do it by themselves)

@@ -34,7 +34,7 @@ def page() -> str:
     )
     # Typer escapes for HTML also inside code.
     body = html.unescape(done.stdout)
-    body = body[body.index("## `tuner check`") :]
+    body = body[body.index("## `tuner init`") :]
     body = re.sub(r"^Example: (.*)$", r"Example: `\1`", body, flags=re.MULTILINE)
     body = re.sub(r"^\* `--help`: .*\n", "", body, flags=re.MULTILINE)
     return f"{HEAD}{body.rstrip()}\n"

@@ -14,6 +14,8 @@ from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STORAGE_URL
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
+#: The project's name on package indexes, where `tuner` is another program.
+DISTRIBUTION = "protein-tuner"
 #: Parts of the names of a connection's options that are secrets or tell where one is; libpq has
 #: one in each version more (password, sslpassword, passfile, scram_client_key, ...).
 _SECRET_NAME = re.compile("pass|pwd|secret|token|scram", re.IGNORECASE)
@@ -39,6 +41,11 @@ def command(*words: object, storage: str | None = None, artifacts: Path | None =
     ):
         found += ["--artifacts", str(artifacts)]
     return shlex.join(found)
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra of the tuner into the environment in which it runs."""
+    return shlex.join(("pip", "install", f"{DISTRIBUTION}[{extra}]"))
 
 
 def password_hint(storage: str) -> str:

@@ -27,9 +27,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
 from waiting import wait_until
 
-from tuner.cli.main import app
+from tuner.cli.main import app, main
 from tuner.data.synthetic import synthetic_sequences
-from tuner.errors import SetupError, StorageMissingError, TunerError
+from tuner.errors import StorageMissingError, TunerError
 from tuner.search.attributes import AGAIN_KEY, ERROR_KEY, RESUMED_KEY, curve_of
 from tuner.search.study import list_names, load
 from tuner.search.tuned_study import FINISHED
@@ -714,15 +714,23 @@ def test_a_mistake_of_the_user_is_one_clear_message(
     "arguments", [("launch", "tiny.toml"), ("serve",), ("worker", "--cluster", "tcp://127.0.0.1:1")]
 )
 def test_who_is_to_train_without_tensorflow_ends_before_anything_is_made(
-    fresh: Path, arguments: tuple[str, ...], missing: str, monkeypatch: pytest.MonkeyPatch
+    fresh: Path,
+    arguments: tuple[str, ...],
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(fresh)
     monkeypatch.setitem(sys.modules, missing, None)  # to whoever looks for it, it is not installed
+    monkeypatch.setattr(sys, "argv", ["tuner", *arguments])
     before = sorted(fresh.rglob("*"))
-    done = CliRunner().invoke(app, arguments)
-    assert isinstance(done.exception, SetupError)
-    assert f"{missing} cannot be found here" in str(done.exception)
-    assert "tuner[cpu] or tuner[gpu]" in str(done.exception)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert f"{missing} cannot be found here" in said
+    assert "pip install 'protein-tuner[cpu]'" in said
+    assert "pip install 'protein-tuner[gpu]'" in said
     assert sorted(fresh.rglob("*")) == before
 
 

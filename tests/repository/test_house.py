@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import fnmatch
 import hashlib
 import importlib
 import itertools
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from folders import ROOT
+from folders import ROOT, tracked_files
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -71,20 +70,6 @@ def declared(table: str) -> list[Requirement]:
         "build": PYPROJECT["build-system"]["requires"],
     }
     return [Requirement(line) for line in lists[table]]
-
-
-def tracked_files() -> list[Path]:
-    """What git holds, or would after `git add`."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
 # --- locks ---
@@ -207,13 +192,6 @@ def test_neither_the_data_set_nor_a_large_file_is_committed() -> None:
         assert hashlib.sha256(content).hexdigest() != DATA_SHA256, path
 
 
-def test_every_file_beside_the_modules_is_packaged() -> None:
-    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
-    for path in tracked_files():
-        if (ROOT / "tuner") in path.parents and path.suffix != ".py":
-            assert any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns), path
-
-
 # --- make ---
 
 
@@ -300,6 +278,19 @@ def test_a_changed_lock_makes_a_new_environment_and_a_changed_project_does_not(
     (set_up.project / "locks" / "cpu.txt").write_text("four\n")
     assert set_up.run("cpu", "dev")[:2] == (0, ["cpu", "project", "dev"])
     assert not kept.exists()
+
+
+def test_the_project_under_its_former_name_is_removed(set_up: SetUp) -> None:
+    set_up.run("cpu")
+    (site,) = (set_up.project / ".venv").glob("lib/*/site-packages")
+    (site / "tuner-0.1.0.dist-info").mkdir()
+    (site / "tuner-0.1.0.dist-info" / "METADATA").write_text("Name: tuner\nVersion: 0.1.0\n")
+    (set_up.project / "pyproject.toml").write_text("# renamed\n")
+    assert set_up.run("cpu")[:2] == (0, ["project"])
+    removal, installation = set_up.calls.read_text().splitlines()
+    assert removal.startswith("pip uninstall ")
+    assert removal.endswith(" tuner")
+    assert "--editable" in installation
 
 
 def test_an_interrupted_set_up_is_made_anew(set_up: SetUp) -> None:

@@ -206,8 +206,8 @@ def test_every_verb_that_has_an_example_is_among_the_suggestions() -> None:
 
 def test_no_other_module_puts_a_command_together() -> None:
     """A name, a path or a URL in a suggested command is quoted in `tuner.commands` alone."""
-    verbs = "check|launch|worker|serve|status|stop|export|report|dashboard|delete|storage|data"
-    by_hand = re.compile(rf"tuner (?:{verbs})\b[^`\n\")]*\{{")
+    verbs = "init|check|launch|worker|serve|status|stop|export|predict|report|dashboard|delete"
+    by_hand = re.compile(rf"tuner (?:{verbs}|storage|data)\b[^`\n\")]*\{{")
     assert by_hand.search('f"`tuner stop {name}`"')
     assert by_hand.search("<code>tuner report {{ one.study }}</code>")
     found = [

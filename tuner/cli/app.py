@@ -6,7 +6,6 @@ import typer
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Tunes the network that predicts protein solubility; the test split stays sealed.",
 )

@@ -12,6 +12,7 @@ import typer
 
 from tuner import logs
 from tuner.artifacts import DEFAULT_USERS_FILE
+from tuner.cli.completion import study_names
 from tuner.cli.terminal import logger
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from tuner.cluster.scheduler import TlsFiles
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A study file, studies/*.toml.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
+Name = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="The study's name.", autocompletion=study_names),
+]
 StorageUrl = Annotated[
     str,
     typer.Option(

@@ -15,6 +15,7 @@ import typer
 
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STORAGE_URL, publishing
 from tuner.cli.app import app
+from tuner.cli.completion import study_names
 from tuner.cli.options import ArtifactsRoot, StorageUrl
 from tuner.cli.terminal import open_storage, print_note, terminal, warn_of_synthetic_data
 from tuner.errors import TunerError, counted
@@ -32,7 +33,12 @@ _FORMATS: dict[str, OutputFormat] = {".csv": "csv", ".tsv": "tsv", ".jsonl": "js
 @app.command(epilog="Example: tuner predict runs/export/best proteins.fasta -o predictions.csv")
 def predict(
     source: Annotated[
-        str, typer.Argument(metavar="BUNDLE|NAME", help="A bundle, or the name of a study.")
+        str,
+        typer.Argument(
+            metavar="BUNDLE|NAME",
+            help="A bundle, or the name of a study.",
+            autocompletion=study_names,
+        ),
     ],
     inputs: Annotated[
         list[str],

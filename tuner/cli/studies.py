@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from tuner.search.status import StudyStatus
 from tuner.cli.app import app, data_app, storage_app
+from tuner.cli.completion import study_names
 from tuner.cli.options import ArtifactsRoot, AsJson, Name, SourcePath, StorageUrl
 from tuner.cli.terminal import (
     open_storage,
@@ -33,7 +34,9 @@ from tuner.cli.terminal import (
 
 @app.command(epilog="Example: tuner status quickstart --watch")
 def status(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", autocompletion=study_names)
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Refresh until the study is neither queued nor running.")
     ] = False,

@@ -16,6 +16,7 @@ from distributed import Worker
 
 from tuner import logs
 from tuner.cluster.steady import keep_steady
+from tuner.commands import install_command
 from tuner.errors import SetupError
 
 keep_steady()  # coordinator, `tuner worker` and training processes alike import this module
@@ -52,8 +53,8 @@ def require_training() -> None:
     if missing:
         raise SetupError(
             f"This machine cannot train: {' and '.join(missing)} cannot be found here. Install the "
-            "package with its extra, tuner[cpu] or tuner[gpu] (in the project's folder: `make "
-            "setup`, or `pip install '.[cpu]'`), or let the workers of a cluster train: --cluster "
+            f"extra cpu, `{install_command('cpu')}`, or gpu, `{install_command('gpu')}` (in the "
+            "project's folder: `make setup`), or let the workers of a cluster train: --cluster "
             "ADDRESS."
         )
 

@@ -37,6 +37,7 @@ from tuner.cluster.messages import (
     to_wire,
 )
 from tuner.cluster.processes import THREADS_VARIABLE
+from tuner.commands import install_command
 from tuner.data.delivery import development_file
 from tuner.errors import SetupError, TrialEndedError, is_outage
 from tuner.every import Every
@@ -217,7 +218,10 @@ def open_training_run(task: TrainingTask) -> Run:
     try:
         from tuner.network.training import TrainingRun
     except ImportError as error:  # half an installation
-        raise SetupError(f"{error}. Install the package again with its extra.") from error
+        raise SetupError(
+            f"{error}. Uninstall TensorFlow and Keras, then install the extra cpu, "
+            f"`{install_command('cpu')}`, or gpu, `{install_command('gpu')}`."
+        ) from error
 
     return TrainingRun(_development_data(task), task.job, checkpoint=task.checkpoint)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tuner.commands import install_command
 from tuner.errors import SetupError
 from tuner.network.keras_setup import keras, layers, memory_errors, set_keras, tf
 from tuner.network.model import build_model, load_weights
@@ -113,8 +114,8 @@ def onnx_bytes(model: keras.Model) -> bytes:
         import tf2onnx  # noqa: F401, PLC0415
     except ImportError as error:
         raise SetupError(
-            f"ONNX cannot be written here ({error}). Install the package with its extra: "
-            "tuner[onnx]."
+            f"ONNX cannot be written here ({error}). Install the extra onnx: "
+            f"`{install_command('onnx')}`."
         ) from error
     with _scratch_file("model.onnx") as path:
         model(np.zeros((1, model.input.shape[1]), np.uint8))  # Keras exports what was called

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tuner.commands import install_command
 from tuner.errors import SetupError
 
 _PREFIXES = ("KERAS_", "TF_", "TF2_")
@@ -58,14 +59,12 @@ def _undisturbed_import() -> Iterator[None]:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip() or 'no reason given'}"
-        remedy = (
-            "Install the package with its extra, tuner[cpu] or tuner[gpu], in this environment."
-            if isinstance(error, ModuleNotFoundError)
-            else "Install the package again with its extra, tuner[cpu] or tuner[gpu]."
-        )
+        # pip leaves what is damaged as it is.
+        first = "" if isinstance(error, ModuleNotFoundError) else "Uninstall them. "
         raise SetupError(
             f"TensorFlow and Keras cannot be imported here ({reason.splitlines()[0][:300]}). "
-            f"{remedy}"
+            f"{first}Install the extra cpu, `{install_command('cpu')}`, or gpu, "
+            f"`{install_command('gpu')}`, in this environment."
         ) from error
     finally:
         os.dup2(stderr, 2)

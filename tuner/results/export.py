@@ -27,6 +27,7 @@ from tuner.search.record import StudyRecord
 from tuner.search.status import figures_in
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import ModelConfig
+from tuner.spec.schema import SCHEMA_LINE
 from tuner.spec.space import space_of
 from tuner.spec.spec import name_problem
 from tuner.train import ACCURACY_KEY, BEST_EPOCH_KEY, PARAMETERS_KEY, ROC_AUC_KEY, SECONDS_KEY
@@ -269,7 +270,7 @@ def render(exported: ExportedConfig, form: Format, folder: Path | None = None) -
         return json.dumps(document, indent=2) + "\n"
     if form == "yaml":
         return yaml.safe_dump(document, sort_keys=False)
-    return tomli_w.dumps(document)
+    return SCHEMA_LINE + tomli_w.dumps(document)
 
 
 def write_configs(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tuner import __version__
 from tuner.data.identity import DataIdentity
 from tuner.errors import SpecError
 from tuner.search.formats import FORMAT, FORMAT_KEY, RecordError, completed
@@ -18,7 +19,7 @@ from tuner.spec.schedule import rungs_counted_up
 from tuner.spec.spec import StudySpec
 
 #: Versions that are stored with a study and go into every export.
-_RECORDED_PACKAGES = ("tuner", "optuna", "keras", "numpy", "sqlalchemy", "distributed")
+_RECORDED_PACKAGES = ("optuna", "keras", "numpy", "sqlalchemy", "distributed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class StudyRecord:
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "tuner": __version__}
     for package in (*_RECORDED_PACKAGES, "tensorflow-cpu", "tensorflow"):
         try:
             found[package.removesuffix("-cpu")] = importlib.metadata.version(package)

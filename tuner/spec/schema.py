@@ -10,6 +10,10 @@ from tuner.spec.hyperparameter import Hyperparameter
 from tuner.spec.space import BLOCK_KEYS, DENSE_KEYS, OUTPUT_KEYS
 from tuner.spec.spec import MAX_NAME_LENGTH, NAME_PATTERN, Settings
 
+#: What the schema's file is called beside a study file, and the study file's line that names it.
+SCHEMA_FILE = "tuner.schema.json"
+SCHEMA_LINE = f"#:schema {SCHEMA_FILE}\n"
+
 
 def space_schema() -> dict[str, Any]:
     """The JSON schema of `[space]`: per key a bare value, a range where it is a number, choices."""

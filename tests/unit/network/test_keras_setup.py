@@ -152,10 +152,10 @@ def test_a_tensorflow_of_graphs_only_is_refused_in_words(monkeypatch: pytest.Mon
 
 
 BROKEN = {
-    "missing": ("sys.modules['keras'] = None", r"ModuleNotFoundError: .*Install the package with"),
+    "missing": ("sys.modules['keras'] = None", r"ModuleNotFoundError: .*\). Install the extra cpu"),
     "damaged": (
         "sys.path.insert(0, '.'); open('keras.py', 'w').write('raise OSError(5, \"I/O\")')",
-        r"OSError: .*I/O.*Install the package again with its extra",
+        r"OSError: .*I/O.*Uninstall them. Install the extra cpu",
     ),
 }
 
@@ -181,5 +181,5 @@ def test_an_import_that_fails_is_one_clear_message(tmp_path: Path, how: str) -> 
 
 def test_a_worker_with_half_an_installation_cannot_train(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("tuner.network.training.TrainingRun")
-    with pytest.raises(SetupError, match=r"TrainingRun.*Install the package again"):
+    with pytest.raises(SetupError, match=r"TrainingRun.*install the extra cpu, `pip"):
         open_training_run(None)  # type: ignore[arg-type]

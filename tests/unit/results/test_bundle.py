@@ -262,7 +262,7 @@ def test_a_bundle_may_hold_onnx(tuned: TunedStudy, tmp_path: Path) -> None:
 
 def test_without_the_extra_onnx_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tf2onnx", None)
-    with pytest.raises(SetupError, match=r"tuner\[onnx\]"):
+    with pytest.raises(SetupError, match=r"pip install 'protein-tuner\[onnx\]'"):
         combined.onnx_bytes(build_model(network(), 20))
 
 
