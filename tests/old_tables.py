@@ -14,7 +14,7 @@ from tuner.storage.storage import Storage
 from tuner.storage.tables import metadata
 from tuner.storage.url import parse_url
 
-VERSIONS = (1, 2, 3, 4)
+VERSIONS = (1, 2, 3, 4, 5)
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "tuner_lease": [
@@ -141,6 +141,12 @@ def tables_of(version: int) -> sa.MetaData:
             sa.Column("split_id", sa.String(64), primary_key=True),
             sa.Column("sequences", sa.LargeBinary, nullable=False),
         )
+    if version >= 5:
+        sa.Table(
+            "tuner_alembic_version",
+            old,
+            sa.Column("version_num", sa.String(32), primary_key=True),
+        )
     return old
 
 
@@ -152,6 +158,9 @@ def make_old_database(url: str, version: int) -> None:
         metadata.drop_all(connection)
         old.create_all(connection)
         connection.execute(old.tables["tuner_schema"].insert().values(version=version))
+        if version >= 5:
+            revisions = old.tables["tuner_alembic_version"]
+            connection.execute(revisions.insert().values(version_num=f"{version:04}"))
         for name, rows in ROWS.items():
             if name in old.tables:
                 table = old.tables[name]

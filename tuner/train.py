@@ -20,6 +20,10 @@ ROC_AUC_KEY = "validation_roc_auc"  # of the best epoch, 0..1
 EPOCHS_KEY = "epochs"  # trained
 SECONDS_KEY = "training_seconds"  # of all epochs
 
+#: In a file of trained weights, the logits of the validation rows that they give, float32 [m];
+#: files of earlier versions have none.
+VALIDATION_LOGITS = "validation_logits"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingJob:

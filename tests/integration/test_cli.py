@@ -151,7 +151,20 @@ def test_a_second_launch_shows_the_finished_study(launched: dict, folder: Path) 
     done = tuner(folder, "launch", "tiny.toml", "--export", "best")
     assert "finished" in done.stdout
     assert len(list((folder / "best").glob("*.toml"))) == 1
-    assert json.loads(tuner(folder, "status", "tiny", "--json").stdout) == launched
+    shown = json.loads(tuner(folder, "status", "tiny", "--json").stdout)
+    assert {**shown, "ensemble": launched["ensemble"]} == launched
+
+
+def test_a_launch_ends_with_a_network_to_predict_with(launched: dict, folder: Path) -> None:
+    done = tuner(folder, "launch", "tiny.toml", "--export", "best")
+    (bundle,) = (path.parent for path in (folder / "best").glob("*/bundle.json"))
+    assert f"Trained network: best/{bundle.name}" in done.stdout
+    described = json.loads((bundle / "bundle.json").read_text())
+    ensemble = launched["ensemble"]
+    if ensemble is not None and ensemble["is_better"]:
+        assert described["trials"] == ensemble["trials"]
+    else:
+        assert described["trials"] == [launched["best"]["trial"]]
 
 
 @pytest.mark.parametrize("form", ["toml", "json", "yaml"])

@@ -16,7 +16,7 @@ from tuner.commands import command
 from tuner.errors import counted
 
 if TYPE_CHECKING:
-    from tuner.results.bundle_writer import Chosen
+    from tuner.results.choice import Chosen
     from tuner.results.export import ExportedConfig
     from tuner.search.tuned_study import TunedStudy
 
@@ -50,7 +50,8 @@ def export(
         typer.Option(
             "--model",
             help="Write a bundle, a folder or a .zip file: the trained network for Keras, its "
-            "study file, its figures and a model card.",
+            "study file, its figures and a model card. Without --top, --trial and --ensemble it "
+            "is the best network, or several that together predict better.",
         ),
     ] = False,
     ensemble: Annotated[
@@ -90,7 +91,7 @@ def export(
         if with_model:
             _export_bundles(
                 tuned,
-                top=top or 1,
+                top=top,
                 trial=trial,
                 picks=ensemble,
                 output=output,
@@ -157,7 +158,7 @@ def _in_words(exported: ExportedConfig) -> str:
 def _export_bundles(
     tuned: TunedStudy,
     *,
-    top: int,
+    top: int | None,
     trial: int | None,
     picks: int | None,
     output: Path | None,
@@ -165,23 +166,20 @@ def _export_bundles(
     onnx: bool,
     as_json: bool,
 ) -> None:
-    from tuner.results.bundle_writer import choose_ensemble, choose_trial, write_bundle
-    from tuner.results.export import best_configs, config_of_trial
+    from tuner.results.bundle_writer import bundle_name, configs_of, write_bundle
+    from tuner.results.choice import choose_best, choose_ensemble, choose_trial
+    from tuner.results.export import best_configs
 
     if picks is not None:
-        chosen = choose_ensemble(tuned, picks)
-        numbers = [network.trial.number for network in chosen.networks]
-        of_each = tuple(config_of_trial(tuned, number, data=data) for number in numbers)
-        wanted = [(chosen, of_each)]
-        names = [f"{tuned.name}-ensemble"]
+        choices = [choose_ensemble(tuned, picks)]
+    elif trial is not None:
+        choices = [choose_trial(tuned, trial)]
+    elif top is not None:
+        choices = [choose_trial(tuned, one.trial) for one in best_configs(tuned, top)]
     else:
-        configs = (
-            best_configs(tuned, top, data=data)
-            if trial is None
-            else (config_of_trial(tuned, trial, data=data),)
-        )
-        wanted = [(choose_trial(tuned, one.trial), (one,)) for one in configs]
-        names = [f"{tuned.name}-trial-{one.trial}" for one in configs]
+        choices = [choose_best(tuned)]
+    wanted = [(chosen, configs_of(tuned, chosen, data=data)) for chosen in choices]
+    names = [bundle_name(tuned, chosen) for chosen in choices]
     if output is None:
         places = [DEFAULT_EXPORT_FOLDER / name for name in names]
     elif len(wanted) == 1:
@@ -208,15 +206,8 @@ def _export_bundles(
 
 
 def _bundle_in_words(chosen: Chosen, configs: Sequence[ExportedConfig]) -> str:
+    from tuner.results.choice import ensemble_in_words
+
     if chosen.selection is None:
         return _in_words(configs[0])
-    trials = ", ".join(str(config.trial) for config in configs)
-    said = f"Ensemble of {counted(len(configs), 'network')} (trials {trials})"
-    crossed = chosen.selection.cross_fitted
-    if crossed is None:
-        return said
-    return (
-        f"{said}, cross-fitted validation loss {crossed.ensemble_loss:.4f}; the best single "
-        f"network has {crossed.single_loss:.4f} (gain {crossed.gain:.4f}, standard deviation "
-        f"{crossed.gain_sd:.4f} over {crossed.halvings} halvings)"
-    )
+    return ensemble_in_words(chosen.trials, chosen.selection)

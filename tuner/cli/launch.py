@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STORAGE_URL
-from tuner.errors import ProblemsError, StorageMissingError, counted
+from tuner.errors import ProblemsError, SetupError, StorageMissingError, StudyError, counted
 
 if TYPE_CHECKING:
     from tuner.cluster.connection import Connection
     from tuner.coordination.coordinator import Ending
     from tuner.data.prepare import Prepared
+    from tuner.results.choice import Ensemble
     from tuner.search.status import StudyStatus
     from tuner.search.tuned_study import TunedStudy
     from tuner.spec.spec import StudySpec
@@ -180,7 +181,11 @@ def launch(
     overrides: Overrides = None,
     export_to: Annotated[
         Path | None,
-        typer.Option("--export", metavar="DIR", help="Export the best configuration at the end."),
+        typer.Option(
+            "--export",
+            metavar="DIR",
+            help="Export the best configuration and the trained network at the end.",
+        ),
     ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Queue it for `tuner serve`, and return at once.")
@@ -245,13 +250,15 @@ def launch(
         elif not as_json:
             print_note(f"Study {now.study} is finished.")
         now = status(tuned)
-        exported = None
+        ensemble = _ensemble(tuned) if ending == "finished" else None
+        exported: tuple[Path, Path | None] | None = None
         if export_to is not None and now.best is not None:
             exported = _export_best(tuned, export_to)
         if as_json:
-            print_json(now.to_document())
+            together = None if ensemble is None else ensemble.to_document()
+            print_json({**now.to_document(), "ensemble": together})
         else:
-            _print_summary(tuned, now, ending, exported)
+            _print_summary(tuned, now, ending, ensemble, exported)
     if ending == "interrupted":
         raise typer.Exit(130)
 
@@ -330,27 +337,67 @@ def _run(
     return ending
 
 
-def _export_best(tuned: TunedStudy, folder: Path) -> Path:
+def _ensemble(tuned: TunedStudy) -> Ensemble | None:
+    """The ensemble of the kept networks, where what they predicted in training can be read."""
+    from tuner.results.choice import recorded_ensemble
+
+    try:
+        return recorded_ensemble(tuned)
+    except StudyError as error:  # the study is finished all the same
+        print_note(f"The ensemble of the kept networks is not known: {error}")
+        return None
+
+
+def _export_best(tuned: TunedStudy, folder: Path) -> tuple[Path, Path | None]:
+    """Writes the best configuration, and the bundle of what predicts best; returns where.
+
+    There is no bundle where TensorFlow is not installed: beside workers on other machines.
+    """
     from tuner.results.export import best_configs, write_configs
 
-    return write_configs(best_configs(tuned), folder)[0]
+    (path,) = write_configs(best_configs(tuned), folder)
+    try:
+        require_training()
+    except SetupError as error:
+        print_note(f"The trained network is not exported: {error}")
+        return path, None
+    from tuner.results.bundle_writer import bundle_name, configs_of, write_bundle
+    from tuner.results.choice import choose_best
+
+    chosen = choose_best(tuned)
+    bundle = folder / bundle_name(tuned, chosen)
+    write_bundle(tuned, chosen, configs_of(tuned, chosen), bundle)
+    return path, bundle
 
 
 def _print_summary(
-    tuned: TunedStudy, now: StudyStatus, ending: Ending, exported: Path | None
+    tuned: TunedStudy,
+    now: StudyStatus,
+    ending: Ending,
+    ensemble: Ensemble | None,
+    exported: tuple[Path, Path | None] | None,
 ) -> None:
     from tuner.cli.progress import status_details
+    from tuner.results.choice import ensemble_in_words
 
     terminal().print(status_details(now))
+    if ensemble is not None and len(ensemble.trials) > 1:
+        typer.echo(f"{ensemble_in_words(ensemble.trials, ensemble.selection)}.")
     if tuned.record.data.synthetic:
         warn_of_synthetic_data()
-    if exported is not None:
-        typer.echo(f"Best configuration: {exported}")
+    config, bundle = exported or (None, None)
+    if config is not None:
+        typer.echo(f"Best configuration: {config}")
+    if bundle is not None:
+        typer.echo(f"Trained network: {bundle}")
     if ending in ("interrupted", "timeout", "stopped"):
         typer.echo(f"Stopped ({ending}); nothing is lost. The same command resumes the study.")
         return
+    together = ensemble is not None and ensemble.selection.is_better
+    network = "the ensemble" if together else "the best network"
     suggested = {
-        tuned.command("export", tuned.name): "the best configurations",
+        tuned.command("predict", bundle or tuned.name, "PROTEINS.fasta"): f"predicts, by {network}",
+        tuned.command("export", tuned.name): "the best configurations; --model: the network",
         tuned.command("dashboard"): "every trial and its curves",
     }
     if now.state != "reported":

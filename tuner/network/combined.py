@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from tuner.commands import install_command
 from tuner.errors import SetupError
 from tuner.network.keras_setup import keras, layers, memory_errors, set_keras, tf
-from tuner.network.model import build_model, load_weights
+from tuner.network.model import build_model, load_weights, unpack_weights
 from tuner.spec.architecture import ModelConfig
 
 BATCH = 512  #: sequences that the networks compute at once
@@ -44,8 +43,7 @@ class TrainedNetwork:
         Raises:
             ValueError: They are damaged.
         """
-        with np.load(io.BytesIO(weights), allow_pickle=False) as arrays:
-            return cls(config=config, weights=dict(arrays), share=share)
+        return cls(config=config, weights=unpack_weights(weights), share=share)
 
 
 def combined_model(networks: Sequence[TrainedNetwork], max_length: int) -> keras.Model:

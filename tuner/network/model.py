@@ -15,6 +15,7 @@ The model is made of built-in layers and `keras.ops` alone, so a saved model loa
 
 from __future__ import annotations
 
+import io
 import math
 import zlib
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ from tuner.spec.architecture import (
     padded_length,
 )
 from tuner.spec.precision import Precision
+from tuner.train import VALIDATION_LOGITS
 
 __all__ = [
     "build_model",
@@ -45,6 +47,7 @@ __all__ = [
     "named_weights",
     "set_keras",
     "tf",
+    "unpack_weights",
 ]
 
 #: Keras' own default, 0.99, still holds a third of its initial value after the 115 steps that one
@@ -104,6 +107,16 @@ def logit_model(model: keras.Model) -> keras.Model:
 def named_weights(model: keras.Model) -> dict[str, Weights]:
     """A copy of all weights, moving moments included: "block1_conv/kernel" -> array."""
     return {weight.path: weight.numpy() for weight in model.weights}
+
+
+def unpack_weights(content: bytes) -> dict[str, Weights]:
+    """The weights that `TrainingRun.best_weights` returned, by name, for `load_weights`.
+
+    Raises:
+        ValueError: They are damaged.
+    """
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files if name != VALIDATION_LOGITS}
 
 
 def load_weights(model: keras.Model, weights: Mapping[str, Weights]) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import numpy.typing as npt
 
 from tuner.network.keras_setup import memory_errors
-from tuner.network.model import build_model, load_weights, logit_model
+from tuner.network.model import build_model, load_weights, logit_model, unpack_weights
 from tuner.spec.architecture import ModelConfig
 
 BATCH = 512  # sequences
@@ -30,8 +28,7 @@ def logits(
     """
     with memory_errors():
         model = build_model(config, tokens.shape[1])
-        with np.load(io.BytesIO(weights), allow_pickle=False) as arrays:
-            load_weights(model, dict(arrays))
+        load_weights(model, unpack_weights(weights))
         network = logit_model(model)
         batches = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
         predicted = [network(batch, training=False).numpy()[:, 0] for batch in batches]

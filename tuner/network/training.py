@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tuner.data.development import DevelopmentData
 from tuner.errors import TrialEndedError
@@ -33,7 +34,7 @@ from tuner.network.model import (
     tf,
 )
 from tuner.spec.architecture import ModelConfig
-from tuner.train import EpochResult, TrainingJob
+from tuner.train import VALIDATION_LOGITS, EpochResult, TrainingJob
 
 STEPS_A_CALL = 64  # between two looks at the clock; in between, no Python runs
 VALIDATION_BATCH = 512  # sequences; large enough for the kernels, small enough for the cache
@@ -109,6 +110,9 @@ class TrainingRun:
             self._optimizer = _Optimizer(job.config, self._model.trainable_variables)
         self.history = []
         self._best_weights = named_weights(self._model)
+        #: Of the validation rows in the best epoch, float32 [m]; none before the first epoch, and
+        #: where that is in a checkpoint of an earlier version.
+        self._best_logits: dict[str, Any] = {}
         if checkpoint is not None:
             with memory_errors():
                 self._resume(checkpoint)
@@ -131,21 +135,26 @@ class TrainingRun:
         """
         while not self.finished:
             with _out_of_memory_ends_the_trial(f"epoch {len(self.history) + 1}"):
-                result = self._epoch(len(self.history) + 1)
+                result, logits = self._epoch(len(self.history) + 1)
             if result.validation_loss < self._best_loss:
                 self._best_weights = named_weights(self._model)
+                self._best_logits = {VALIDATION_LOGITS: logits}
             self.history.append(result)
             yield result
 
     def best_weights(self) -> bytes:
-        """The weights of the epoch with the lowest validation loss, as npz: name -> array."""
-        return _packed(self._best_weights)
+        """The weights of the epoch with the lowest validation loss, as npz: name -> array.
+
+        Beside them the logits that they give to the validation rows: `VALIDATION_LOGITS`.
+        """
+        return _packed(self._best_weights | self._best_logits)
 
     def checkpoint(self) -> bytes:
         """All that the rest of the training depends on, as npz; valid after any epoch."""
         return _packed(
             {f"weights/{name}": array for name, array in named_weights(self._model).items()}
             | {f"best/{name}": array for name, array in self._best_weights.items()}
+            | self._best_logits
             | {f"optimizer/{n}": v.numpy() for n, v in enumerate(self._optimizer.variables)}
             | {
                 "run": np.array(self._identity()),
@@ -155,8 +164,8 @@ class TrainingRun:
 
     # One epoch.
 
-    def _epoch(self, epoch: int) -> EpochResult:
-        """Trains epoch `epoch` (from 1) and validates."""
+    def _epoch(self, epoch: int) -> tuple[EpochResult, npt.NDArray[np.float32]]:
+        """Trains epoch `epoch` (from 1) and validates: result, logits of the validation rows."""
         started = time.monotonic()
         training_loss, training_accuracy = self._train_epoch(epoch, self._deadline(started))
         validation_loss, validation_accuracy, weights_finite, logits = (
@@ -164,7 +173,7 @@ class TrainingRun:
         )
         if not (weights_finite and math.isfinite(validation_loss)):
             raise TrialEndedError("diverged", f"epoch {epoch}, validation loss {validation_loss}")
-        return EpochResult(
+        result = EpochResult(
             epoch=epoch,
             training_loss=training_loss,
             training_accuracy=training_accuracy,
@@ -174,6 +183,7 @@ class TrainingRun:
             validation_roc_auc=area_under_curve(self._validation_labels, logits.astype(np.float64)),
             seconds=time.monotonic() - started,
         )
+        return result, logits
 
     def _deadline(self, now: float) -> float:
         return (
@@ -323,6 +333,8 @@ class TrainingRun:
         for number, variable in enumerate(self._optimizer.variables):
             variable.assign(saved[f"optimizer/{number}"])
         self._best_weights = {name: saved[f"best/{name}"] for name in self._best_weights}
+        if VALIDATION_LOGITS in saved:
+            self._best_logits = {VALIDATION_LOGITS: saved[VALIDATION_LOGITS]}
 
 
 def _is_the_same_run(saved: Any, own: Any) -> bool:

@@ -11,7 +11,6 @@ import shutil
 import uuid
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -19,14 +18,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import numpy.typing as npt
 
 from tuner.artifacts import make_folder, publish
 from tuner.commands import command
-from tuner.data.development import DevelopmentData
 from tuner.data.rows import RESIDUES, decode_tokens, encode
-from tuner.errors import StudyError, TunerError
-from tuner.metrics import THRESHOLD, Metrics, measure
+from tuner.errors import TunerError
+from tuner.metrics import THRESHOLD
 from tuner.results.bundle import (
     CARD_FILE,
     DESCRIPTION_FILE,
@@ -38,9 +35,8 @@ from tuner.results.bundle import (
     bundle_from,
     versions_in_words,
 )
-from tuner.results.ensemble import Selection, mean_probability, select
-from tuner.results.export import ExportedConfig, best_configs, render
-from tuner.results.kept import Evaluate, KeptNetwork, evaluate_kept, read_development
+from tuner.results.choice import Chosen, choose_best
+from tuner.results.export import ExportedConfig, config_of_trial, render
 from tuner.search.record import versions
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import parameter_count
@@ -48,82 +44,29 @@ from tuner.spec.architecture import parameter_count
 PROBES = 5  #: sequences whose probabilities are kept, so that a reader can tell a wrong network
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
-    """The networks that a bundle is made of."""
-
-    networks: tuple[KeptNetwork, ...]  #: the largest share first
-    shares: tuple[float, ...]  #: of the mean probability, in the same order
-    validation: Metrics  #: of the mean
-    selection: Selection | None  #: how an ensemble was chosen; None of a single network
-    development: DevelopmentData
-
-
-def choose_trial(tuned: TunedStudy, number: int, *, evaluate: Evaluate | None = None) -> Chosen:
-    """The network of one trial.
-
-    Raises:
-        StudyError: There is no such trial, or its weights were not kept or do not fit it.
-    """
-    trial = next((one for one in tuned.trials() if one.number == number), None)
-    if trial is None:
-        raise StudyError(f"Study {tuned.name!r} has no trial {number}.")
-    development = read_development(tuned)
-    kept = evaluate_kept(tuned, trial, development, evaluate)
-    return Chosen(
-        networks=(kept,),
-        shares=(1.0,),
-        validation=kept.metrics,
-        selection=None,
-        development=development,
-    )
-
-
-def choose_ensemble(tuned: TunedStudy, picks: int, *, evaluate: Evaluate | None = None) -> Chosen:
-    """The kept networks that predict best together; see `tuner.results.ensemble`.
-
-    Args:
-        tuned: The study.
-        picks: Of networks, at most; one may be picked several times.
-        evaluate: Predicts with trained weights.
-
-    Raises:
-        StudyError: No weights were kept, or they do not fit their trials.
-    """
-    kept_trials = [
-        trial for trial in tuned.ranked() if tuned.artifacts.weights(trial.number).is_file()
-    ]
-    if not kept_trials:
-        raise StudyError(
-            f"Study {tuned.name!r} has no kept weights in {tuned.artifacts.weights(0).parent}, so "
-            "there is nothing to combine. If the study ran with another artifacts folder, name "
-            "that one (TUNER_ARTIFACTS)."
-        )
-    development = read_development(tuned)
-    candidates = [evaluate_kept(tuned, trial, development, evaluate) for trial in kept_trials]
-    labels = development.validation_labels
-    probabilities = np.stack([_probability(one.logits) for one in candidates])
-    selection = select(probabilities, labels, picks=picks)
-    mean = mean_probability(probabilities, selection.members)
-    return Chosen(
-        networks=tuple(candidates[index] for index, _ in selection.members),
-        shares=tuple(share for _, share in selection.members),
-        validation=measure(labels, _logit(mean)),
-        selection=selection,
-        development=development,
-    )
-
-
 def bundle_of_study(tuned: TunedStudy) -> Bundle:
-    """The network of the best trial, to predict with; nothing is written.
+    """What `tuner export NAME --model` would write, to predict with; nothing is written.
 
     Raises:
         StudyError: No trial was trained to its end yet, or its weights were not kept.
         SetupError: TensorFlow is missing.
     """
-    (best,) = best_configs(tuned)
-    contents, _ = _contents(tuned, choose_trial(tuned, best.trial), [best], onnx=False)
+    chosen = choose_best(tuned)
+    contents, _ = _contents(tuned, chosen, configs_of(tuned, chosen), onnx=False)
     return bundle_from(contents, Path(tuned.name))
+
+
+def configs_of(
+    tuned: TunedStudy, chosen: Chosen, *, data: Path | None = None
+) -> tuple[ExportedConfig, ...]:
+    """The configurations of chosen networks, in their order; see `config_of_trial`."""
+    return tuple(config_of_trial(tuned, number, data=data) for number in chosen.trials)
+
+
+def bundle_name(tuned: TunedStudy, chosen: Chosen) -> str:
+    """What a bundle is called where the user names no other file or folder."""
+    which = "ensemble" if chosen.selection else f"trial-{chosen.trials[0]}"
+    return f"{tuned.name}-{which}"
 
 
 def write_bundle(
@@ -238,7 +181,7 @@ def _description(
             "selected_loss": None if selection is None else selection.selected_loss,
             "cross_fitted": None if cross_fitted is None else cross_fitted.to_document(),
         },
-        **_reported(tuned, [config.trial for config in configs]),
+        **_reported(tuned, chosen),
         "synthetic": record.data.synthetic,
         "data": configs[0].provenance["data"],
         "development_sha256": record.development_sha256,
@@ -249,17 +192,25 @@ def _description(
     }
 
 
-def _reported(tuned: TunedStudy, trials: Sequence[int]) -> dict[str, Any]:
-    """The figures on the test split, if the study's report evaluated this very network."""
+def _reported(tuned: TunedStudy, chosen: Chosen) -> dict[str, Any]:
+    """The figures on the test split, if the study's report evaluated these very networks."""
+    members = tuple(zip(chosen.trials, chosen.shares, strict=True))
     for entry in tuned.storage.ledger.entries(study_key=tuned.key):
-        if entry.report is not None and trials == [entry.trial]:
+        if entry.report is None:
+            continue
+        test = None
+        if members == ((entry.trial, 1.0),):
+            test = entry.report["test"]
+        elif members == tuple((one.trial, one.share) for one in entry.ensemble):
+            test = entry.report["ensemble"]["test"]
+        if test is not None:
             ledger = {
                 "entry": entry.id,
                 "opened_at": entry.opened_at,
                 "opened_by": entry.opened_by,
                 "split_id": entry.split_id,
             }
-            return {"test": entry.report["test"], "ledger": ledger}
+            return {"test": test, "ledger": ledger}
     return {"test": None, "ledger": None}
 
 
@@ -350,15 +301,3 @@ def _zipped(contents: Mapping[str, bytes]) -> bytes:
         for name, data in contents.items():
             archive.writestr(name, data)
     return content.getvalue()
-
-
-def _probability(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    # Not 1 / (1 + exp(-x)), which overflows at a logit of -710.
-    found: npt.NDArray[np.float64] = np.exp(-np.logaddexp(0, -logits))
-    return found
-
-
-def _logit(probability: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    bounded = np.clip(probability, 2.0**-53, 1 - 2.0**-53)
-    found: npt.NDArray[np.float64] = np.log(bounded) - np.log1p(-bounded)
-    return found

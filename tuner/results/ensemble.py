@@ -62,6 +62,12 @@ class Selection:
         found = [(index, count / picks) for index, count in enumerate(self.counts) if count]
         return tuple(sorted(found, key=lambda member: (-member[1], member[0])))
 
+    @property
+    def is_better(self) -> bool:
+        """Whether it gains, on rows that did not choose it, more than halvings vary."""
+        crossed = self.cross_fitted
+        return len(self.members) > 1 and crossed is not None and crossed.gain > crossed.gain_sd
+
 
 def select(
     probabilities: Floats, labels: Labels, *, picks: int = PICKS, seed: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import socket
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tuner.errors import StudyError
 from tuner.search.data_source import source_files
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import DataSettings
+from tuner.storage.ledger import EnsembleMember
 
 
 def check_source(tuned: TunedStudy, given: Path | None = None) -> DataSettings:
@@ -62,6 +64,7 @@ def open_test_split(
     *,
     trial: FrozenTrial,
     config_hash: str,
+    ensemble: Sequence[EnsembleMember] = (),
     settings: DataSettings | None = None,
 ) -> tuple[int, HeldOutRows]:
     """Writes the ledger row, then reads the test rows.
@@ -70,6 +73,7 @@ def open_test_split(
         tuned: The study whose split is opened.
         trial: The trial that will be evaluated on it, chosen before.
         config_hash: The sha256 of its configuration.
+        ensemble: The networks that will be evaluated together beside it, chosen before.
         settings: What `check_source` found; as the study file has them where that was not asked.
 
     Returns:
@@ -89,6 +93,7 @@ def open_test_split(
         config_hash=config_hash,
         spec_hash=record.spec_hash,
         split_id=record.data.split_id,
+        ensemble=ensemble,
     )
     identity, rows = read_held_out(settings or _settings(tuned), folder=record.spec.folder)
     _require_same(tuned, identity)

@@ -21,19 +21,21 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import publish, require_writable
 from tuner.coordination.study_note import attach_page
+from tuner.data.prepare import HeldOutRows
 from tuner.errors import LeaseLostError, StudyError, TunerError, counted, reason_of
 from tuner.metrics import measure, roc_curve
 from tuner.results import heldout, report_page
+from tuner.results.choice import Chosen, choose_both, predict_together
 from tuner.results.export import config_hash
-from tuner.results.kept import Evaluate, evaluate_kept, predict_logits, read_development
+from tuner.results.kept import Evaluate, KeptNetwork
 from tuner.search import overlap
 from tuner.search.attributes import ENDED_KEY, curve_of
 from tuner.search.record import versions
 from tuner.search.status import status as status_of
 from tuner.search.study import load
 from tuner.search.tuned_study import FINISHED, TunedStudy
-from tuner.spec.architecture import ModelConfig
 from tuner.storage.lease import LEASE_SECONDS
+from tuner.storage.ledger import EnsembleMember
 from tuner.storage.storage import Storage
 
 JSON_FILE, HTML_FILE = "report.json", "report.html"
@@ -67,6 +69,7 @@ class Report:
                 for row in report_page.metric_rows(document)
             ),
             report_page.gap_in_words(document),
+            *filter(None, [report_page.ensemble_in_words(document)]),
             self._opening(),
             *report_page.warnings(document),
             f"Read on in {self.html_file} ({self.json_file.name} beside it has every figure).",
@@ -166,20 +169,23 @@ def _open_and_evaluate(
         with _nothing_is_opened():
             # The rehearsal, with rows that are not sealed: weights that do not give the loss for
             # which they were chosen would waste the one opening.
-            kept = evaluate_kept(tuned, winner, read_development(tuned), evaluate)
-        config, weights = kept.config, kept.weights
+            single, ensemble = choose_both(tuned, evaluate=evaluate)
         source = heldout.check_source(tuned, data)
         try:
             entry, rows = heldout.open_test_split(
-                tuned, trial=winner, config_hash=config_hash(config), settings=source
+                tuned,
+                trial=winner,
+                config_hash=config_hash(single.networks[0].config),
+                ensemble=_members(ensemble),
+                settings=source,
             )
         except LeaseLostError as error:
             raise StudyError(
                 f"{_lost(tuned)} Nothing was opened; report again once it is finished."
             ) from error
         try:
-            logits = predict_logits(evaluate, config, weights, rows.tokens)
-            test = measure(rows.labels, logits)
+            figures = _figures(single, rows, evaluate)
+            together = None if ensemble is None else _ensemble_document(ensemble, rows, evaluate)
         except (OSError, MemoryError) as error:
             raise StudyError(
                 f"The test split was opened (ledger entry {entry}), but trial {winner.number} "
@@ -190,13 +196,11 @@ def _open_and_evaluate(
             "study": tuned.name,
             "trial": winner.number,
             "synthetic": tuned.record.data.synthetic,
-            "test": test.to_document(),
-            "confusion_matrix": dataclasses.asdict(test.confusion),
-            "roc_curve": roc_curve(rows.labels, logits),
+            **figures,
             "validation_loss": winner.value,
-            "validation": kept.metrics.to_document(),
+            "ensemble": together,
             "ledger": {"entry": entry},
-            **_winner_document(tuned, winner, config, weights),
+            **_winner_document(tuned, single.networks[0]),
             **_study_document(tuned),
         }
         # As it will be read back, so that both calls show the same.
@@ -219,9 +223,51 @@ def _lost(tuned: TunedStudy) -> str:
     )
 
 
-def _winner_document(
-    tuned: TunedStudy, winner: FrozenTrial, config: ModelConfig, weights: bytes
+def _figures(chosen: Chosen, rows: HeldOutRows, evaluate: Evaluate | None) -> dict[str, Any]:
+    """What networks are worth on the test rows, beside the validation rows."""
+    logits = predict_together(chosen, rows.tokens, evaluate)
+    test = measure(rows.labels, logits)
+    return {
+        "test": test.to_document(),
+        "confusion_matrix": dataclasses.asdict(test.confusion),
+        "roc_curve": roc_curve(rows.labels, logits),
+        "validation": chosen.validation.to_document(),
+    }
+
+
+def _members(ensemble: Chosen | None) -> tuple[EnsembleMember, ...]:
+    if ensemble is None:
+        return ()
+    return tuple(
+        EnsembleMember(
+            trial=network.trial.number, share=share, config_hash=config_hash(network.config)
+        )
+        for network, share in zip(ensemble.networks, ensemble.shares, strict=True)
+    )
+
+
+def _ensemble_document(
+    ensemble: Chosen, rows: HeldOutRows, evaluate: Evaluate | None
 ) -> dict[str, Any]:
+    selection = ensemble.selection
+    crossed = None if selection is None else selection.cross_fitted
+    return {
+        "networks": [
+            {
+                **dataclasses.asdict(member),
+                "validation_loss": network.trial.value,
+                "weights_sha256": hashlib.sha256(network.weights).hexdigest(),
+            }
+            for member, network in zip(_members(ensemble), ensemble.networks, strict=True)
+        ],
+        "cross_fitted": None if crossed is None else crossed.to_document(),
+        "is_better": selection is not None and selection.is_better,
+        **_figures(ensemble, rows, evaluate),
+    }
+
+
+def _winner_document(tuned: TunedStudy, network: KeptNetwork) -> dict[str, Any]:
+    winner, config = network.trial, network.config
     return {
         "epochs": winner.last_step or 0,
         "curve": [
@@ -235,7 +281,7 @@ def _winner_document(
         "sampled": winner.params,
         "config": dataclasses.asdict(config),
         "config_hash": config_hash(config),
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "weights_sha256": hashlib.sha256(network.weights).hexdigest(),
         "precision": tuned.precision_of(config),
     }
 
@@ -293,6 +339,7 @@ def _with_the_ledger_of_now(tuned: TunedStudy, recorded: Mapping[str, Any]) -> d
                 "opened_by": row.opened_by,
                 "study": row.study,
                 "trial": row.trial,
+                "ensemble": [member.trial for member in row.ensemble],
                 "evaluated": row.report is not None,
                 "shared_rows": data.test_rows if row.split_id == data.split_id else shared,
             }

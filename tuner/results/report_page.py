@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -35,6 +35,7 @@ class MetricRow:
     interval: str  #: "low to high"
     validation: str
     meaning: str  #: what it measures, with its unit
+    ensemble: str = ""  #: the ensemble's test figure with its interval; empty if there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +60,34 @@ def headline(document: Document) -> str:
     )
 
 
+def ensemble_in_words(document: Document) -> str:
+    """What the ensemble is worth beside the winner; nothing where none was evaluated."""
+    ensemble = document.get("ensemble")  # reports of earlier versions have none
+    if ensemble is None:
+        return ""
+    test = ensemble["test"]
+    low, high = test["accuracy_ci95"]
+    trials = ", ".join(str(network["trial"]) for network in ensemble["networks"])
+    said = (
+        f"The ensemble of trials {trials}, evaluated in the same opening, puts "
+        f"{_percent(test['accuracy'])} on the right side (95 % interval {_percent(low)} to "
+        f"{_percent(high)}), with a loss of {test['loss']:.4f} nats."
+    )
+    crossed = ensemble["cross_fitted"]
+    if crossed is None:
+        return said
+    used = "the ensemble is exported" if ensemble["is_better"] else "trial {trial} is exported"
+    return (
+        f"{said} On validation rows that did not choose it, its loss was "
+        f"{crossed['loss']:.4f} against {crossed['single_loss']:.4f} of the best single network; "
+        f"so {used.format(trial=document['trial'])} unless a command says otherwise."
+    )
+
+
 def metric_rows(document: Document) -> tuple[MetricRow, ...]:
     """Loss, accuracy, MCC and AUC on the test split, beside the validation split."""
     test, validation = document["test"], document["validation"]
+    ensemble = document.get("ensemble")
     meanings = {
         "loss": f"mean binary cross-entropy, nats; {COIN_TOSS_LOSS} is a coin toss",
         "accuracy": f"fraction right at a probability of {THRESHOLD}",
@@ -73,6 +99,7 @@ def metric_rows(document: Document) -> tuple[MetricRow, ...]:
     for key, name in names.items():
         shown = _percent if key == "accuracy" else _number
         interval = test[f"{key}_ci95"]
+        together = None if ensemble is None else ensemble["test"]
         rows.append(
             MetricRow(
                 name=name,
@@ -80,9 +107,16 @@ def metric_rows(document: Document) -> tuple[MetricRow, ...]:
                 interval=" to ".join(map(shown, interval)) if interval else "none",
                 validation=shown(validation[key]),
                 meaning=meanings[key],
+                ensemble="" if together is None else _with_interval(together, key, shown),
             )
         )
     return tuple(rows)
+
+
+def _with_interval(figures: Mapping[str, Any], key: str, shown: Callable[[Any], str]) -> str:
+    interval = figures[f"{key}_ci95"]
+    ends = f" ({' to '.join(map(shown, interval))})" if interval else ""
+    return f"{shown(figures[key])}{ends}"
 
 
 def gap_in_words(document: Document) -> str:
@@ -215,6 +249,7 @@ def render(document: Document) -> str:
     return environment.from_string(template).render(
         report=document,
         headline=headline(document),
+        ensemble=ensemble_in_words(document),
         metrics=metric_rows(document),
         gap=gap_in_words(document),
         warnings=warnings(document),

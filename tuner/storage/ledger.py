@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -26,7 +27,17 @@ table = sa.Table(
     sa.Column("spec_hash", sa.String(64), nullable=False),
     sa.Column("split_id", sa.String(64), nullable=False, index=True),
     sa.Column("report", sa.Text, nullable=True),  # JSON
+    sa.Column("ensemble", sa.Text, nullable=True),  # JSON
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsembleMember:
+    """A network of an ensemble that was evaluated."""
+
+    trial: int  #: number of its trial
+    share: float  #: of the mean probability, 0..1
+    config_hash: str  #: SHA-256 of its configuration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +49,13 @@ class LedgerEntry:
     opened_by: str  #: user@host
     study: str  #: its name
     study_key: str  #: unique to the study, and never used again
-    trial: int  #: number of the trial whose network was evaluated
+    trial: int  #: number of the winning trial, whose network was evaluated
     config_hash: str  #: SHA-256 of the trial's configuration
     spec_hash: str  #: SHA-256 of the study's specification
     split_id: str  #: identity of the test split
     report: dict[str, Any] | None  #: what was found; None if the evaluation never finished
+    #: What was evaluated beside the winner, the largest share first; () for nothing.
+    ensemble: tuple[EnsembleMember, ...] = ()
 
 
 class Ledger:
@@ -62,6 +75,7 @@ class Ledger:
         config_hash: str,
         spec_hash: str,
         split_id: str,
+        ensemble: Sequence[EnsembleMember] = (),
     ) -> int:
         """Writes the entry that must exist before a test row is read; returns its id.
 
@@ -69,6 +83,7 @@ class Ledger:
             LeaseLostError: Another process took the study over; nothing was written.
         """
         values = {key: value for key, value in locals().items() if key != "self"}
+        values["ensemble"] = json.dumps([asdict(one) for one in ensemble]) if ensemble else None
         insert = table.insert().values(**values).returning(table.c.id)
         return self._transactions.run(
             lambda connection: int(connection.execute(insert).scalar_one()), fenced=True
@@ -93,7 +108,15 @@ class Ledger:
         if split_id is not None:
             query = query.where(table.c.split_id == split_id)
         rows = self._transactions.run(lambda one: one.execute(query).mappings().all())
-        return tuple(
-            LedgerEntry(**{**row, "report": json.loads(row["report"]) if row["report"] else None})
-            for row in rows
-        )
+        return tuple(map(_entry, rows))
+
+
+def _entry(row: sa.RowMapping) -> LedgerEntry:
+    members = json.loads(row["ensemble"]) if row["ensemble"] else []
+    return LedgerEntry(
+        **{
+            **row,
+            "report": json.loads(row["report"]) if row["report"] else None,
+            "ensemble": tuple(EnsembleMember(**member) for member in members),
+        }
+    )

@@ -30,7 +30,7 @@ from tuner.storage.tables import (
 from tuner.storage.url import is_sqlite, shown
 
 #: The last revision in `tuner.storage.migrations`, known without an import of Alembic.
-REVISION = "0005"
+REVISION = "0006"
 #: What `tuner_schema` says from 0005 on: a tuner that counts there knows 4 at most, and refuses it.
 LAST_COUNT = 5
 

@@ -32,7 +32,7 @@ from tuner.network.model import build_model, keras, load_weights, logit_model, t
 from tuner.network.predict import logits
 from tuner.network.training import LocalTraining, TensorData, TrainingRun
 from tuner.spec.architecture import ModelConfig
-from tuner.train import EpochResult
+from tuner.train import VALIDATION_LOGITS, EpochResult
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,12 @@ def tensors() -> TensorData:
     return TensorData(DATA)
 
 
+LOGITS = np.zeros(len(DATA.validation_labels), np.float32)
+
+
 def replay(results: list[EpochResult], monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets epochs have these results instead of training."""
-    monkeypatch.setattr(TrainingRun, "_epoch", lambda run, epoch: results[epoch - 1])
+    monkeypatch.setattr(TrainingRun, "_epoch", lambda run, epoch: (results[epoch - 1], LOGITS))
 
 
 def made_up(*validation_losses: float) -> list[EpochResult]:
@@ -212,19 +215,22 @@ def test_a_checkpoint_of_another_configuration_or_precision_is_refused(
 
 
 def train_nothing(results: list[EpochResult], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Epochs with these results, each of which marks the weights with its number."""
+    """Epochs with these results, each of which marks weights and logits with its number."""
 
-    def epoch_of(run: TrainingRun, epoch: int) -> EpochResult:
+    def epoch_of(run: TrainingRun, epoch: int) -> tuple[EpochResult, np.ndarray]:
         embeddings = run._model.get_layer("embedding").embeddings
         embeddings.assign(np.full(embeddings.shape, epoch))
-        return results[epoch - 1]
+        return results[epoch - 1], np.full(len(DATA.validation_labels), epoch, np.float32)
 
     monkeypatch.setattr(TrainingRun, "_epoch", epoch_of)
 
 
 def marked_by(run: TrainingRun) -> int:
-    """The epoch whose weights are kept as the best."""
-    return int(training._unpacked(run.best_weights())["embedding/embeddings"][0, 0])
+    """The epoch whose weights and logits are kept as the best."""
+    kept = training._unpacked(run.best_weights())
+    epoch = int(kept["embedding/embeddings"][0, 0])
+    assert (kept[VALIDATION_LOGITS] == epoch).all()
+    return epoch
 
 
 def test_of_equal_losses_the_weights_of_the_first_epoch_stay(
@@ -255,6 +261,19 @@ def test_best_weights_outlive_a_resumption_after_worse_epochs(
     )
 
 
+def test_a_checkpoint_of_an_earlier_version_has_no_logits_and_is_resumed(
+    tensors: TensorData, undisturbed: TrainingRun
+) -> None:
+    first = training_run(tensors)
+    list(itertools.islice(first.epochs(), 2))
+    saved = training._unpacked(first.checkpoint())
+    del saved[VALIDATION_LOGITS]
+    resumed = training_run(tensors, checkpoint=training._packed(saved))
+    assert VALIDATION_LOGITS not in training._unpacked(resumed.best_weights())
+    list(resumed.epochs())
+    assert curve(resumed.history) == curve(undisturbed.history)
+
+
 def test_it_learns_and_best_weights_are_those_of_the_best_epoch(
     tensors: TensorData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +284,8 @@ def test_it_learns_and_best_weights_are_those_of_the_best_epoch(
     assert best.validation_loss < 0.5
     predicted = logits(PLAIN, run.best_weights(), DATA.validation_tokens)
     assert predicted.dtype == np.float64
+    recorded = training._unpacked(run.best_weights())[VALIDATION_LOGITS]
+    np.testing.assert_allclose(recorded, predicted, rtol=1e-4, atol=1e-5)
     losses = cross_entropy(DATA.validation_labels, predicted)
     assert losses.mean() == pytest.approx(best.validation_loss, rel=1e-5)
     right = (predicted > 0) == (DATA.validation_labels == 1)

@@ -26,15 +26,10 @@ from tuner.metrics import measure
 from tuner.network import combined
 from tuner.network.model import build_model
 from tuner.network.predict import logits
-from tuner.results import bundle_writer
+from tuner.results import bundle_writer, choice
 from tuner.results.bundle import SUMS_FILE, Bundle, read_bundle
-from tuner.results.bundle_writer import (
-    Chosen,
-    bundle_of_study,
-    choose_ensemble,
-    choose_trial,
-    write_bundle,
-)
+from tuner.results.bundle_writer import bundle_of_study, write_bundle
+from tuner.results.choice import Chosen, choose_best, choose_ensemble, choose_trial
 from tuner.results.ensemble import CrossFitted, Selection
 from tuner.results.export import config_of_trial
 from tuner.results.kept import read_development, read_kept_weights
@@ -107,7 +102,14 @@ def expected(tuned: TunedStudy, number: int) -> np.ndarray:
 def test_it_predicts_what_its_network_does(tuned: TunedStudy, single: Path) -> None:
     wanted = expected(tuned, tuned.ranked()[0].number)
     assert load_bundle(single).predict(SEQUENCES) == pytest.approx(wanted, abs=1e-6)
-    assert bundle_of_study(tuned).predict(SEQUENCES) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_study_predicts_by_what_its_bundle_would_hold(tuned: TunedStudy) -> None:
+    chosen = choose_best(tuned)
+    assert len(chosen.networks) > 1
+    each = np.stack([expected(tuned, number) for number in chosen.trials])
+    found = bundle_of_study(tuned).predict(SEQUENCES)
+    assert found == pytest.approx(np.array(chosen.shares) @ each, abs=1e-6)
 
 
 def test_an_ensemble_predicts_the_weighted_mean_and_its_spread(
@@ -459,7 +461,7 @@ def test_weights_that_were_not_kept_are_told_of(tuned: TunedStudy) -> None:
 
 
 def test_logits_of_any_size_have_a_probability_without_a_warning() -> None:
-    found = bundle_writer._probability(np.array([-1e4, -800.0, 0.0, 800.0]))
+    found = choice._probability(np.array([-1e4, -800.0, 0.0, 800.0]))
     assert found.tolist() == [0.0, 0.0, 0.5, 1.0]
 
 

@@ -20,7 +20,15 @@ import numpy.typing as npt
 import optuna
 import optuna_dashboard
 import pytest
-from finished_study import WINNER, finished_study, predict, storage_in, tell, write_rows
+from finished_study import (
+    WINNER,
+    finished_study,
+    predict,
+    storage_in,
+    study_with_networks,
+    tell,
+    write_rows,
+)
 from optuna.trial import TrialState
 
 from tuner.artifacts import ARTIFACT_PREFIX, artifact_store, dashboard_folder
@@ -29,6 +37,8 @@ from tuner.data.development import load_development
 from tuner.errors import StudyError, TunerError
 from tuner.metrics import METHODS, Metrics, measure
 from tuner.results import heldout, report_page
+from tuner.results.bundle_writer import bundle_name, configs_of, write_bundle
+from tuner.results.choice import choose_ensemble, choose_trial, predict_together
 from tuner.results.export import config_hash
 from tuner.results.report import Evaluate, Report, write_report
 from tuner.search import study
@@ -50,7 +60,9 @@ def tuned(storage: Storage, tmp_path: Path) -> TunedStudy:
     return finished_study(storage, tmp_path)
 
 
-def reported(tuned: TunedStudy, output: Path | None = None, evaluate: Evaluate = predict) -> Report:
+def reported(
+    tuned: TunedStudy, output: Path | None = None, evaluate: Evaluate | None = predict
+) -> Report:
     root = tuned.artifacts.folder.parent
     return write_report(
         tuned.storage, tuned.name, artifacts_root=root, output=output, evaluate=evaluate
@@ -129,6 +141,36 @@ def test_the_winner_is_evaluated_from_its_kept_weights_on_the_test_split(
         == document["config_hash"]
         == config_hash(config)
     )
+
+
+def test_an_ensemble_is_evaluated_in_the_same_opening(storage: Storage, tmp_path: Path) -> None:
+    tuned = study_with_networks(storage, tmp_path)
+    ensemble = choose_ensemble(tuned)
+    members = list(zip(ensemble.trials, ensemble.shares, strict=True))
+    assert len(members) > 1
+    written = reported(tuned, evaluate=None)
+    (entry,) = tuned.storage.ledger.entries()
+    assert [(one.trial, one.share) for one in entry.ensemble] == members
+    spec = tuned.record.spec
+    _, rows = data.read_held_out(spec.data, folder=spec.folder)
+    expected = measure(rows.labels, predict_together(ensemble, rows.tokens))
+    found = written.document["ensemble"]
+    assert found["test"]["loss"] == pytest.approx(expected.loss)
+    assert found["validation"]["loss"] == pytest.approx(ensemble.validation.loss)
+    single = tuned.ranked()[0].number
+    assert written.document["trial"] == single
+    assert written.document["test"]["loss"] != pytest.approx(expected.loss, abs=1e-6)
+    trials = ", ".join(map(str, ensemble.trials))
+    assert f"The ensemble of trials {trials}" in written.summary()
+    page = Page(written).text
+    assert f"The ensemble of trials {trials}" in page
+    assert f"{single}; together {trials}" in page
+    # Its bundle has the figures, and so has the single network's, each its own.
+    for chosen, figures in ((ensemble, found), (choose_trial(tuned, single), written.document)):
+        output = tmp_path / bundle_name(tuned, chosen)
+        described = write_bundle(tuned, chosen, configs_of(tuned, chosen), output)
+        assert described["test"] == figures["test"]
+        assert described["ledger"]["entry"] == entry.id
 
 
 def test_the_json_file_holds_what_the_verb_prints(tuned: TunedStudy, tmp_path: Path) -> None:
@@ -453,11 +495,13 @@ def test_a_report_that_an_earlier_version_recorded_is_shown_again(tuned: TunedSt
     old = json.loads(json.dumps(entry.report))
     for part in ("test", "validation"):
         del old[part]["method"]
+    del old["ensemble"]
     tuned.storage.lease.take(tuned.id)
     tuned.storage.ledger.record_report(entry.id, old)
     tuned.storage.lease.release()
     again = reported(tuned, evaluate=fail)
     assert "percentiles of a bootstrap" in Page(again).text
+    assert "ensemble" not in Page(again).text
     assert "method" not in again.document["test"]
 
 
