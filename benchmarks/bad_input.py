@@ -142,14 +142,14 @@ DATA = (
     data("CSV rows with a cell too many", "ragged.csv", CSV + "MKV,1,7\nMKA,0\n"),
     data("a residue that is none", "residue.csv", CSV + "MKV1,1\nMXA,0\n"),
     data("an empty sequence", "nothing.csv", CSV + ",1\nMKA,0\n"),
-    data("a label that is none", "label.csv", CSV + "MKV,yes\nMKA,0\n"),
+    data("a label that is none", "label.csv", CSV + "MKV,maybe\nMKA,0\n"),
     data("one sequence with both labels", "conflict.csv", CSV + "MKV,1\nMKV,0\n"),
     data("a quote that swallows rows", "quotes.csv", SWALLOWED),
     data("a quote that is never closed", "open.csv", CSV + '"MKV,1\nMKA,0\n'),
     data("a TSV record of two lines", "lines.tsv", CSV.replace(",", "\t") + '"MK\nV"\t1\n'),
     data("UTF-16 without a byte order mark", "utf16.csv", (CSV + "MKV,1\n").encode("utf-16-le")),
     data("190 labels that are words", "words.csv",
-         CSV + "".join(f"MKV{'ACDEFGHIKL'[n % 10] * (n + 1)},{'yes' if n % 3 else 'no'}\n"
+         CSV + "".join(f"MKV{'ACDEFGHIKL'[n % 10] * (n + 1)},{'ja' if n % 3 else 'nein'}\n"
                        for n in range(190))),
     data("RNA", "rna.csv", CSV + "AUGGCCAUUGUAAUGGGCC,1\nAUGGCUAUUGUAAUGGGCA,0\n"),
     data("a single class", "single.csv", CSV + "".join(f"MK{r},1\n" for r in "ACDEFGHIKLMNPQ")),

@@ -59,7 +59,10 @@ def predict(
     ] = False,
     sequence_column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Column of the sequences in a table; else sequence."),
+        typer.Option(
+            metavar="NAME",
+            help="Column of the sequences in a table; else sequence, or that of the training.",
+        ),
     ] = None,
     id_column: Annotated[
         str | None,
@@ -73,7 +76,7 @@ def predict(
     Each record has an id, a probability, a label (1 is soluble), the spread over the networks of
     an ensemble, and flags. A record that cannot be predicted has no probability; its flags say why.
     """
-    from tuner.data.sequences import read_sequences
+    from tuner.data.sequences import SEQUENCE_COLUMN, read_sequences
     from tuner.results.prediction import Tally, predict_records, writer_of
 
     if inputs.count("-") > 1:
@@ -91,6 +94,7 @@ def predict(
                 sys.stdin.buffer if place == "-" else None,
                 sequence_column=sequence_column,
                 id_column=id_column,
+                usual_columns=(SEQUENCE_COLUMN, bundle.sequence_column),
             )
 
     tally = Tally()

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from tuner.data.problems import (
     NO_TOKENS,
+    NOTHING_KNOWN,
     PADDING_INSIDE,
     SHOWN_CHARACTERS,
     SHOWN_VALUES,
@@ -20,7 +21,9 @@ from tuner.data.problems import (
     Refused,
     shortened,
 )
-from tuner.data.rows import RESIDUES, Row
+from tuner.data.rows import RESIDUES, UNKNOWN_RESIDUE, Row
+from tuner.data.text import SequenceReader
+from tuner.spec.architecture import UNKNOWN_TOKEN
 
 _ARRAYS = (("positives", 1), ("negatives", 0))
 
@@ -51,20 +54,20 @@ def read_member(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
     return array
 
 
-def npz_rows(file: str, content: bytes, problems: Problems) -> list[Row]:
+def npz_rows(file: str, content: bytes, reader: SequenceReader) -> list[Row]:
     """Rows of an npz file with the token arrays `positives` and `negatives`."""
     rows: list[Row] = []
     try:
         archive = opened_archive(content)
     except DamagedError as error:
         message = f"is not an npz file, or was cut ({error}); write it with numpy.savez"
-        problems.add(file, message)
+        reader.problems.add(file, message)
         return rows
     with archive:
         for name, label in _ARRAYS:
-            tokens = _npz_tokens(archive, file, name, problems)
+            tokens = _npz_tokens(archive, file, name, reader.problems)
             if tokens is not None:
-                rows += _token_rows(tokens, file, name, label, problems)
+                rows += _token_rows(tokens, file, name, label, reader)
     return rows
 
 
@@ -98,14 +101,17 @@ def _npz_tokens(
 
 
 def _token_rows(
-    tokens: npt.NDArray[np.integer[Any]], file: str, name: str, label: int, problems: Problems
+    tokens: npt.NDArray[np.integer[Any]], file: str, name: str, label: int, reader: SequenceReader
 ) -> list[Row]:
     """The rows of one array [rows, width], as sequences."""
-    letter_of_token = np.frombuffer(f"-{RESIDUES}".encode(), dtype=np.uint8)
-    impossible = (tokens < 0) | (tokens > len(RESIDUES))
+    letter_of_token = np.frombuffer(f"-{RESIDUES}{UNKNOWN_RESIDUE}".encode(), dtype=np.uint8)
+    last = UNKNOWN_TOKEN if reader.unknown == "mask" else len(RESIDUES)
+    impossible = (tokens < 0) | (tokens > last)
     real = tokens != 0
     gap = real[:, 1:] & ~real[:, :-1]
-    bad = impossible.any(axis=1) | gap.any(axis=1) | ~real.any(axis=1)
+    unknown = (tokens == UNKNOWN_TOKEN) & ~impossible
+    nothing_known = (unknown == real).all(axis=1)  # an empty row among them
+    bad = impossible.any(axis=1) | gap.any(axis=1) | nothing_known
     for row in np.flatnonzero(bad).tolist():
         values: dict[str, int] = {}
         if impossible[row].any():
@@ -122,9 +128,11 @@ def _token_rows(
         elif gap[row].any():
             kind, detail = PADDING_INSIDE, f"at position {int((~real[row]).argmax())}"
             what = f"has padding (0) inside the sequence, {detail}"
+        elif real[row].any():
+            kind, detail, what = NOTHING_KNOWN, "", "has unknown residues alone"
         else:
             kind, detail, what = NO_TOKENS, "", "is an empty sequence"
-        problems.add_one(
+        reader.problems.add_one(
             kind,
             file,
             f"row {row} (counted from 0) {what}",
@@ -136,7 +144,7 @@ def _token_rows(
         )
         residues = letter_of_token[np.where(impossible[row], 0, tokens[row])]
         end = int(np.flatnonzero(real[row]).max(initial=-1)) + 1
-        problems.refused.append(
+        reader.problems.refused.append(
             Refused(
                 file=file,
                 line=None,
@@ -145,6 +153,9 @@ def _token_rows(
             )
         )
     good = np.flatnonzero(~bad)
+    for count in unknown[good].sum(axis=1).tolist():
+        if count:
+            reader.count_masked({UNKNOWN_RESIDUE: count})
     letters = letter_of_token[tokens[good]]
     lengths = real[good].sum(axis=1)
     return [

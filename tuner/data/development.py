@@ -30,6 +30,8 @@ class DevelopmentData:
     training_labels: Tokens  #: [training rows]; 1 is soluble, 0 insoluble
     validation_tokens: Tokens  #: [validation rows, max_length]
     validation_labels: Tokens  #: [validation rows]
+    #: What each training row counts, float32 [training rows], in the mean 1; None: all the same.
+    training_weights: npt.NDArray[np.float32] | None = None
 
 
 def development_hashes(development: DevelopmentData) -> SplitHashes:
@@ -68,6 +70,9 @@ def load_development(path: Path, sha256: str | None = None) -> DevelopmentData:
                 training_labels=read_member(archive, "training_labels"),
                 validation_tokens=read_member(archive, "validation_tokens"),
                 validation_labels=read_member(archive, "validation_labels"),
+                training_weights=read_member(archive, "training_weights")
+                if "training_weights.npy" in archive.namelist()
+                else None,
             )
     except (KeyError, DamagedError) as error:
         if isinstance(error.__cause__, MemoryError):
@@ -80,7 +85,37 @@ def load_development(path: Path, sha256: str | None = None) -> DevelopmentData:
 def split_arrays(rows: Sequence[Row], max_length: int) -> tuple[Tokens, Tokens]:
     """Tokens [n, max_length] and labels [n], both uint8."""
     labels = np.array([row.label for row in rows], dtype=np.uint8)
-    return encode([row.sequence for row in rows], max_length), labels
+    # What may not be masked was refused when the rows were read.
+    return encode([row.sequence for row in rows], max_length, "mask"), labels
+
+
+def weights_of(rows: Sequence[Row]) -> npt.NDArray[np.float32] | None:
+    """What each row counts, float32 [n], in the mean 1; None where no row has a weight."""
+    given = [row.weight for row in rows if row.weight is not None]
+    if not given:
+        return None
+    # The largest first, so that the sum of large ones is no overflow.
+    weights = np.array(given) / max(given)
+    mean_1: npt.NDArray[np.float32] = (weights / weights.mean()).astype(np.float32)
+    return mean_1
+
+
+def balanced_weights(
+    labels: npt.NDArray[Any], weights: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.float32]:
+    """What each row counts so that both labels have the same sum, float32 [n], in the mean 1.
+
+    Without weights of their own, n / (2 * rows of its label), as scikit-learn's "balanced".
+
+    Args:
+        labels: [n], 0 or 1.
+        weights: What the rows count otherwise, [n]; None: all the same.
+    """
+    own = np.ones(len(labels)) if weights is None else weights.astype(np.float64)
+    soluble = labels > 0.5
+    shares = np.where(soluble, own[soluble].sum(), own[~soluble].sum())
+    balanced: npt.NDArray[np.float32] = (own * own.sum() / (2 * shares)).astype(np.float32)
+    return balanced
 
 
 def npz_bytes(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:

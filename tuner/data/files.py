@@ -10,27 +10,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tuner.spec.spec import DataSettings, FastaPair
+    from tuner.spec.spec import ColumnSettings, DataSettings, FastaPair
 from tuner.data import solubility
 from tuner.data.arrays import npz_rows
 from tuner.data.problems import NO_ID, REPEATED_ID, Problems, shortened
 from tuner.data.rows import Row, Source
-from tuner.data.sources import resolved_path
+from tuner.data.sources import data_suffix, resolved_path
 from tuner.data.synthetic import synthetic_source
 from tuner.data.tables import csv_rows
-from tuner.data.text import checked_sequence, file_text, lower_case_warnings, read_bytes
+from tuner.data.text import SequenceReader, file_text, read_bytes
 
 
 def load_source(settings: DataSettings, folder: Path, problems: Problems) -> Source:
     """The rows of whatever `settings.source` names, each one checked by itself."""
     source = settings.source
+    reader = SequenceReader(settings.unknown, problems)
     if not isinstance(source, str):
-        return _load_fasta(source, folder, problems)
+        return _load_fasta(source, folder, reader)
     if source == "synthetic":
         return synthetic_source()
     if source != "solubility":
         path = resolved_path(source, folder)
-        return _load_file(source, path, source, problems)
+        return _load_file(source, path, source, settings.columns, reader)
     try:
         path = solubility.locate(folder) or solubility.download_to()
     except solubility.UnavailableError as error:
@@ -43,45 +44,46 @@ def load_source(settings: DataSettings, folder: Path, problems: Problems) -> Sou
             "proteins"
         )
         return replace(generated, warnings=(warning,))
-    return _load_file("solubility", path, str(path), problems)
+    return _load_file("solubility", path, str(path), settings.columns, reader)
 
 
-def _load_file(name: str, path: Path, file: str, problems: Problems) -> Source:
+def _load_file(
+    name: str, path: Path, file: str, columns: ColumnSettings, reader: SequenceReader
+) -> Source:
     """One file with both labels: .npz, .csv or .tsv. `file` is its name in messages."""
     rows: list[Row] = []
-    warnings: list[str] = []
-    content = read_bytes(path, file, problems)
+    of_labels: list[str] = []
+    content = read_bytes(path, file, reader.problems)
     if content:
-        if path.name.lower().endswith(".npz"):
-            rows = npz_rows(file, content, problems)
+        suffix = data_suffix(path)
+        if suffix == ".npz":
+            rows = npz_rows(file, content, reader)
         else:
-            delimiter = "\t" if path.name.lower().endswith(".tsv") else ","
-            rows, warnings = csv_rows(file, content, delimiter, problems)
-        _check_labels(file, rows, problems)
+            delimiter = "\t" if suffix.startswith(".tsv") else ","
+            rows, of_labels = csv_rows(file, content, delimiter, columns, reader)
+        _check_labels(file, rows, reader.problems)
     return Source(
         name=name,
         synthetic=False,
         sha256=hashlib.sha256(content).hexdigest(),
         rows=tuple(rows),
-        warnings=tuple(warnings),
+        warnings=(*reader.warnings(), *of_labels),
     )
 
 
-def _load_fasta(pair: FastaPair, folder: Path, problems: Problems) -> Source:
+def _load_fasta(pair: FastaPair, folder: Path, reader: SequenceReader) -> Source:
     """Two FASTA files, one for each label."""
     digests = b""
     rows: list[Row] = []
     ids: list[set[str]] = []
-    lower_case = 0
     for file, label in ((pair.soluble, 1), (pair.insoluble, 0)):
-        content = read_bytes(resolved_path(file, folder), file, problems)
+        content = read_bytes(resolved_path(file, folder), file, reader.problems)
         digests += hashlib.sha256(content).digest()
         if content:
-            file_rows, file_ids, file_lower_case = _fasta_rows(file, content, label, problems)
+            file_rows, file_ids = _fasta_rows(file, content, label, reader)
             rows += file_rows
             ids.append(file_ids)
-            lower_case += file_lower_case
-    warnings = lower_case_warnings(lower_case)
+    warnings = reader.warnings()
     shared = set.intersection(*ids) if ids else set()
     if len(ids) == 2 and shared:
         warnings.append(
@@ -115,9 +117,9 @@ def _check_labels(file: str, rows: Sequence[Row], problems: Problems) -> None:
 
 
 def _fasta_rows(
-    file: str, content: bytes, label: int, problems: Problems
-) -> tuple[list[Row], set[str], int]:
-    """Rows of a FASTA file, their ids, and how many held lower case.
+    file: str, content: bytes, label: int, reader: SequenceReader
+) -> tuple[list[Row], set[str]]:
+    """Rows of a FASTA file, and their ids.
 
     dnaio lets empty and impossible records through and knows no lines: both are seen to here.
     """
@@ -125,18 +127,18 @@ def _fasta_rows(
 
     rows: list[Row] = []
     line_of_id: dict[str, int] = {}
-    lower_case = 0
+    problems = reader.problems
     text = file_text(file, content, problems)
     if text is None:
-        return rows, set(), lower_case
+        return rows, set()
     # dnaio decodes as the locale says and refuses what is not ASCII; here that is a bad residue.
     text = text.encode("ascii", "backslashreplace").decode()
     lines = [line.strip() for line in io.StringIO(text, newline=None)]
     headers = (number for number, line in enumerate(lines, start=1) if line.startswith(">"))
-    reader = dnaio.FastaReader(io.BytesIO(text.encode()))
+    records = dnaio.FastaReader(io.BytesIO(text.encode()))
     found = 0
     try:
-        for line, record in zip(headers, reader, strict=True):
+        for line, record in zip(headers, records, strict=True):
             found += 1
             name = (record.name.split() or [""])[0]
             if not name:
@@ -155,9 +157,8 @@ def _fasta_rows(
                     value=name,
                 )
             subject = f"the sequence {shortened(name)!r}"
-            sequence = checked_sequence(record.sequence, file, line, subject, problems)
+            sequence = reader.read(record.sequence, file, line, subject)
             if sequence is not None:
-                lower_case += sequence != record.sequence
                 rows.append(
                     Row(sequence=sequence, label=label, file=file, line=line, place=f"line {line}")
                 )
@@ -168,4 +169,4 @@ def _fasta_rows(
     else:
         if not found:
             problems.add(file, "holds no records; each is a line >NAME with its residues below")
-    return rows, set(line_of_id), lower_case
+    return rows, set(line_of_id)

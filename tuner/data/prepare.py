@@ -15,26 +15,24 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
 
 from tuner.artifacts import development_path
-from tuner.data.development import npz_bytes, split_arrays, write_development
+from tuner.data.development import npz_bytes, split_arrays, weights_of, write_development
 from tuner.data.files import load_source
 from tuner.data.identity import DataIdentity, identity_of
 from tuner.data.problems import BOTH_LABELS, Kind, Problems, Refused, shortened
-from tuner.data.rows import Row, Source, Tokens
+from tuner.data.rows import Row, Source, Tokens, kept_in_words, truncated
 from tuner.data.sources import beside_the_study_file, file_names, warn_of_another_source
 from tuner.data.split import SplitHashes, hashes_of, split_rows
-from tuner.data.text import NUCLEOTIDES, ONLY_NUCLEOTIDES
+from tuner.data.text import NUCLEOTIDE_LENGTH, NUCLEOTIDES, ONLY_NUCLEOTIDES
 from tuner.errors import counted
 from tuner.metrics import small_split_warnings
 
 if TYPE_CHECKING:
     from tuner.spec.spec import DataSettings
-
-
-#: A shorter sequence of nucleotide letters alone may be a peptide.
-NUCLEOTIDE_LENGTH = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,14 +87,16 @@ def prepare(
     split = split_rows(source, settings.split)
     training_tokens, training_labels = split_arrays(split.training, settings.max_length)
     validation_tokens, validation_labels = split_arrays(split.validation, settings.max_length)
-    content = npz_bytes(
-        {
-            "training_tokens": training_tokens,
-            "training_labels": training_labels,
-            "validation_tokens": validation_tokens,
-            "validation_labels": validation_labels,
-        }
-    )
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "training_tokens": training_tokens,
+        "training_labels": training_labels,
+        "validation_tokens": validation_tokens,
+        "validation_labels": validation_labels,
+    }
+    # Not where there are none: the same rows make the same file as in every earlier version.
+    if (weights := weights_of(split.training)) is not None:
+        arrays["training_weights"] = weights
+    content = npz_bytes(arrays)
     development_sha256 = hashlib.sha256(content).hexdigest()
     development_file = development_path(artifacts, development_sha256)
     write_development(development_file, content)
@@ -179,11 +179,19 @@ def _fit_length(
 ) -> tuple[list[Row], list[str]]:
     """Cuts what is longer than `max_length` where the study file says so."""
     limit = settings.max_length
-    if settings.truncate:
-        cut = [replace(row, sequence=row.sequence[:limit], whole=row.sequence) for row in rows]
+    if settings.truncate is not None:
+        cut = [
+            replace(
+                row,
+                sequence=truncated(row.sequence, limit, settings.truncate),
+                whole=row.sequence,
+            )
+            for row in rows
+        ]
         count = sum(len(row.sequence) > limit for row in rows)
         were = counted(count, "sequence was", "sequences were")
-        return cut, [f"{were} cut to the first {limit} residues"] * (count > 0)
+        kept = kept_in_words(limit, settings.truncate)
+        return cut, [f"{were} cut to the {kept} residues"] * (count > 0)
     everything: tuple[Row | Refused, ...] = (*rows, *problems.refused)
     too_long = [row for row in everything if len(row.sequence) > limit]
     # Rows that were refused for something else count, too: this is to be the length that fits all.
@@ -191,7 +199,7 @@ def _fit_length(
     kind = Kind(
         several=f"sequences longer than max_length, which is {limit}",
         remedy=f"set max_length = {longest} in [data] (the longest has that many), or "
-        "truncate = true",
+        'truncate = "end" to keep its first residues ("start": its last, "middle": both ends)',
     )
     for row in sorted(too_long, key=lambda row: row.line or 0):  # stable: npz and files in order
         problems.add_one(
@@ -210,15 +218,20 @@ def _fit_length(
 def _without_repeats(
     rows: Sequence[Row], settings: DataSettings, problems: Problems
 ) -> tuple[list[Row], list[str]]:
-    """Keeps the first of equal sequences; contradicting labels are problems."""
+    """Keeps the first of equal sequences; contradicting labels are problems, or left out."""
     first_rows: dict[str, Row] = {}
     what = "sequence"
-    if settings.truncate:
-        # What the network sees decides: two proteins that differ only behind the cut are one.
-        what = f"sequence (its first {settings.max_length} residues)"
+    if settings.truncate is not None:
+        # What the network sees decides: two proteins that differ only in what is cut are one.
+        kept = kept_in_words(settings.max_length, settings.truncate)
+        what = f"sequence (its {kept} residues)"
+    conflicting: set[str] = set()
     for row in rows:
         first = first_rows.setdefault(row.sequence, row)
         if first.label == row.label:
+            continue
+        conflicting.add(row.sequence)
+        if settings.conflicts == "drop":
             continue
         where = first.place if first.file == row.file else f"{first.file}, {first.place}"
         problems.add_one(
@@ -231,9 +244,20 @@ def _without_repeats(
             key="label",
             value=str(row.label),
         )
+    warnings = []
+    if conflicting and settings.conflicts == "drop":
+        both = counted(len(conflicting), "sequence has", "sequences have")
+        left = [row for row in rows if row.sequence not in conflicting]
+        dropped = counted(len(rows) - len(left), "row")
+        warnings.append(f"{both} both labels: left out, {dropped} in all")
+        rows = left
+        for sequence in conflicting:
+            del first_rows[sequence]
     repeats = len(rows) - len(first_rows)
     if not repeats:
-        return list(rows), []
+        return list(rows), warnings
     repeat = counted(repeats, "row repeats", "rows repeat")
     warning = f"{repeat} an earlier {what} with the same label: left out"
-    return list(first_rows.values()), [warning]
+    if settings.columns.weight is not None:
+        warning += ", the weight of the first counts"
+    return list(first_rows.values()), [*warnings, warning]

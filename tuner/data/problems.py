@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from tuner.data.rows import RESIDUES
+from tuner.data.rows import RESIDUES, UNKNOWN_RESIDUES
 from tuner.errors import DataError, Problem, counted
 
 SHOWN_PROBLEMS = 5  # of one kind, each with its place; the rest are counted
@@ -26,11 +26,25 @@ class Kind:
 
 
 WRONG_LABEL = Kind(
-    several="labels that are neither 1 nor 0", remedy="write 1 (soluble) or 0 (insoluble)"
+    several="labels that are neither 1 nor 0",
+    remedy="write 1 (soluble) or 0 (insoluble); soluble/insoluble, true/false and yes/no can be "
+    "used, too",
+)
+MIXED_LABELS = Kind(
+    several="labels of another kind than those before",
+    remedy="write all labels of the file in the same way",
+)
+WRONG_WEIGHT = Kind(
+    several="weights that are not numbers above 0",
+    remedy="write a finite number above 0; remove a row that should not count",
 )
 WRONG_RESIDUE = Kind(
     several="sequences with letters that are not residues",
-    remedy=f"only {RESIDUES} can be used (20 residues, one letter each): correct or remove it",
+    remedy=f"only {RESIDUES} can be used (20 residues, one letter each): correct or remove it; "
+    f'unknown = "mask" in [data] accepts {UNKNOWN_RESIDUES}, and leaves these positions out',
+)
+NOTHING_KNOWN = Kind(
+    several="sequences of unknown residues alone", remedy="remove it, or add its residues"
 )
 RNA = Kind(
     several="sequences that look like RNA (letters ACGTUN alone)",
@@ -52,7 +66,8 @@ REPEATED_ID = Kind(
 )
 BOTH_LABELS = Kind(
     several="sequences that have the other label in an earlier row",
-    remedy="remove one of the two, or both",
+    remedy='remove one of the two, or both; conflicts = "drop" in [data] leaves out all rows of '
+    "such sequences",
 )
 WRONG_TOKEN = Kind(several="rows with impossible tokens", remedy="write 0 to 20")
 PADDING_INSIDE = Kind(
@@ -82,13 +97,14 @@ class _Group:
             message += f" and {self.count - len(self.shown):,} more"
             values = self.values.most_common(SHOWN_VALUES)
             if values:
-                listed = ", ".join(f"{value} {_times(count)}" for value, count in values)
+                listed = ", ".join(f"{value} {times(count)}" for value, count in values)
                 others = len(self.values) - len(values)
                 message += f"; in all {listed}" + (f", and {others:,} others" if others else "")
         return replace(self.first, count=self.count, message=f"{message}; {self.kind.remedy}")
 
 
-def _times(count: int) -> str:
+def times(count: int) -> str:
+    """How often, in words."""
     return "once" if count == 1 else counted(count, "time")
 
 

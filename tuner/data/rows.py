@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+from tuner.spec.architecture import UNKNOWN_TOKEN
+
+if TYPE_CHECKING:
+    from tuner.spec.spec import Truncate, Unknown
 
 Tokens = npt.NDArray[np.uint8]
 
 #: Token 1 is the first of these, token 20 the last; token 0 pads at the end.
 RESIDUES = "ARNDCQEGHILKMFPSTWYV"
+#: What IUPAC calls any, ambiguous and rare residues, and "?": what may be masked.
+UNKNOWN_RESIDUES = "XBZJUO?"
+#: What all of them are in a `Row`; its token is the one after the last residue.
+UNKNOWN_RESIDUE = "X"
 
 
 def hash_sequence(sequence: str) -> bytes:
@@ -20,10 +31,41 @@ def hash_sequence(sequence: str) -> bytes:
     return hashlib.sha256(sequence.encode()).digest()
 
 
-def encode(sequences: Sequence[str], max_length: int) -> Tokens:
+def alphabet_of(unknown: Unknown) -> str:
+    """The letters of tokens 1, 2, ...: `RESIDUES`, and `UNKNOWN_RESIDUE` where it is masked."""
+    return RESIDUES + UNKNOWN_RESIDUE if unknown == "mask" else RESIDUES
+
+
+def truncated(sequence: str, length: int, cut: Truncate) -> str:
+    """The sequence with at most `length` residues.
+
+    "end" cuts at the end and keeps the first residues, "start" keeps the last ones, and "middle"
+    keeps both ends: of an odd `length`, one more of the beginning.
+    """
+    surplus = len(sequence) - length
+    if surplus <= 0:
+        return sequence
+    first = kept_first(length, cut)
+    return sequence[:first] + sequence[first + surplus :]
+
+
+def kept_first(length: int, cut: Truncate) -> int:
+    """How many of the residues that `truncated` keeps are from the beginning."""
+    return {"end": length, "start": 0, "middle": (length + 1) // 2}[cut]
+
+
+def kept_in_words(length: int, cut: Truncate) -> str:
+    """What `truncated` keeps: "first 200", "last 200", "first 100 and last 100"."""
+    first = kept_first(length, cut)
+    parts = {"first": first, "last": length - first}
+    return " and ".join(f"{end} {count}" for end, count in parts.items() if count)
+
+
+def encode(sequences: Sequence[str], max_length: int, unknown: Unknown = "error") -> Tokens:
     """Tokens, uint8 [n, max_length]; 0 pads at the end, 1-20 are `RESIDUES`.
 
-    Lower case counts as upper case.
+    Lower case counts as upper case. With unknown = "mask", all `UNKNOWN_RESIDUES` are
+    `UNKNOWN_TOKEN`.
 
     Raises:
         ValueError: A sequence is longer than `max_length` or holds something else.
@@ -31,56 +73,62 @@ def encode(sequences: Sequence[str], max_length: int) -> Tokens:
     lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
     if lengths.max(initial=0) > max_length:
         raise ValueError(f"{lengths.max()} residues do not fit into max_length = {max_length}")
-    codes = np.frombuffer("".join(sequences).encode("ascii", "replace"), dtype=np.uint8)
-    flat = _TOKEN_OF_CODE[codes]
+    text = "".join(sequences)
+    if not text.isascii():
+        foreign = next(letter for letter in text if not letter.isascii())
+        raise ValueError(f"{foreign!r} is not one of {alphabet_of(unknown)}")
+    codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+    flat = _token_of_code(unknown)[codes]
     if not flat.all():
-        raise ValueError(f"{chr(codes[flat.argmin()])!r} is not one of {RESIDUES}")
+        raise ValueError(f"{chr(codes[flat.argmin()])!r} is not one of {alphabet_of(unknown)}")
     tokens = np.zeros((len(sequences), max_length), dtype=np.uint8)
     tokens[np.arange(max_length) < lengths[:, np.newaxis]] = flat
     return tokens
 
 
-def first_unknown(sequences: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """The sequences with letters that are not residues: their index, and the first such position.
+def find_unknown(sequences: Sequence[str]) -> Iterator[tuple[int, list[int]]]:
+    """The sequences with letters that are not residues: their index, and all such positions.
 
     Both count from 0. Lower case counts as upper case.
     """
     codes = np.frombuffer("".join(sequences).encode("ascii", "replace"), dtype=np.uint8)
-    unknown = np.flatnonzero(_TOKEN_OF_CODE[codes] == 0)
+    unknown = np.flatnonzero(_token_of_code("error")[codes] == 0)
     if len(unknown):
         ends = np.cumsum([len(sequence) for sequence in sequences])
         rows, first = np.unique(np.searchsorted(ends, unknown, "right"), return_index=True)
-        starts = ends[rows] - [len(sequences[row]) for row in rows]
-        yield from zip(rows.tolist(), (unknown[first] - starts).tolist(), strict=True)
+        for row, positions in zip(rows.tolist(), np.split(unknown, first[1:]), strict=True):
+            yield row, (positions - (ends[row] - len(sequences[row]))).tolist()
 
 
 def decode_tokens(tokens: Tokens) -> list[str]:
     """The sequences of tokens [n, max_length], without their padding."""
-    letters = np.frombuffer(f" {RESIDUES}".encode(), dtype=np.uint8)[tokens]
+    letters = np.frombuffer(f" {alphabet_of('mask')}".encode(), dtype=np.uint8)[tokens]
     return [row.tobytes().decode().rstrip() for row in letters]
 
 
-def _token_of_code() -> Tokens:
-    """Token of each ASCII code, uint8 [256]; 0 where it is no residue."""
+@functools.cache
+def _token_of_code(unknown: Unknown) -> Tokens:
+    """Token of each ASCII code, uint8 [256]; 0 where it has none."""
     table = np.zeros(256, dtype=np.uint8)
     for token, residue in enumerate(RESIDUES, start=1):
         table[ord(residue)] = table[ord(residue.lower())] = token
+    if unknown == "mask":
+        for letter in UNKNOWN_RESIDUES:
+            table[ord(letter)] = table[ord(letter.lower())] = UNKNOWN_TOKEN
     return table
-
-
-_TOKEN_OF_CODE = _token_of_code()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One protein, and where it stands in the user's files."""
 
-    sequence: str  #: upper case, only `RESIDUES`
+    sequence: str  #: upper case, only `RESIDUES`, and `UNKNOWN_RESIDUE` where that is masked
     label: int  #: 1 is soluble, 0 insoluble
     file: str
     line: int | None  #: 1-based; of the header in FASTA; None in npz
     place: str  #: for messages: "line 12", "row 3 of positives"
     whole: str | None = None  #: all of a sequence that was cut
+    weight: float | None = None  #: what it counts in training, above 0; None: as much as others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tuner.data.problems import shortened
-from tuner.data.text import wide_encoding
+from tuner.data.text import GZIP, foreign_format, wide_encoding
 from tuner.errors import DataError, Problem, reason_of
 
 #: The columns that hold a record's id, the first that a table has; in lower case.
@@ -30,7 +30,6 @@ ID_COLUMNS = ("id", "name", "accession", "identifier", "sid")
 SEQUENCE_COLUMN = "sequence"
 _LONGEST_FIELD = 2**31 - 1  #: letters; Python's own limit is 131,072
 _SAMPLE_BYTES = 65_536  #: of a file's beginning, from which its format is told
-_GZIP = b"\x1f\x8b"
 _SPACE = re.compile(r"\s+")
 
 
@@ -50,14 +49,17 @@ def read_sequences(
     *,
     sequence_column: str | None = None,
     id_column: str | None = None,
+    usual_columns: Sequence[str] = (SEQUENCE_COLUMN,),
 ) -> Iterator[SequenceRecord]:
     """The records of a file, in their order.
 
     Args:
         place: The file; what a stream is called in messages.
         stream: What is read in place of a file.
-        sequence_column: Of a table, the column of the sequences; "sequence" by default.
+        sequence_column: Of a table, the column of the sequences; by default the first of
+            `usual_columns` that it has.
         id_column: Of a table, the column of the ids; the first of `ID_COLUMNS` by default.
+        usual_columns: Of sequences.
 
     Raises:
         DataError: The file cannot be read to its end, or a table lacks a column.
@@ -70,7 +72,7 @@ def read_sequences(
             if first.startswith(">"):
                 yield from _fasta(file, lines)
             else:
-                yield from _table(file, lines, first, sequence_column, id_column)
+                yield from _table(file, lines, first, sequence_column, id_column, usual_columns)
     except (OSError, EOFError, zlib.error) as error:
         damaged = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
         what = "is damaged or was cut" if damaged else "cannot be read"
@@ -93,9 +95,12 @@ def _as_text(file: str, raw: BinaryIO, opened: contextlib.ExitStack) -> io.TextI
         return opened.enter_context(io.BufferedReader(cast("Any", source), _SAMPLE_BYTES))
 
     content = buffered(raw)
-    if content.peek(2)[:2] == _GZIP:
+    if content.peek(2)[:2] == GZIP:
         content = buffered(gzip.GzipFile(fileobj=content))
     sample = content.peek(_SAMPLE_BYTES)
+    if foreign := foreign_format(sample):
+        message = f"is {foreign}, not text; name a FASTA, CSV or TSV file, or one of these as .gz"
+        raise _error(file, message, value=foreign)
     if wide := wide_encoding(sample):
         raise _error(file, f"is not UTF-8 text but {wide}; save it as UTF-8", value=wide)
     if b"\0" in sample:
@@ -119,20 +124,21 @@ def _begun(file: str, text: Iterable[str]) -> tuple[Iterator[str], str]:
 
 
 def _fasta(file: str, lines: Iterable[str]) -> Iterator[SequenceRecord]:
-    name, at, parts = "", 0, list[str]()
+    name, at, parts, spaces = "", 0, list[str](), False
 
     def record() -> SequenceRecord:
-        flags = () if name else ("no_id",)
+        flags = (*["no_id"] * (not name), *["spaces_removed"] * spaces)
         return SequenceRecord(file=file, line=at, id=name, sequence="".join(parts), flags=flags)
 
     for number, line in enumerate(_lines(lines), start=1):
         if line.startswith(">"):
             if at:
                 yield record()
-            name, at = next(iter(line[1:].split()), ""), number
+            name, at, spaces = next(iter(line[1:].split()), ""), number, False
             parts.clear()
         elif at and not line.startswith(";"):
             parts.append(line if line.isalpha() else _SPACE.sub("", line))
+            spaces = spaces or len(parts[-1]) < len(line)
     yield record()
 
 
@@ -151,6 +157,7 @@ def _table(
     header: str,
     sequence_column: str | None,
     id_column: str | None,
+    usual_columns: Sequence[str],
 ) -> Iterator[SequenceRecord]:
     delimiter = "\t" if "\t" in header else ","
     csv.field_size_limit(_LONGEST_FIELD)
@@ -164,8 +171,14 @@ def _table(
                 continue
             if not names:
                 names = [field.strip().lower() for field in fields]
+                usual = (one for one in usual_columns if one.strip().lower() in names)
                 sequence_at, id_at = _columns(
-                    file, first_line, names, header, sequence_column, id_column
+                    file,
+                    first_line,
+                    names,
+                    header,
+                    sequence_column or next(usual, SEQUENCE_COLUMN),
+                    id_column,
                 )
                 continue
             number += 1
@@ -173,12 +186,13 @@ def _table(
             its_id = str(number) if id_at is None or id_at >= len(fields) else fields[id_at].strip()
             sequence = fields[sequence_at] if sequence_at < len(fields) else ""
             flags = [] if complete else ["wrong_number_of_fields"]
+            if not its_id:
+                flags.append("no_id")
+            letters = _SPACE.sub("", sequence)
+            if len(letters) < len(sequence.strip()):
+                flags.append("spaces_removed")
             yield SequenceRecord(
-                file=file,
-                line=first_line,
-                id=its_id,
-                sequence=_SPACE.sub("", sequence),
-                flags=tuple(flags if its_id else [*flags, "no_id"]),
+                file=file, line=first_line, id=its_id, sequence=letters, flags=tuple(flags)
             )
     except csv.Error as error:
         raise _error(
@@ -191,7 +205,7 @@ def _columns(
     line: int,
     names: Sequence[str],
     header: str,
-    sequence_column: str | None,
+    sequence_column: str,
     id_column: str | None,
 ) -> tuple[int, int | None]:
     """Where sequence and id stand in a row; None for the latter if there are no ids."""
@@ -202,8 +216,8 @@ def _columns(
             return names.index(wanted)
         if wanted in names:
             message = f"{names.count(wanted)} columns are called {name!r}; rename all but one"
-        elif ";" in header and len(names) == 1:
-            message = "is separated by ';'; save it with commas or tabs"
+        elif len(names) == 1 and (other := next((one for one in ";|" if one in header), "")):
+            message = f"is separated by {other!r}; save it with commas or tabs"
         else:
             message = (
                 f"no column {name!r} among {shortened(', '.join(names))}; name it with {option}, "
@@ -211,7 +225,7 @@ def _columns(
             )
         raise _error(file, message, line=line, value=header)
 
-    sequence_at = place(sequence_column or SEQUENCE_COLUMN, "--sequence-column")
+    sequence_at = place(sequence_column, "--sequence-column")
     if id_column is not None:
         return sequence_at, place(id_column, "--id-column")
     known = [names.index(name) for name in ID_COLUMNS if name in names]

@@ -85,12 +85,18 @@ def file_names(settings: DataSettings) -> tuple[str, ...]:
 
 def _alike(folder: Path, names: Sequence[str]) -> Iterator[tuple[Path, ...]]:
     """Files of the folder that may stand for those of these names; for two, every pair."""
-    suffixes = {PurePath(name).suffix.lower() for name in names}
+    suffixes = {data_suffix(PurePath(name)) for name in names}
     try:
-        inside = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+        inside = sorted(path for path in folder.iterdir() if data_suffix(path) in suffixes)
     except OSError:
         return
     yield from itertools.permutations(inside, len(names))
+
+
+def data_suffix(path: PurePath) -> str:
+    """What the path ends in, in lower case: ".csv", and ".csv.gz" where it is compressed."""
+    suffix = path.suffix.lower()
+    return PurePath(path.stem).suffix.lower() + suffix if suffix == ".gz" else suffix
 
 
 def _joint_sha256(digests: Sequence[bytes]) -> str:

@@ -5,52 +5,44 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from tuner.data.labels import WORDS, LabelReader, plain_word, read_weight
 from tuner.data.problems import (
     SEVERAL_LINES,
     SEVERAL_LINES_TSV,
     WRONG_FIELDS,
-    WRONG_LABEL,
     Problems,
     Refused,
     shortened,
 )
 from tuner.data.rows import Row
-from tuner.data.text import NOT_A_RESIDUE, checked_sequence, file_text, lower_case_warnings
+from tuner.data.text import NOT_A_RESIDUE, SequenceReader, cleaned, file_text
 from tuner.errors import counted
+from tuner.spec.spec import column_key
+
+if TYPE_CHECKING:
+    from tuner.spec.spec import ColumnSettings
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 #: Python's own limit of 131,072 letters would refuse long text in a column that is ignored.
 _LONGEST_FIELD = 2**31 - 1
+#: What separates fields, and how it is called.
+_DELIMITERS = {",": "commas", "\t": "tabs", ";": "';'", "|": "'|'"}
+_REMEDIES = {",": "name it .csv", "\t": "name it .tsv"}
 
 
 def csv_rows(
-    file: str, content: bytes, delimiter: str, problems: Problems
+    file: str, content: bytes, delimiter: str, columns: ColumnSettings, reader: SequenceReader
 ) -> tuple[list[Row], list[str]]:
-    """Rows of a CSV or TSV file with the columns `sequence` and `label`; others are ignored."""
-    rows: list[Row] = []
-    text = file_text(file, content, problems)
+    """Rows of a CSV or TSV file with these columns, and warnings; other columns are ignored."""
+    text = file_text(file, content, reader.problems)
     if text is None:
-        return rows, []
-    lower_case = 0
-    columns: list[str] = []
-    for record in _records(file, text, delimiter, problems):
-        if not columns:
-            columns = [field.strip().lower() for field in record.fields]
-            if _may_hold_rows(record, columns, file, delimiter, problems) or not _has_columns(
-                file, record.line, columns, delimiter, problems
-            ):
-                break
-        elif not _may_hold_rows(record, columns, file, delimiter, problems):
-            row = _csv_row(record, columns, file, delimiter, problems)
-            if row is not None:
-                lower_case += row.sequence != record.fields[columns.index("sequence")].strip()
-                rows.append(row)
-    if not columns and not problems:
-        problems.add(file, "holds no rows; the first line has to be: sequence,label")
-    return rows, lower_case_warnings(lower_case)
+        return [], []
+    table = _Table(file, delimiter, columns, reader)
+    return table.rows(text), table.labels.warnings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,138 +81,194 @@ def _records(file: str, text: str, delimiter: str, problems: Problems) -> Iterat
         problems.add(file, message, line=last_line + 1)
 
 
-def _csv_row(
-    record: _Record, columns: Sequence[str], file: str, delimiter: str, problems: Problems
-) -> Row | None:
-    """The row of a record; None, with problems added, where it is not one."""
-    fields, line, place = record.fields, record.line, record.place
-    if len(fields) != len(columns):
-        what = f"{counted(len(fields), 'field')} where the header names {len(columns)}"
-        problems.add_one(
-            WRONG_FIELDS,
-            file,
-            what if line == record.last_line else f"{what}, in {place}",
-            place=place,
-            detail=str(len(fields)),
-            line=line,
-            value=delimiter.join(fields),
-        )
-        return None
-    raw = fields[columns.index("sequence")]
-    label = fields[columns.index("label")].strip()
-    sequence = checked_sequence(raw, file, line, "the sequence", problems)
-    if label in ("0", "1"):
+class _Table:
+    """A CSV or TSV file that is read."""
+
+    def __init__(
+        self, file: str, delimiter: str, columns: ColumnSettings, reader: SequenceReader
+    ) -> None:
+        self._file = file
+        self._delimiter = delimiter
+        self._problems = reader.problems
+        self._reader = reader
+        self.labels = LabelReader(file, reader.problems)
+        #: As they are compared; the last is None where no column has weights.
+        self._sequence, self._label = column_key(columns.sequence), column_key(columns.label)
+        self._weight = None if columns.weight is None else column_key(columns.weight)
+        self._columns: list[str] = []  # all that the file has, in their order
+
+    @property
+    def _wanted(self) -> dict[str, str]:
+        """The columns that are read, by their key in the study file."""
+        wanted = {"sequence": self._sequence, "label": self._label}
+        return wanted if self._weight is None else {**wanted, "weight": self._weight}
+
+    def rows(self, text: str) -> list[Row]:
+        """The rows of the file's text, up to what cannot be read."""
+        rows: list[Row] = []
+        for record in _records(self._file, text, self._delimiter, self._problems):
+            if not self._columns:
+                self._columns = [column_key(field) for field in record.fields]
+                if self._may_hold_rows(record) or not self._has_columns(record.line):
+                    break
+            elif not self._may_hold_rows(record):
+                row = self._row(record)
+                if row is not None:
+                    rows.append(row)
+        if not self._columns and not self._problems:
+            named = self._delimiter.join(self._wanted.values())
+            self._problems.add(self._file, f"holds no rows; the first line has to be: {named}")
+        return rows
+
+    def _row(self, record: _Record) -> Row | None:
+        """The row of a record; None, with problems added, where it is not one."""
+        fields, line, place = record.fields, record.line, record.place
+        if len(fields) != len(self._columns):
+            names = len(self._columns)
+            what = f"{counted(len(fields), 'field')} where the header names {names}"
+            self._problems.add_one(
+                WRONG_FIELDS,
+                self._file,
+                what if line == record.last_line else f"{what}, in {place}",
+                place=place,
+                detail=str(len(fields)),
+                line=line,
+                value=self._delimiter.join(fields),
+            )
+            return None
+        raw = fields[self._columns.index(self._sequence)]
+        sequence = self._reader.read(raw, self._file, line, "the sequence")
+        label = self.labels.read(fields[self._columns.index(self._label)], line, place)
+        weight = None
+        if self._weight is not None:
+            given = fields[self._columns.index(self._weight)]
+            weight = read_weight(given, self._file, line, place, self._problems)
         if sequence is None:
             return None
-        return Row(sequence=sequence, label=int(label), file=file, line=line, place=f"line {line}")
-    shown = repr(shortened(label))
-    problems.add_one(
-        WRONG_LABEL,
-        file,
-        f"{shown} is no label",
-        place=place,
-        detail=shown,
-        line=line,
-        key="label",
-        value=label,
-        values={shown: 1},
-    )
-    if sequence is not None:
-        problems.refused.append(Refused(file=file, line=line, place=place, sequence=sequence))
-    return None
-
-
-def _may_hold_rows(
-    record: _Record, columns: Sequence[str], file: str, delimiter: str, problems: Problems
-) -> bool:
-    """Whether a record of several lines may have swallowed rows; adds the problem.
-
-    A lone quote makes a field of all that follows up to the next lone quote: the rest of its row,
-    whole rows, and the start of the row with that quote. If both stand in one column, what is left
-    is a row with the right number of fields: the first row's sequence with the last row's label.
-
-    In TSV a record is a line. In CSV a field may hold line breaks, so its text decides: it may not
-    in the columns `sequence` and `label`, nor where it looks like rows.
-    """
-    if record.last_line == record.line:
-        return False
-    for at, text in enumerate(record.fields):
-        if delimiter == "\t" and _LINE_END.search(text):
-            kind, why = SEVERAL_LINES_TSV, "a TSV record is one line"
-        elif _LINE_END.search(text.strip()) and (
-            columns[at : at + 1] in (["sequence"], ["label"])
-            or _looks_like_rows(text, at, columns, delimiter)
-        ):
-            kind, why = SEVERAL_LINES, "may hold rows of the file"
-        else:
-            continue
-        problems.add_one(
-            kind,
-            file,
-            f"a quoted field runs over {record.place}, and {why}",
-            place=record.place,
-            line=record.line,
-            key="".join(columns[at : at + 1]),
-            value=text,
+        if label is None or (weight is None and self._weight is not None):
+            refused = Refused(file=self._file, line=line, place=place, sequence=sequence)
+            self._problems.refused.append(refused)
+            return None
+        return Row(
+            sequence=sequence,
+            label=label,
+            file=self._file,
+            line=line,
+            place=f"line {line}",
+            weight=weight,
         )
-        return True
-    return False
 
+    def _may_hold_rows(self, record: _Record) -> bool:
+        """Whether a record of several lines may have swallowed rows; adds the problem.
 
-def _looks_like_rows(text: str, at: int, columns: Sequence[str], delimiter: str) -> bool:
-    """Whether the text of a field, the one in column `at`, may be the swallowed part of rows.
+        A lone quote makes a field of all that follows up to the next lone quote: the rest of its
+        row, whole rows, and the start of the row with that quote. If both stand in one column, what
+        is left is a row with the right number of fields: the first row's sequence with the last
+        row's label.
 
-    Cut at delimiters, it has a sequence and a label among its pieces. Or, as the sequences and
-    labels of a file may be wrong: each of its lines has as many delimiters as swallowed rows, and
-    where these have their sequence, a word or nothing, or where they have their label, 0 or 1.
-    """
-    first, *middle, last = (
-        [piece.strip(' "') for piece in line.split(delimiter)] for line in _LINE_END.split(text)
-    )
-    middle = [line for line in middle if any(line)]
-    pieces = [*first, *(piece for line in middle for piece in line), *last]
-    if {"0", "1"} & set(pieces) and any(
-        piece and not NOT_A_RESIDUE.search(piece) for piece in pieces
-    ):
-        return True
-    width = len(columns)
-    whole = all(len(line) == width for line in middle)
-    if not (whole and len(first) == width - at and len(last) == at + 1):
+        In TSV a record is a line. In CSV a field may hold line breaks, so its text decides: it may
+        not in the columns that are read, nor where it looks like rows.
+        """
+        if record.last_line == record.line:
+            return False
+        for at, text in enumerate(record.fields):
+            column = "".join(self._columns[at : at + 1])
+            if self._delimiter == "\t" and _LINE_END.search(text):
+                kind, why = SEVERAL_LINES_TSV, "a TSV record is one line"
+            elif _LINE_END.search(text.strip()) and (
+                column in self._wanted.values() or self._looks_like_rows(text, at)
+            ):
+                kind, why = SEVERAL_LINES, "may hold rows of the file"
+            else:
+                continue
+            self._problems.add_one(
+                kind,
+                self._file,
+                f"a quoted field runs over {record.place}, and {why}",
+                place=record.place,
+                line=record.line,
+                key=column,
+                value=text,
+            )
+            return True
         return False
 
-    def swallowed(column: str) -> list[str]:
-        """Its cells in the rest of the first row, the rows between, and the start of the last."""
-        place = columns.index(column)
-        cells = [line[place] for line in middle]
-        if place > at:
-            cells.append(first[place - at])
-        if place < at:
-            cells.append(last[place])
-        return cells
+    def _looks_like_rows(self, text: str, at: int) -> bool:
+        """Whether the text of a field, the one in column `at`, may be the swallowed part of rows.
 
-    if not {"sequence", "label"} <= set(columns):  # of the header, whose end was swallowed, too
-        return True
-    words = [cell for cell in swallowed("sequence") if len(cell.split()) < 2]
-    return bool(words) or bool({"0", "1"} & set(swallowed("label")))
+        Cut at delimiters, it has a sequence and a label among its pieces. Or, as the sequences and
+        labels of a file may be wrong: each of its lines has as many delimiters as swallowed rows,
+        and where these have their sequence, a word or nothing, or where they have their label, one.
+        """
+        first, *middle, last = (
+            [piece.strip(' "') for piece in line.split(self._delimiter)]
+            for line in _LINE_END.split(text)
+        )
+        middle = [line for line in middle if any(line)]
+        pieces = [*first, *(piece for line in middle for piece in line), *last]
+        labels = {piece for piece in pieces if plain_word(piece) in self.labels.known}
+        # "yes" and "false" have the letters of residues, too.
+        if labels and any(
+            piece not in labels and piece and not NOT_A_RESIDUE.search(cleaned(piece)[0])
+            for piece in pieces
+        ):
+            return True
+        width = len(self._columns)
+        whole = all(len(line) == width for line in middle)
+        if not (whole and len(first) == width - at and len(last) == at + 1):
+            return False
 
+        def swallowed(column: str) -> list[str]:
+            """Its cells in the rest of the first row, the rows between, the start of the last."""
+            place = self._columns.index(column)
+            cells = [line[place] for line in middle]
+            if place > at:
+                cells.append(first[place - at])
+            if place < at:
+                cells.append(last[place])
+            return cells
 
-def _has_columns(
-    file: str, line: int, columns: Sequence[str], delimiter: str, problems: Problems
-) -> bool:
-    """Whether the header names `sequence` and `label`, each once."""
-    header = delimiter.join(columns)
-    usable = True
-    for name in ("sequence", "label"):
-        if columns.count(name) == 1:
-            continue
-        usable = False
-        if name in columns:
-            message = f"{columns.count(name)} columns are called {name!r}; rename all but one"
-        else:
+        if not {self._sequence, self._label} <= set(self._columns):
+            return True  # of the header, whose end was swallowed, too
+        words = [cell for cell in swallowed(self._sequence) if len(cell.split()) < 2]
+        return bool(words) or any(plain_word(cell) in WORDS for cell in swallowed(self._label))
+
+    def _has_columns(self, line: int) -> bool:
+        """Whether the header names each column that is read once."""
+        header = self._delimiter.join(self._columns)
+        other = self._other_delimiter(header)
+        if other is not None:
             message = (
-                f"no column {name!r}; the first line must name the columns, separated by "
-                f"{'tabs (.tsv)' if delimiter == chr(9) else 'commas (.csv)'}, as in "
-                f"sequence{delimiter}label"
+                f"is separated by {_DELIMITERS[other]}, not by {_DELIMITERS[self._delimiter]}; "
+                + _REMEDIES.get(other, "save it with commas (.csv) or tabs (.tsv)")
             )
-        problems.add(file, message, line=line, key=name, value=header)
-    return usable
+            self._problems.add(self._file, message, line=line, value=header)
+            return False
+        usable = True
+        for key, name in self._wanted.items():
+            if self._columns.count(name) == 1:
+                continue
+            usable = False
+            if name in self._columns:
+                count = self._columns.count(name)
+                message = f"{count} columns are called {name!r}; rename all but one"
+            else:
+                message = (
+                    f"no column {name!r} among {shortened(', '.join(self._columns))}; the first "
+                    f"line must name the columns, separated by {_DELIMITERS[self._delimiter]}; "
+                    f'[data] may name another one: columns = {{ {key} = "..." }}'
+                )
+            self._problems.add(self._file, message, line=line, key=key, value=header)
+        return usable
+
+    def _other_delimiter(self, header: str) -> str | None:
+        """What separates a header that has the columns, but not by the file's delimiter."""
+        if len(self._columns) > 1 and any(name in self._columns for name in self._wanted.values()):
+            return None
+        for other in _DELIMITERS:
+            names = {column_key(name.strip('" ')) for name in header.split(other)}
+            if other != self._delimiter and (
+                names & set(self._wanted.values()) or (len(self._columns) == 1 < len(names))
+            ):
+                return other
+        return None

@@ -46,12 +46,15 @@ class TrainedNetwork:
         return cls(config=config, weights=unpack_weights(weights), share=share)
 
 
-def combined_model(networks: Sequence[TrainedNetwork], max_length: int) -> keras.Model:
+def combined_model(
+    networks: Sequence[TrainedNetwork], max_length: int, *, unknown: bool = False
+) -> keras.Model:
     """The networks as one model, of Keras' own layers alone.
 
     Args:
         networks: At least one.
         max_length: Length of a row of tokens, residues.
+        unknown: Unknown residues are masked, see `build_model`.
 
     Returns:
         uint8 tokens [n, max_length] -> float32 soluble probability [n, 1]. Of several networks the
@@ -62,18 +65,20 @@ def combined_model(networks: Sequence[TrainedNetwork], max_length: int) -> keras
         MemoryError: There is no room for them.
     """
     with memory_errors():
-        models = [_trained(network, max_length) for network in networks]
+        models = [_trained(network, max_length, unknown) for network in networks]
         return models[0] if len(models) == 1 else _mean(models, [one.share for one in networks])
 
 
-def untrained_model(configs: Sequence[ModelConfig], max_length: int) -> keras.Model:
+def untrained_model(
+    configs: Sequence[ModelConfig], max_length: int, *, unknown: bool = False
+) -> keras.Model:
     """The model of `combined_model` with other weights, to load those of a file into."""
-    models = [build_model(config, max_length) for config in configs]
+    models = [build_model(config, max_length, unknown=unknown) for config in configs]
     return models[0] if len(models) == 1 else _mean(models, [1.0 / len(models)] * len(models))
 
 
-def _trained(network: TrainedNetwork, max_length: int) -> keras.Model:
-    model = build_model(network.config, max_length)
+def _trained(network: TrainedNetwork, max_length: int, unknown: bool) -> keras.Model:
+    model = build_model(network.config, max_length, unknown=unknown)
     load_weights(model, network.weights)
     return model
 
@@ -123,7 +128,7 @@ def onnx_bytes(model: keras.Model) -> bytes:
 
 
 def model_from_keras_file(
-    content: bytes, configs: Sequence[ModelConfig], max_length: int
+    content: bytes, configs: Sequence[ModelConfig], max_length: int, *, unknown: bool = False
 ) -> keras.Model:
     """The model of these networks with the weights of a .keras file.
 
@@ -134,7 +139,7 @@ def model_from_keras_file(
     """
     with memory_errors(), _scratch_file("model.keras") as path:
         path.write_bytes(content)
-        model = untrained_model(configs, max_length)
+        model = untrained_model(configs, max_length, unknown=unknown)
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             model.load_weights(path)  # it warns of what it then raises an error for
         return model
@@ -164,15 +169,24 @@ class Predictor:
     and without a flatten head. So the result is the same up to rounding.
     """
 
-    def __init__(self, model: keras.Model, configs: Sequence[ModelConfig], max_length: int) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        configs: Sequence[ModelConfig],
+        max_length: int,
+        *,
+        unknown: bool = False,
+    ) -> None:
         """Takes a model of `combined_model` apart.
 
         Args:
             model: The model, with its weights.
             configs: Of its networks, in their order.
             max_length: Length of a row that the model takes, residues.
+            unknown: Whether the model masks unknown residues.
         """
         self._configs = tuple(configs)
+        self._unknown = unknown
         self._weights = [weight.numpy() for weight in model.weights]
         self._shares = (
             np.ones(1, np.float32) if len(configs) == 1 else self._weights[-1][:, 0].copy()
@@ -191,7 +205,7 @@ class Predictor:
         """The soluble probability by each network, float32 [n, networks].
 
         Args:
-            tokens: uint8 [n, max_length]; 0 pads at the end.
+            tokens: uint8 [n, max_length]; 0 pads at the end, and nowhere else.
 
         Raises:
             MemoryError: There is no room to compute them.
@@ -214,7 +228,7 @@ class Predictor:
 
     def _graph_of(self, width: int) -> Any:
         if width not in self._graphs:
-            model = untrained_model(self._configs, width)
+            model = untrained_model(self._configs, width, unknown=self._unknown)
             for weight, value in zip(model.weights, self._weights, strict=True):
                 weight.assign(value)
             self._graphs[width] = self._graph(model, width)

@@ -10,6 +10,9 @@ zeroed after the embedding and in every block, pooling and heads leave it out, a
 moments of batch normalisation and the activity penalty. A position is real if the first residue
 of its window is ("same" padding: the centre). Keras' own masks are not used: Conv1D drops them.
 
+An unknown residue that is masked is no padding, as what follows it is real; but its position is
+left out just so, also in a network that does not mask padding.
+
 The model is made of built-in layers and `keras.ops` alone, so a saved model loads without `tuner`.
 """
 
@@ -29,6 +32,7 @@ from tuner.network import fast_layers
 from tuner.network.keras_setup import keras, layers, ops, set_keras, tf
 from tuner.spec.architecture import (
     TOKENS,
+    UNKNOWN_TOKEN,
     Activation,
     BlockConfig,
     DenseConfig,
@@ -69,7 +73,8 @@ class _Positions:
     """A sequence on its way through the network."""
 
     values: Tensor  #: [n, length, channels]; 0 at padding where masked
-    real: Tensor | None  #: bool [n, length, 1], False at padding; None: not masked
+    real: Tensor | None  #: bool [n, length, 1], False where masked; None: nothing is
+    gaps: bool = False  #: real positions may stand behind others; without, padding is at the end
     tokens: Tensor | None = None  #: uint8 [n, length], if `values` are their embedding as it is
 
 
@@ -80,6 +85,7 @@ def build_model(
     seed: int = 0,
     precision: Precision = "float32",
     fast: bool = False,
+    unknown: bool = False,
 ) -> keras.Model:
     """The network of `config`, with initial weights that follow from `seed`.
 
@@ -89,6 +95,7 @@ def build_model(
         seed: Each layer's initial weights derive from it and from the layer's name.
         precision: "bfloat16" computes in bfloat16 with float32 weights; the output is float32.
         fast: Of `tuner.network.fast_layers`, to be trained; else of Keras' own, to be kept.
+        unknown: Tokens may be `UNKNOWN_TOKEN`, which is masked. The weights are the same.
 
     Returns:
         uint8 tokens [n, max_length] -> float32 soluble probability [n, 1]; the layer "logit" is
@@ -96,7 +103,7 @@ def build_model(
     """
     set_keras()
     kit = _FastLayers() if fast else _KerasLayers()
-    return _Builder(config, max_length, seed, precision, kit).build()
+    return _Builder(config, max_length, seed, precision, kit, unknown=unknown).build()
 
 
 def logit_model(model: keras.Model) -> keras.Model:
@@ -142,7 +149,12 @@ class _KerasLayers:
     pools_first = False  #: maximum pooling goes before an activation that never falls
 
     def convolved(
-        self, positions: _Positions, embedding: layers.Embedding, settings: dict[str, Any]
+        self,
+        positions: _Positions,
+        embedding: layers.Embedding,
+        settings: dict[str, Any],
+        *,
+        masking: bool,
     ) -> Tensor:
         """A convolution of positions whose tokens, where they have them, `embedding` embeds."""
         return layers.Conv1D(**settings)(positions.values)
@@ -168,11 +180,15 @@ class _FastLayers(_KerasLayers):
     pools_first = True
 
     def convolved(
-        self, positions: _Positions, embedding: layers.Embedding, settings: dict[str, Any]
+        self,
+        positions: _Positions,
+        embedding: layers.Embedding,
+        settings: dict[str, Any],
+        *,
+        masking: bool,
     ) -> Tensor:
         if positions.tokens is None or embedding.output_dim < LEAST_TOKEN_CONVOLUTION:
-            return super().convolved(positions, embedding, settings)
-        masking = positions.real is not None
+            return super().convolved(positions, embedding, settings, masking=masking)
         convolution = fast_layers.TokenConvolution(embedding, masking=masking, **settings)
         return convolution(positions.tokens)
 
@@ -194,8 +210,11 @@ class _Builder:
         seed: int,
         precision: Precision,
         kit: _KerasLayers,
+        *,
+        unknown: bool,
     ) -> None:
         self._config = config
+        self._unknown = unknown
         self._kit = kit
         self._max_length = max_length
         self._seed = seed
@@ -243,14 +262,24 @@ class _Builder:
             dtype=self._policy,
             name="embedding",
         )
-        values = self._embed(tokens)
         real = ops.expand_dims(ops.not_equal(tokens, 0), -1) if config.masking else None
-        values = self._dropout(_zeroed(values, real), config.embedding_dropout, "embedding_dropout")
-        return _Positions(values, real, tokens if config.embedding_dropout == 0.0 else None)
+        known = tokens
+        if self._unknown:
+            is_known = ops.not_equal(tokens, UNKNOWN_TOKEN)
+            known = ops.where(is_known, tokens, ops.zeros_like(tokens))
+            is_known = ops.expand_dims(is_known, -1)
+            real = is_known if real is None else ops.logical_and(real, is_known)
+        values = _zeroed(self._embed(known), real)
+        return _Positions(
+            self._dropout(values, config.embedding_dropout, "embedding_dropout"),
+            real,
+            gaps=self._unknown,
+            tokens=tokens if config.embedding_dropout == 0.0 else None,
+        )
 
     def _block(self, positions: _Positions, block: BlockConfig, name: str) -> _Positions:
         x = self._convolution(positions, block, name)
-        length = x.shape[1]
+        length, gaps = x.shape[1], positions.gaps
         real = None if positions.real is None else positions.real[:, :length]
         if block.normalization == "batch":
             x = self._kit.batch_normalization(
@@ -259,7 +288,7 @@ class _Builder:
         elif block.normalization == "layer":
             x = layers.LayerNormalization(dtype=self._policy, name=f"{name}_norm")(x)
         if self._kit.pools_first and self._may_pool_first(block):
-            pooled = self._pooled(_Positions(x, real), block, name)
+            pooled = self._pooled(_Positions(x, real, gaps), block, name)
             pooled = replace(pooled, values=self._activated(pooled.values, block.activation, name))
         else:
             # All activations keep 0 at 0, and so do both residuals: zeroing once, here, undoes
@@ -267,9 +296,9 @@ class _Builder:
             x = _zeroed(self._activated(x, block.activation, name), real)
             x = self._activity_penalty(x)
             x = self._residual(x, positions.values[:, :length], block, name)
-            pooled = self._pooled(_Positions(x, real), block, name)
+            pooled = self._pooled(_Positions(x, real, gaps), block, name)
         values = self._dropout(pooled.values, block.conv_dropout, f"{name}_dropout")
-        return _Positions(values, pooled.real)
+        return _Positions(values, pooled.real, gaps)
 
     def _may_pool_first(self, block: BlockConfig) -> bool:
         """Whether the maximum of activations is the activation of the maximum."""
@@ -293,7 +322,8 @@ class _Builder:
             "dtype": self._policy,
             "name": f"{name}_conv",
         }
-        return self._kit.convolved(positions, self._embed, settings)
+        masking = self._config.masking
+        return self._kit.convolved(positions, self._embed, settings, masking=masking)
 
     def _pooled(self, positions: _Positions, block: BlockConfig, name: str) -> _Positions:
         """Positions [n, length, channels] -> [n, length // pool_size, channels]."""
@@ -305,14 +335,19 @@ class _Builder:
         pool = pooling(size, dtype=values.dtype, name=f"{name}_pool")
         if real is None:
             return _Positions(pool(values), None)
-        # Padding is only at the end: a window holds a residue iff its first position does.
-        length = values.shape[1] // size
-        first_real = real[:, : length * size : size]
+        if positions.gaps:
+            windows = layers.MaxPooling1D(size, dtype=self._float32, name=f"{name}_pool_real")
+            any_real = ops.greater(windows(ops.cast(real, "float32")), 0.5)
+        else:
+            # Padding is only at the end: a window holds a residue iff its first position does.
+            any_real = real[:, : values.shape[1] // size * size : size]
         if maximum:
-            return _Positions(_zeroed(pool(_without_padding(positions)), first_real), first_real)
-        # The mean over the window, padding included as 0, times size / real positions.
-        share = pool(ops.cast(real, values.dtype))
-        return _Positions(ops.divide(pool(values), ops.maximum(share, 1 / size)), first_real)
+            pooled = _zeroed(pool(_without_padding(positions)), any_real)
+        else:
+            # The mean over the window, what is masked included as 0, times size / real positions.
+            share = pool(ops.cast(real, values.dtype))
+            pooled = ops.divide(pool(values), ops.maximum(share, 1 / size))
+        return _Positions(pooled, any_real, positions.gaps)
 
     def _residual(self, x: Tensor, inputs: Tensor, block: BlockConfig, name: str) -> Tensor:
         """Adds the block's input [n, length, channels], as it is or through a 1x1 convolution."""
@@ -401,8 +436,9 @@ def _head(positions: _Positions, head: Head) -> Tensor:
 def _global_max(positions: _Positions) -> Tensor:
     if positions.real is None:
         return ops.max(positions.values, axis=1)
-    # The first position is real unless there is no residue at all.
-    return ops.where(positions.real[:, 0], ops.max(_without_padding(positions), axis=1), 0)
+    # Without gaps the first position is real unless there is no residue at all.
+    any_real = ops.any(positions.real, axis=1) if positions.gaps else positions.real[:, 0]
+    return ops.where(any_real, ops.max(_without_padding(positions), axis=1), 0)
 
 
 def _global_average(positions: _Positions) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tuner.data.development import DevelopmentData
+from tuner.data.development import DevelopmentData, balanced_weights
 from tuner.errors import TrialEndedError
 from tuner.metrics import area_under_curve
 from tuner.network.keras_setup import memory_errors
@@ -35,7 +35,8 @@ from tuner.network.model import (
     set_keras,
     tf,
 )
-from tuner.spec.architecture import ModelConfig
+from tuner.spec.architecture import UNKNOWN_TOKEN, ModelConfig
+from tuner.spec.spec import TrainingSettings
 from tuner.train import VALIDATION_LOGITS, EpochResult, TrainingJob
 
 STEPS_A_CALL = 64  # between two looks at the clock; in between, no Python runs
@@ -47,7 +48,8 @@ SGD_MOMENTUM = 0.9  # Keras' default is none, with which these networks hardly m
 class TensorData:
     """The development rows as tensors in memory, made once a process and shared by its trials.
 
-    Of each split: tokens, uint8 [n, max_length], and labels, float32 [n], 0 or 1.
+    Of each split: tokens, uint8 [n, max_length], and labels, float32 [n], 0 or 1. Of the training
+    rows also what each counts, in the mean 1, or None where all count the same.
     """
 
     def __init__(self, data: DevelopmentData) -> None:
@@ -56,6 +58,11 @@ class TensorData:
             self.training_labels = tf.constant(data.training_labels, tf.float32)
             self.validation_tokens = tf.constant(data.validation_tokens, tf.uint8)
             self.validation_labels = tf.constant(data.validation_labels, tf.float32)
+        self.training_weights = data.training_weights
+        self.has_unknown = any(
+            bool((tokens == UNKNOWN_TOKEN).any())
+            for tokens in (data.training_tokens, data.validation_tokens)
+        )
 
     @property
     def training_rows(self) -> int:
@@ -107,7 +114,10 @@ class TrainingRun:
                 seed=_derived_seed(*self._seeds),
                 precision=job.precision,
                 fast=True,
+                unknown=data.has_unknown,
             )
+            # None: the graph is what it was before rows had weights.
+            self._row_weights = _row_weights(data, job.settings)
             self._logits = logit_model(self._model)
             self._optimizer = _Optimizer(job.config, self._model.trainable_variables)
         self.history = []
@@ -244,18 +254,24 @@ class TrainingRun:
         while tf.math.is_finite(objective) & (start < len(rows)):
             batch = rows[start : start + batch_size]
             labels = tf.gather(data.training_labels, batch)
-            losses, logits, objective = self._step(tf.gather(data.training_tokens, batch), labels)
+            weights = None if self._row_weights is None else tf.gather(self._row_weights, batch)
+            tokens = tf.gather(data.training_tokens, batch)
+            losses, logits, objective = self._step(tokens, labels, weights)
             loss_sum += tf.reduce_sum(tf.cast(losses, tf.float64))
             right += _right(logits, labels)
             start += batch_size
         return loss_sum, right, objective
 
-    def _step(self, tokens: Any, labels: Any) -> Any:
-        """Takes one optimiser step; returns losses [batch], logits [batch] and the objective."""
+    def _step(self, tokens: Any, labels: Any, weights: Any) -> Any:
+        """Takes one optimiser step; returns losses [batch], logits [batch] and the objective.
+
+        Only in the objective rows have `weights`, [batch] or None.
+        """
         with tf.GradientTape() as tape:
             logits = self._logits(tokens, training=True)[:, 0]
             losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
-            objective = tf.add_n([tf.reduce_mean(losses), *self._logits.losses])
+            weighted = losses if weights is None else losses * weights
+            objective = tf.add_n([tf.reduce_mean(weighted), *self._logits.losses])
         gradients = tape.gradient(objective, self._model.trainable_variables)
         # The embedding's comes as slices, one a residue; Adam wants the square of their sum (of
         # slices, Keras 3's optimizers take the sum of the squares).
@@ -319,6 +335,8 @@ class TrainingRun:
                 "trial": self._job.seeded_as,
                 "precision": self._job.precision,
                 "shape": self._data.training_tokens.shape.as_list(),
+                "class_weights": self._job.settings.class_weights,
+                "weights": self._data.training_weights is not None,
             }
         )
 
@@ -441,6 +459,14 @@ class _Optimizer:
                     epsilon=1e-7,
                     grad=gradient,
                 )
+
+
+def _row_weights(data: TensorData, settings: TrainingSettings) -> Any:
+    """What each training row counts, float32 [n], in the mean 1; None where all count the same."""
+    weights = data.training_weights
+    if settings.class_weights == "balanced":
+        weights = balanced_weights(data.training_labels.numpy(), weights)
+    return None if weights is None else tf.constant(weights, tf.float32)
 
 
 def _derived_seed(*entropy: int) -> int:

@@ -29,15 +29,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tuner.data.rows import RESIDUES, encode
+from tuner.data.rows import alphabet_of, encode
 from tuner.errors import BundleError, SpecError, reason_of
 from tuner.spec.architecture import ModelConfig
 from tuner.spec.reader import spec_from_document
 
 if TYPE_CHECKING:
     from tuner.network.combined import Predictor
+    from tuner.spec.spec import Truncate, Unknown
 
-FORMAT = 1  #: of the bundles that this version writes
+#: Of the bundles that this version writes. Format 1 has no `unknown` (an error) and no `truncate`.
+FORMAT = 2
 MODEL_FILE, ONNX_FILE = "model.keras", "model.onnx"
 DESCRIPTION_FILE, CARD_FILE, SUMS_FILE = "bundle.json", "README.md", "SHA256SUMS"
 #: How far a probability may be from that of the version that wrote the bundle.
@@ -64,6 +66,10 @@ class Bundle:
         max_length: Residues of the longest sequence that the networks take.
         min_length: Residues of the shortest sequence that they were trained on.
         threshold: A higher probability counts as soluble, 0..1.
+        unknown: What becomes of letters that are not residues: "error", or "mask".
+        truncate: Where longer sequences are cut: "end", "start", "middle"; None if they were an
+            error in training.
+        sequence_column: Of the table that the networks were trained on.
     """
 
     def __init__(
@@ -75,6 +81,9 @@ class Bundle:
         self.max_length = int(description["max_length"])
         self.min_length = int(description["min_length"])
         self.threshold = float(description["threshold"])
+        self.unknown: Unknown = description.get("unknown", "error")
+        self.truncate: Truncate | None = description.get("truncate")
+        self.sequence_column = str(description.get("sequence_column", "sequence"))
         self._predictor = predictor
 
     @property
@@ -91,15 +100,20 @@ class Bundle:
         """The probability of each sequence of being soluble, float64 [n], 0..1.
 
         Args:
-            sequences: One-letter residues, 1 to `max_length` each; lower case is upper case.
+            sequences: One-letter residues, 1 to `max_length` each; lower case is upper case. With
+                unknown = "mask", X B Z J U O and ? are left out.
 
         Raises:
             ValueError: A sequence is empty, too long, or holds something that is not a residue.
         """
         if not all(sequences):
             raise ValueError("an empty sequence has no prediction")
-        mean, _ = self.predict_tokens(encode(sequences, self.max_length))
+        mean, _ = self.predict_tokens(self.encode(sequences))
         return mean
+
+    def encode(self, sequences: Sequence[str]) -> npt.NDArray[np.uint8]:
+        """Tokens of sequences, uint8 [n, max_length]; raises as `predict` does."""
+        return encode(sequences, self.max_length, self.unknown)
 
     def predict_tokens(
         self, tokens: npt.NDArray[np.uint8]
@@ -139,17 +153,20 @@ def bundle_from(contents: Mapping[str, bytes], path: Path) -> Bundle:
     from tuner.network import combined  # noqa: PLC0415 - TensorFlow takes seconds to import
 
     configs = [member.config for member in members]
-    max_length = int(description["max_length"])
+    max_length, unknown = int(description["max_length"]), description.get("unknown") == "mask"
     try:
-        model = combined.model_from_keras_file(contents[MODEL_FILE], configs, max_length)
+        model = combined.model_from_keras_file(
+            contents[MODEL_FILE], configs, max_length, unknown=unknown
+        )
     except (ValueError, OSError, KeyError) as error:
         raise BundleError(
             f"{path}: {MODEL_FILE} does not have the weights of the networks that it is to hold "
             f"({reason_of(error)}). Export the bundle again."
         ) from error
-    bundle = Bundle(description, members, combined.Predictor(model, configs, max_length))
+    predictor = combined.Predictor(model, configs, max_length, unknown=unknown)
+    bundle = Bundle(description, members, predictor)
     probe = description["probe"]
-    found, _ = bundle.predict_tokens(encode(probe["sequences"], max_length))
+    found, _ = bundle.predict_tokens(bundle.encode(probe["sequences"]))
     if not np.allclose(found, probe["probabilities"], rtol=0, atol=_PROBE_TOLERANCE):
         written_with = versions_in_words(description["versions"]["written_with"])
         raise BundleError(
@@ -227,10 +244,10 @@ def _read_description(path: Path, contents: Mapping[str, bytes]) -> dict[str, An
             f"{path} is a bundle of format {its_format}, and this version of tuner reads up to "
             f"{FORMAT}: upgrade tuner, or use model.keras with plain Keras, as {CARD_FILE} says."
         )
-    if description.get("alphabet") != RESIDUES:
+    if description.get("alphabet") != alphabet_of(description.get("unknown", "error")):
         raise BundleError(
             f"{path}: its alphabet is {description.get('alphabet')!r}, and this version of tuner "
-            f"writes residues as {RESIDUES!r}."
+            f"writes residues as {alphabet_of(description.get('unknown', 'error'))!r}."
         )
     return dict(description)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from tuner.artifacts import make_folder, publish
 from tuner.commands import command
-from tuner.data.rows import RESIDUES, decode_tokens, encode
+from tuner.data.rows import alphabet_of, decode_tokens, encode
 from tuner.errors import TunerError
 from tuner.metrics import THRESHOLD
 from tuner.results.bundle import (
@@ -115,14 +115,14 @@ def _contents(
     """The files of a bundle by name, and what `bundle.json` holds."""
     from tuner.network import combined  # noqa: PLC0415 - TensorFlow takes seconds to import
 
-    max_length = tuned.record.data.max_length
+    max_length, unknown = tuned.record.data.max_length, tuned.record.spec.data.unknown
     networks = [
         combined.TrainedNetwork.unpacked(one.config, one.weights, share)
         for one, share in zip(chosen.networks, chosen.shares, strict=True)
     ]
-    model = combined.combined_model(networks, max_length)
+    model = combined.combined_model(networks, max_length, unknown=unknown == "mask")
     probes = decode_tokens(chosen.development.validation_tokens[:PROBES])
-    probed = combined.predicted(model, encode(probes, max_length))
+    probed = combined.predicted(model, encode(probes, max_length, unknown))
     contents = {MODEL_FILE: combined.keras_bytes(model)}
     if onnx:
         contents[ONNX_FILE] = combined.onnx_bytes(model)
@@ -172,7 +172,10 @@ def _description(
             }
             for config, share in zip(configs, chosen.shares, strict=True)
         ],
-        "alphabet": RESIDUES,
+        "alphabet": alphabet_of(record.spec.data.unknown),
+        "unknown": record.spec.data.unknown,
+        "truncate": record.spec.data.truncate,
+        "sequence_column": record.spec.data.columns.sequence,
         "max_length": record.data.max_length,
         "min_length": int(np.count_nonzero(development.training_tokens, axis=1).min()),
         "threshold": THRESHOLD,

@@ -14,9 +14,16 @@ from typing import Any, Literal, NamedTuple, TextIO, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tuner.data.rows import Tokens, encode, first_unknown
+from tuner.data.rows import (
+    UNKNOWN_RESIDUES,
+    Tokens,
+    find_unknown,
+    kept_first,
+    kept_in_words,
+    truncated,
+)
 from tuner.data.sequences import SeenIds, SequenceRecord
-from tuner.data.text import ONLY_NUCLEOTIDES
+from tuner.data.text import NUCLEOTIDE_LENGTH, ONLY_NUCLEOTIDES, cleaned
 from tuner.results.bundle import Bundle
 
 COLUMNS = ("id", "probability", "label", "spread", "flags")
@@ -119,9 +126,12 @@ def _prepared(records: list[SequenceRecord], bundle: Bundle, seen: SeenIds) -> _
         sequences.append(sequence)
         if more:
             flags[at] += more
-    for at, position in first_unknown(sequences):
-        flags[at] += (f"unknown_residues:{sequences[at][position]}_at_{position + 1}",)
-        sequences[at] = ""
+    for at, positions in find_unknown(sequences):
+        if _can_be_masked(sequences[at], positions, bundle):
+            flags[at] += (f"unknown_residues:{len(positions)}_masked",)
+        else:
+            flags[at] += (_first_unknown(records[at], sequences[at], positions[0], bundle),)
+            sequences[at] = ""
     for at in np.flatnonzero(seen.add([record.id for record in records])).tolist():
         if records[at].id:
             flags[at] += ("duplicate_id",)
@@ -130,16 +140,32 @@ def _prepared(records: list[SequenceRecord], bundle: Bundle, seen: SeenIds) -> _
         records=records,
         flags=flags,
         predicted=[bool(sequence) for sequence in sequences],
-        tokens=encode(usable, bundle.max_length),
+        tokens=bundle.encode(usable),
     )
+
+
+def _can_be_masked(sequence: str, positions: list[int], bundle: Bundle) -> bool:
+    return (
+        bundle.unknown == "mask"
+        and len(positions) < len(sequence)
+        and all(sequence[position].upper() in UNKNOWN_RESIDUES for position in positions)
+        # Not RNA, of which U is the only letter that is not a residue.
+        and not (len(sequence) >= NUCLEOTIDE_LENGTH and ONLY_NUCLEOTIDES.fullmatch(sequence))
+    )
+
+
+def _first_unknown(record: SequenceRecord, sequence: str, position: int, bundle: Bundle) -> str:
+    """The flag of a record that cannot be predicted for the letter at `position` of a sequence."""
+    letter = sequence[position]
+    if bundle.truncate is not None and position >= kept_first(bundle.max_length, bundle.truncate):
+        position += len(cleaned(record.sequence)[0]) - len(sequence)
+    return f"unknown_residues:{letter}_at_{position + 1}"
 
 
 def _checked(record: SequenceRecord, bundle: Bundle) -> tuple[str, tuple[str, ...]]:
     """The sequence as the networks take it, "" if they cannot; and what there is to say of it."""
-    sequence, flags = record.sequence, []
-    if sequence.endswith("*"):
-        sequence = sequence[:-1]  # the stop codon's, as translation programs write it
-        flags.append("stop_removed")
+    sequence, removed = cleaned(record.sequence)
+    flags = [f"{what}_removed" for what in removed]
     if not sequence:
         return "", (*flags, "empty")
     if record.flags and "wrong_number_of_fields" in record.flags:
@@ -150,8 +176,10 @@ def _checked(record: SequenceRecord, bundle: Bundle) -> tuple[str, tuple[str, ..
     if length < bundle.min_length:
         flags.append("shorter_than_trained")
     elif length > bundle.max_length:
-        sequence = sequence[: bundle.max_length]
-        flags.append(f"longer_than_trained:first_{bundle.max_length}_used")
+        cut = bundle.truncate or "end"
+        sequence = truncated(sequence, bundle.max_length, cut)
+        kept = kept_in_words(bundle.max_length, cut).replace(" ", "_")
+        flags.append(f"longer_than_trained:{kept}_used")
     return sequence, tuple(flags)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tuner.data.solubility import SOLUBILITY_FILE
-from tuner.data.sources import find_source, source_sha256
+from tuner.data.sources import data_suffix, find_source, source_sha256
 from tuner.data.sources import source_files as named_files
 from tuner.errors import StudyError
 from tuner.search.tuned_study import TunedStudy
@@ -97,8 +97,8 @@ def _refuse_another_kind_of_file(tuned: TunedStudy, given: Path) -> None:
         StudyError: The file cannot be the study's data.
     """
     named = named_files(tuned.record.spec.data, Path()) or (Path(SOLUBILITY_FILE),)
-    suffix = named[0].suffix.lower()
-    if len(named) == 1 and given.suffix.lower() == suffix:
+    suffix = data_suffix(named[0])
+    if len(named) == 1 and data_suffix(given) == suffix:
         return
     what = (
         "the folder that holds both files"

@@ -22,6 +22,8 @@ _NOT_WRITTEN: Mapping[str, Any] = {
     "spec.stop": None,
     "spec.provenance": None,
     "spec.data.fallback": None,
+    "spec.data.truncate": None,
+    "spec.data.columns.weight": None,
     "spec.training.as_trial": None,
 }
 
@@ -33,6 +35,13 @@ _ADDED: Mapping[int, Mapping[str, Any]] = {
     # absent, too: see `tuner.search.record`.
     1: {},
     2: {},
+    # `data.truncate` was true or false before, which is still read.
+    4: {
+        "spec.data.columns": {"sequence": "sequence", "label": "label"},
+        "spec.data.unknown": "error",
+        "spec.data.conflicts": "error",
+        "spec.training.class_weights": "none",
+    },
 }
 #: Of the records that this version stores.
 FORMAT = max(*_ADDED, *(one.since for one in KEYS.values()))

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from tuner.data.development import development_hashes, load_development
 from tuner.data.identity import DataIdentity
 from tuner.data.prepare import Prepared, read_hashes
@@ -26,7 +28,7 @@ from tuner.search.formats import RecordError
 from tuner.search.record import checked_record
 from tuner.search.study import list_names, study_name
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.spec import StudySpec
+from tuner.spec.spec import DataSettings, StudySpec
 from tuner.storage.ledger import LedgerEntry
 from tuner.storage.storage import Storage
 
@@ -167,13 +169,12 @@ def _enter_earlier_studies(storage: Storage, spec: StudySpec, prepared: Prepared
         if data["split_id"] in known or data["sha256"] != prepared.identity.sha256:
             continue
         known.add(data["split_id"])
-        split = spec.data.split.model_copy(update=settings["split"])
-        its = {"split": split, "max_length": data["max_length"]}
-        its["truncate"] = settings.get("truncate", spec.data.truncate)
+        its = {"source": spec.data.source, "max_length": data["max_length"]}
         try:
-            identity, hashes = read_hashes(spec.data.model_copy(update=its), folder=spec.folder)
-        except DataError:  # cannot be read so today: it is entered when it is launched itself
-            continue
+            stored = DataSettings.model_validate(settings).model_copy(update=its)
+            identity, hashes = read_hashes(stored, folder=spec.folder)
+        except (DataError, ValidationError):
+            continue  # cannot be read so today: it is entered when it is launched itself
         if identity.split_id == data["split_id"]:
             storage.splits.add(identity.split_id, hashes.test)
 

@@ -238,6 +238,9 @@ def misfits(config: ModelConfig, max_length: int) -> tuple[Misfit, ...]:
 
 
 TOKENS = 21  #: padding and the 20 residues
+#: Of an unknown residue that is masked. It has no row in the embedding, so networks that mask have
+#: the weights of those that do not.
+UNKNOWN_TOKEN = TOKENS
 NORMALIZATION_WEIGHTS = {"none": 0, "layer": 2, "batch": 4}  # per channel; batch: with moments
 
 

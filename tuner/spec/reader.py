@@ -26,6 +26,7 @@ from tuner.spec.mistakes import (
     without_the_quotes,
 )
 from tuner.spec.spec import (
+    ColumnSettings,
     DataSettings,
     FastaPair,
     HyperbandSettings,
@@ -88,6 +89,7 @@ _TABLES: Mapping[str, tuple[str, ...]] = {
     "data": tuple(DataSettings.model_fields),
     "data.split": tuple(SplitSettings.model_fields),
     "data.source": tuple(FastaPair.model_fields),
+    "data.columns": tuple(ColumnSettings.model_fields),
     "training": tuple(TrainingSettings.model_fields),
     "hyperband": tuple(HyperbandSettings.model_fields),
     "sampler": tuple(SamplerSettings.model_fields),

@@ -98,11 +98,16 @@ def json_schema() -> dict[str, Any]:
     patience["anyOf"].append({"const": "none"})
     text = {"type": "string", "minLength": 1}
     schema["properties"]["name"] |= text | {"maxLength": MAX_NAME_LENGTH, "pattern": NAME_PATTERN}
+    truncate = schema["$defs"]["DataSettings"]["properties"]["truncate"]
+    truncate["anyOf"] = [
+        {"type": truncate.pop("type"), "enum": truncate.pop("enum")},
+        {"type": "boolean", "deprecated": True},  # of study files of earlier versions
+    ]
     source = schema["$defs"]["DataSettings"]["properties"]["source"]
     source["anyOf"] = [
         {
             "type": "string",
-            "pattern": r"^(solubility|synthetic|.*\.[nN][pP][zZ]|.*\.[cCtT][sS][vV])$",
+            "pattern": r"^(solubility|synthetic|.*\.[nN][pP][zZ]|.*\.[cCtT][sS][vV](\.[gG][zZ])?)$",
         },
         {"$ref": "#/$defs/FastaPair"},
     ]

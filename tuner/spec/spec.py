@@ -20,6 +20,8 @@ from pydantic import (
     Field,
     InstanceOf,
     Tag,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -32,7 +34,9 @@ from tuner.spec.space import SearchSpace
 
 MAX_NAME_LENGTH = 80  # characters; with "-synthetic" and a suffix still a file name everywhere
 _MAX_NAME_BYTES = 160  #: the same in UTF-8, of which a file's name has at most 255 in all
-_SUFFIXES = (".npz", ".csv", ".tsv")
+#: Of tables, which alone have columns; each may be compressed.
+_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_SUFFIXES = (".npz", *_TABLES)
 #: For the JSON schema: the greater part of `name_problem`.
 NAME_PATTERN = r'^[^\s.\-/\\:*?"<>|][^/\\:*?"<>|\u0000-\u001f]*$'
 
@@ -96,8 +100,8 @@ def _check_source(source: str) -> str:
     _check_path(source)
     if source not in ("solubility", "synthetic") and not source.lower().endswith(_SUFFIXES):
         raise _wrong(
-            'must be "solubility", "synthetic", a path that ends in .npz, .csv or .tsv, or '
-            f'{{ soluble = "a.fasta", insoluble = "b.fasta" }}, not {shown(source)}'
+            'must be "solubility", "synthetic", a path that ends in .npz, .csv, .tsv, .csv.gz or '
+            f'.tsv.gz, or {{ soluble = "a.fasta", insoluble = "b.fasta" }}, not {shown(source)}'
             + did_you_mean(source, ("solubility", "synthetic"))
         )
     return source
@@ -105,6 +109,17 @@ def _check_source(source: str) -> str:
 
 def _none_from_word(value: object) -> object:
     return None if value == "none" else value
+
+
+def _cut_from_truth(value: object) -> object:
+    """What `truncate` was before it said where: true cut at the end, false not at all."""
+    return {True: "end", False: None}[value] if isinstance(value, bool) else value
+
+
+def _check_column(name: str) -> str:
+    if not name.strip():
+        raise _wrong(f"must be the name of a column, not {shown(name)}")
+    return name
 
 
 def _check_provenance(table: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +145,14 @@ def _check_provenance(table: dict[str, Any]) -> dict[str, Any]:
 Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Fraction: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 PathText: TypeAlias = Annotated[str, AfterValidator(_check_path)]
+ColumnName: TypeAlias = Annotated[str, AfterValidator(_check_column)]
+#: Where a sequence that is too long is cut, see `tuner.data.rows.truncated`.
+Truncate: TypeAlias = Literal["end", "start", "middle"]
+#: What becomes of a letter that is not one of the 20 residues.
+Unknown: TypeAlias = Literal["error", "mask"]
+#: What becomes of a sequence that has both labels.
+Conflicts: TypeAlias = Literal["error", "drop"]
+ClassWeights: TypeAlias = Literal["none", "balanced"]
 
 
 class SplitSettings(Table):
@@ -165,6 +188,36 @@ class FastaPair(Table):
     """path of the insoluble sequences"""
 
 
+class ColumnSettings(Table):
+    """The columns of a CSV or TSV file; upper and lower case are one."""
+
+    sequence: ColumnName = "sequence"
+    """of the residues"""
+    label: ColumnName = "label"
+    """of the labels"""
+    weight: ColumnName | None = None
+    """of what each row counts in training, above 0; leave it out where all count the same"""
+
+    @model_validator(mode="after")
+    def _name_different_columns(self) -> ColumnSettings:
+        names = {"sequence": self.sequence, "label": self.label, "weight": self.weight}
+        seen: dict[str, str] = {}
+        for key, name in names.items():
+            if name is None:
+                continue
+            first = seen.setdefault(column_key(name), key)
+            if first != key:
+                raise _wrong(
+                    f"{first} and {key} are both {shown(name)}; name a column for each", first, key
+                )
+        return self
+
+
+def column_key(name: str) -> str:
+    """A column's name as it is compared: upper and lower case are one, as are spaces around it."""
+    return name.strip().lower()
+
+
 def _source_kind(value: object) -> str:
     return "pair" if isinstance(value, Mapping | FastaPair) else "text"
 
@@ -177,14 +230,31 @@ class DataSettings(Table):
         | Annotated[FastaPair, Tag("pair")],
         Discriminator(_source_kind),
     ]
-    """"solubility", "synthetic", a path (.npz .csv .tsv), or two FASTA files"""
+    """"solubility", "synthetic", a path (.npz .csv .tsv .csv.gz .tsv.gz), or two FASTA files"""
     fallback: Literal["synthetic"] | None = None
     """what to use, loudly, where "solubility" cannot be had"""
     max_length: int = Field(default=200, ge=1, le=100_000)
     """residues"""
-    truncate: bool = False
-    """cut longer sequences off; otherwise they are an error"""
+    truncate: Annotated[Truncate | None, BeforeValidator(_cut_from_truth)] = None
+    """where longer sequences are cut: "end", "start" or "middle"; otherwise they are an error"""
+    unknown: Unknown = "error"
+    """letters that are not residues (X B Z U O J ?): "error", or "mask" to leave them out"""
+    conflicts: Conflicts = "error"
+    """sequences that have both labels: "error", or "drop" to leave all rows of them out"""
+    columns: ColumnSettings = ColumnSettings()
+    """of a CSV or TSV file"""
     split: SplitSettings = SplitSettings()
+
+    @field_validator("columns")
+    @classmethod
+    def _name_columns_of_a_table(
+        cls, columns: ColumnSettings, info: ValidationInfo
+    ) -> ColumnSettings:
+        source = info.data.get("source", _TABLES[0])  # a wrong source is told itself
+        is_table = isinstance(source, str) and source.lower().endswith(_TABLES)
+        if columns != ColumnSettings() and not is_table:
+            raise _wrong("are those of a .csv or .tsv file, and source is another; leave them out")
+        return columns
 
 
 class TrainingSettings(Table):
@@ -198,6 +268,8 @@ class TrainingSettings(Table):
     """of the computation; weights are float32"""
     max_trial_seconds: float = Field(default=3600.0, gt=0)
     """a trial that trains longer is ended"""
+    class_weights: ClassWeights = "none"
+    """of the training loss: "balanced" lets both labels count the same in total"""
     as_trial: int | None = Field(default=None, ge=0, le=2**31 - 1)
     """weights, shuffling and dropout are those of this trial number, in every trial"""
 

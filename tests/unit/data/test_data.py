@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
+import gzip
 import hashlib
 import http.server
 import io
@@ -32,7 +33,7 @@ from tuner.data import solubility, synthetic
 from tuner.data.development import DevelopmentData, load_development
 from tuner.data.identity import DataIdentity
 from tuner.data.prepare import Prepared, prepare, read_held_out
-from tuner.data.rows import RESIDUES, encode
+from tuner.data.rows import RESIDUES, encode, kept_in_words, truncated
 from tuner.data.solubility import fetch, locate
 from tuner.data.synthetic import synthetic_sequences
 from tuner.errors import DataError, Problem, TunerError
@@ -115,7 +116,7 @@ def test_no_sequences_encode_to_no_rows():
 
 @pytest.mark.parametrize(
     ("sequence", "complaint"),
-    [("AXA", "'X' is not"), ("AéA", "'\\?' is not"), ("AAAA", "4 residues do not fit")],
+    [("AXA", "'X' is not"), ("AéA", "'é' is not"), ("AAAA", "4 residues do not fit")],
 )
 def test_encode_refuses_what_it_cannot_represent(sequence: str, complaint: str):
     with pytest.raises(ValueError, match=complaint):
@@ -392,8 +393,9 @@ BAD_CSV: dict[str, tuple[str | bytes, list[tuple[int | None, str, str, str]]]] =
         [(2, "sequence", "X", "residue 3 of the sequence is 'X'; only ARNDCQEGHILKMFPSTWYV")],
     ),
     "ambiguous residue b": ("sequence,label\nMbK,1\n", [(2, "sequence", "bK", "is 'b'")]),
-    "stop codon": ("sequence,label\nMK*,1\n", [(2, "sequence", "*", "residue 3 of")]),
-    "space in a sequence": ("sequence,label\nMK LV,1\n", [(2, "sequence", " LV", "is ' '")]),
+    "stop codon": ("sequence,label\nMK*L,1\n", [(2, "sequence", "*L", "residue 3 of")]),
+    "nothing but gaps": ("sequence,label\n--,1\n", [(2, "sequence", "", "sequence is empty")]),
+    "a digit behind a gap": ("sequence,label\nM-K 2*,1\n", [(2, "sequence", "2*", "residue 5 of")]),
     # Their upper case is the residue I and S: still no amino acids.
     "dotless i": ("sequence,label\nMK\u0131,1\n", [(2, "sequence", "\u0131", "is '\u0131'")]),
     "long s": ("sequence,label\nM\u017fK,1\n", [(2, "sequence", "\u017fK", "is '\u017f'")]),
@@ -402,8 +404,8 @@ BAD_CSV: dict[str, tuple[str | bytes, list[tuple[int | None, str, str, str]]]] =
     "too few fields": ("sequence,label\nMKL\n", [(2, "", "MKL", "1 field where the header")]),
     "too many fields": ("sequence,label\nMK,1,2\n", [(2, "", "MK,1,2", "3 fields where")]),
     "label 2": ("sequence,label\nMKL,2\n", [(2, "label", "2", "write 1 (soluble) or 0")]),
-    "label in words": ("sequence,label\nMKL,yes\n", [(2, "label", "yes", "'yes' is no label")]),
-    "label as a float": ("sequence,label\nMKL,1.0\n", [(2, "label", "1.0", "is no label")]),
+    "label in words": ("sequence,label\nMKL,maybe\n", [(2, "label", "maybe", "is no label")]),
+    "label as a float": ("sequence,label\nMKL,0.9\n", [(2, "label", "0.9", "is no label")]),
     "label missing": ("sequence,label\nMKL,\n", [(2, "label", "", "'' is no label")]),
     "both wrong": (
         "sequence,label\nMKZ,3\n",
@@ -424,11 +426,11 @@ BAD_CSV: dict[str, tuple[str | bytes, list[tuple[int | None, str, str, str]]]] =
     "no label column": ("sequence,class\nMKL,1\n", [(1, "label", "sequence,class", "no column")]),
     "no header": (
         "MKL,1\nMKV,0\n",
-        [(1, "sequence", "mkl,1", "'sequence'; the first line must"), (1, "label", "mkl,1", "")],
+        [(1, "sequence", "mkl,1", "among mkl, 1; the first line must"), (1, "label", "mkl,1", "")],
     ),
     "semicolons": (
         "sequence;label\nMKL;1\n",
-        [(1, "sequence", "sequence;label", "commas (.csv)"), (1, "label", "", "")],
+        [(1, "", "sequence;label", "is separated by ';', not by commas; save it with commas")],
     ),
     "column twice": (
         "sequence,label,label\nMKL,1,0\n",
@@ -454,7 +456,21 @@ BAD_CSV: dict[str, tuple[str | bytes, list[tuple[int | None, str, str, str]]]] =
         "sequence,label\nMKL,1\n".encode("utf-16"),
         [(1, "", "UTF-16", "is not UTF-8 text but UTF-16; save it as UTF-8")],
     ),
-    "gzip": (b"\x1f\x8b\x08\x00", [(None, "", "", "compressed with gzip; unpack it first")]),
+    "gzip that was cut": (b"\x1f\x8b\x08\x00", [(None, "", "", "is a gzip file that is damaged")]),
+    "gzip of nothing": (gzip.compress(b""), [(None, "", "", "a gzip file that holds nothing")]),
+    "gzip twice": (
+        gzip.compress(gzip.compress(b"sequence,label\n")),
+        [(None, "", "compressed with gzip twice", "is compressed with gzip twice, not text")],
+    ),
+    "an Excel workbook": (b"PK\x03\x04\x14", [(None, "", "a zip file or", "save it as CSV, TSV")]),
+    "tabs in a .csv": (
+        "sequence\tlabel\nMKL\t1\n",
+        [(1, "", "sequence\tlabel", "is separated by tabs, not by commas; name it .tsv")],
+    ),
+    "labels of two kinds": (
+        "sequence,label\nMKL,1\nMKV,no\nMKA,0.0\n",
+        [(3, "label", "no", "'no' in line 3 is a label of another kind than '1' in line 2; write")],
+    ),
 }
 
 
@@ -749,15 +765,16 @@ def test_rna_is_told_as_rna(tmp_path: Path):
 
 
 def test_problems_of_a_kind_are_one_with_their_number_places_and_values(tmp_path: Path):
-    words = ["yes"] * 170 + ["no"] * 129 + ["maybe"]
+    words = ["ja"] * 170 + ["nein"] * 129 + ["maybe"]
     lines = [f"{sequence_of(number)},{word}" for number, word in enumerate(words)]
     (tmp_path / "rows.csv").write_text("\n".join(["sequence,label", *lines]), encoding="utf-8")
     (found,) = problems_of(tmp_path, "rows.csv")
-    assert (found.line, found.key, found.value, found.count) == (2, "label", "yes", 300)
+    assert (found.line, found.key, found.value, found.count) == (2, "label", "ja", 300)
     assert found.message == (
-        "300 labels that are neither 1 nor 0: line 2 ('yes'), line 3 ('yes'), line 4 ('yes'), line "
-        "5 ('yes'), line 6 ('yes') and 295 more; in all 'yes' 170 times, 'no' 129 times, 'maybe' "
-        "once; write 1 (soluble) or 0 (insoluble)"
+        "300 labels that are neither 1 nor 0: line 2 ('ja'), line 3 ('ja'), line 4 ('ja'), line "
+        "5 ('ja'), line 6 ('ja') and 295 more; in all 'ja' 170 times, 'nein' 129 times, 'maybe' "
+        "once; write 1 (soluble) or 0 (insoluble); soluble/insoluble, true/false and yes/no can be "
+        "used, too"
     )
 
 
@@ -869,7 +886,8 @@ def test_a_long_sequence_is_an_error_that_names_the_length_needed(tmp_path: Path
     assert (found.line, found.key, found.count) == (122, "sequence", 2)
     assert found.message == (
         "2 sequences longer than max_length, which is 200: line 122 (260 residues), line 123 (300 "
-        "residues); set max_length = 300 in [data] (the longest has that many), or truncate = true"
+        "residues); set max_length = 300 in [data] (the longest has that many), or truncate = "
+        '"end" to keep its first residues ("start": its last, "middle": both ends)'
     )
     assert prepared(tmp_path, "rows.csv", max_length=300).warnings == ()
 
@@ -877,20 +895,36 @@ def test_a_long_sequence_is_an_error_that_names_the_length_needed(tmp_path: Path
 def test_a_long_sequence_is_cut_where_the_study_file_says_so(tmp_path: Path):
     write_csv(tmp_path / "long.csv", [*ROWS, ("MK" * 130, 1)])
     write_csv(tmp_path / "cut.csv", [*ROWS, ("MK" * 100, 1)])
-    result = prepared(tmp_path, "long.csv", truncate=True)
+    result = prepared(tmp_path, "long.csv", truncate="end")
     assert result.warnings == ("1 sequence was cut to the first 200 residues",)
     assert result.development_sha256 == prepared(tmp_path, "cut.csv").development_sha256
+
+
+@pytest.mark.parametrize(
+    ("cut", "length", "kept", "words"),
+    [
+        ("end", 5, "ARNDC", "first 5"),
+        ("start", 5, "GHILK", "last 5"),
+        ("middle", 5, "ARNLK", "first 3 and last 2"),
+        ("middle", 4, "ARLK", "first 2 and last 2"),
+        ("middle", 1, "A", "first 1"),
+        ("start", 12, "ARNDCQEGHILK", "last 12"),
+    ],
+)
+def test_a_cut_keeps_the_beginning_the_end_or_both(cut: Any, length: int, kept: str, words: str):
+    assert truncated("ARNDCQEGHILK", length, cut) == kept
+    assert kept_in_words(length, cut) == words
 
 
 def test_sequences_that_differ_behind_the_cut_are_one(tmp_path: Path):
     start = "MKLV" * 50
     write_csv(tmp_path / "same.csv", [*ROWS, (f"{start}A", 1), (f"{start}R", 1)])
-    warnings = prepared(tmp_path, "same.csv", truncate=True).warnings
+    warnings = prepared(tmp_path, "same.csv", truncate="end").warnings
     assert warnings[1].startswith("1 row repeats an earlier sequence (its first 200 residues)")
 
     write_csv(tmp_path / "other.csv", [*ROWS, (f"{start}A", 1), (f"{start}R", 0)])
     (tmp_path / "artifacts").rename(tmp_path / "before")
-    (found,) = problems_of(tmp_path, "other.csv", truncate=True)
+    (found,) = problems_of(tmp_path, "other.csv", truncate="end")
     assert "the same sequence (its first 200 residues) has label 1 in line 122" in found.message
 
 
@@ -1095,7 +1129,7 @@ BAD_FASTA: dict[str, tuple[str | bytes, list[tuple[int | None, str, str, str]]]]
     "not ASCII": (">ä\nMKä\n", [(1, "sequence", "", "residue 3 of the sequence")]),
     "not UTF-8": (b">a\nMK\xff\n", [(2, "", "0xff", "is not UTF-8 text")]),
     "empty file": (b"", [(None, "", "soluble.fasta", "is empty; was it")]),
-    "gzip": (b"\x1f\x8b\x08\x00", [(None, "", "", "compressed with gzip")]),
+    "gzip": (b"\x1f\x8b\x08\x00", [(None, "", "", "is a gzip file that is damaged")]),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from networks import block, dense, network, sequences
 
 from tuner.network.model import build_model, keras, logit_model, tf
-from tuner.spec.architecture import ModelConfig
+from tuner.spec.architecture import UNKNOWN_TOKEN, ModelConfig
 
 LENGTH = 40
 #: Between them: every layer that is replaced, each way to pool and to pad, with what may disturb.
@@ -53,9 +53,11 @@ NETWORKS = {
 }
 
 
-def calculated(config: ModelConfig, *, fast: bool, precision: Any = "float32") -> dict[str, Any]:
+def calculated(
+    config: ModelConfig, *, fast: bool, precision: Any = "float32", unknown: bool = False
+) -> dict[str, Any]:
     """Logits of training and of inference, gradients and updated moments; by name."""
-    model = build_model(config, LENGTH, seed=3, precision=precision, fast=fast)
+    model = build_model(config, LENGTH, seed=3, precision=precision, fast=fast, unknown=unknown)
     logits = logit_model(model)
     rng = np.random.default_rng(1)
     for weight in sorted(model.weights, key=lambda weight: weight.path):
@@ -63,6 +65,8 @@ def calculated(config: ModelConfig, *, fast: bool, precision: Any = "float32") -
         if "variance" in weight.path:
             weight.assign(np.abs(weight.numpy()) + 0.5)
     tokens = sequences([40, 23, 7, 1, 31], LENGTH)
+    if unknown:
+        tokens[0, ::3] = tokens[1, 2:20] = tokens[4, :2] = UNKNOWN_TOKEN
     labels = tf.constant([0.0, 1.0, 1.0, 0.0, 1.0])
     found = {"inference": logits(tokens, training=False).numpy()}
     weights = {weight.path: weight.value for weight in logits.trainable_variables}
@@ -83,6 +87,15 @@ def test_a_fast_network_trains_and_infers_as_keras_does(config: ModelConfig) -> 
     for name, expected in kerass.items():
         # A bias in front of a normalisation has no gradient but noise.
         np.testing.assert_allclose(fast[name], expected, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "name", ["not masked", "batch normalisation", "residuals and penalties", "a small embedding"]
+)
+def test_a_fast_network_masks_unknown_residues_as_keras_does(name: str) -> None:
+    kerass, fast = (calculated(NETWORKS[name], fast=fast, unknown=True) for fast in (False, True))
+    for key, expected in kerass.items():
+        np.testing.assert_allclose(fast[key], expected, rtol=1e-4, atol=2e-6, err_msg=key)
 
 
 def test_a_fast_network_in_bfloat16_is_as_near_as_keras() -> None:

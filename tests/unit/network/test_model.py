@@ -10,6 +10,7 @@ from networks import block, dense, network, sequences
 
 from tuner.network.model import build_model, keras, logit_model, tf
 from tuner.spec.architecture import (
+    UNKNOWN_TOKEN,
     BlockConfig,
     layers_of,
     misfits,
@@ -160,6 +161,80 @@ def test_batch_normalisation_takes_its_moments_over_residues_only() -> None:
         norm = model.get_layer("block1_norm")
         moments.append(np.concatenate([norm.moving_mean, norm.moving_variance]))
     np.testing.assert_allclose(moments[0], moments[1], rtol=1e-5)
+
+
+# Unknown residues.
+
+
+@pytest.mark.parametrize("blocks", ALL_KINDS)
+@pytest.mark.parametrize("head", ["flatten", "global_both"])
+def test_masking_changes_nothing_where_no_residue_is_unknown(
+    blocks: tuple[BlockConfig, ...], head: str
+) -> None:
+    config = network(*blocks, head=head)
+    plain, masking = (
+        with_random_weights(build_model(config, 24, unknown=unknown)) for unknown in (False, True)
+    )
+    assert [one.path for one in masking.weights] == [one.path for one in plain.weights]
+    tokens = sequences([24, 20, 13, 1, 0], 24)
+    np.testing.assert_allclose(logits(masking, tokens), logits(plain, tokens), rtol=1e-6)
+
+
+@pytest.mark.parametrize("masking", [True, False])
+@pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
+@pytest.mark.parametrize("pooling", ["max", "average"])
+def test_an_unknown_residue_takes_no_part(pooling: str, normalization: str, masking: bool) -> None:
+    """Where no kernel sees neighbours, it is as if it were not there; but it keeps its place."""
+    point = block(kernel_size=1, pool_size=1, pooling=pooling, normalization=normalization)
+    config = network(point, masking=masking, activity_l2=0.1)
+    known = sequences([9, 9], 9)
+    among = np.full((2, 14), UNKNOWN_TOKEN, np.uint8)
+    among[:, [0, 1, 3, 4, 5, 9, 10, 11, 13]] = known
+    without, model = (
+        with_random_weights(build_model(config, width, unknown=width > 9)) for width in (9, 14)
+    )
+    np.testing.assert_allclose(logits(model, among), logits(without, known), rtol=1e-5)
+    for tokens, each in ((known, without), (among, model)):
+        each(tokens, training=True)
+    if normalization == "batch":
+        for which in ("moving_mean", "moving_variance"):
+            moments = [getattr(each.get_layer("block1_norm"), which) for each in (without, model)]
+            np.testing.assert_allclose(*moments, rtol=1e-5)
+    wide = network(block(kernel_size=3, pool_size=1), masking=masking)
+    model = with_random_weights(build_model(wide, 14, unknown=True))
+    apart = np.array([[1, 2] + [0] * 12, [1, 21, 2] + [0] * 11], np.uint8)
+    assert abs(np.diff(logits(model, apart))) > 1e-3
+
+
+@pytest.mark.parametrize("pooling", ["max", "average"])
+def test_a_window_is_real_if_any_of_its_residues_is_known(pooling: str) -> None:
+    config = network(
+        block(activation="tanh", pooling=pooling, pool_size=2, kernel_size=1),
+        head="flatten",
+        dense=(),
+    )
+    model = build_model(config, 8, unknown=True)
+    pooled = keras.Model(model.input, model.get_layer("logit").input)
+    model.get_layer("block1_conv").bias.assign([-9.0] * 4)  # every activation is -1
+    tokens = np.array([[21, 2, 21, 21, 3, 21, 4, 0]], np.uint8)
+    values = pooled(tokens).numpy().reshape(4, 4)
+    np.testing.assert_allclose(values[:, 0], [-1.0, 0.0, -1.0, -1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", ALL_KINDS)
+def test_the_embedding_of_no_token_reaches_an_unknown_residue(
+    blocks: tuple[BlockConfig, ...],
+) -> None:
+    model = with_random_weights(build_model(network(*blocks), 24, unknown=True))
+    tokens = sequences([24, 20, 13], 24)
+    tokens[tokens == 20] = 1
+    tokens[:, 3:6] = UNKNOWN_TOKEN
+    expected = logits(model, tokens)
+    embedding = model.get_layer("embedding").embeddings
+    garbage = embedding.numpy()
+    garbage[[0, 20]] = np.nan
+    embedding.assign(garbage)
+    np.testing.assert_array_equal(logits(model, tokens), expected)
 
 
 @pytest.mark.parametrize("fast", [False, True])

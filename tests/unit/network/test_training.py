@@ -25,6 +25,7 @@ from small_training import (
     training_run,
 )
 
+from tuner.data.development import DevelopmentData
 from tuner.errors import TrialEndedError
 from tuner.metrics import cross_entropy
 from tuner.network import training
@@ -32,6 +33,7 @@ from tuner.network.model import build_model, keras, load_weights, logit_model, t
 from tuner.network.predict import logits
 from tuner.network.training import LocalTraining, TensorData, TrainingRun
 from tuner.spec.architecture import ModelConfig
+from tuner.spec.spec import TrainingSettings
 from tuner.train import VALIDATION_LOGITS, EpochResult
 
 
@@ -318,9 +320,17 @@ def test_a_network_of_large_logits_has_its_validation_loss_again(tensors: Tensor
     assert losses.mean() == pytest.approx(result.validation_loss, rel=1e-4)
 
 
-def reference_epoch(config: ModelConfig, seed: int, trial: int) -> tuple[keras.Model, float, float]:
+def reference_epoch(
+    config: ModelConfig,
+    seed: int,
+    trial: int,
+    data: DevelopmentData = DATA,
+    weights_of_rows: np.ndarray | None = None,
+) -> tuple[keras.Model, float, float]:
     """The first epoch as Keras would train it, a step at a time: model, mean loss, accuracy."""
-    model = build_model(config, MAX_LENGTH, seed=training._derived_seed(seed, trial))
+    unknown = bool((data.training_tokens == 21).any())
+    seed_of_weights = training._derived_seed(seed, trial)
+    model = build_model(config, MAX_LENGTH, seed=seed_of_weights, unknown=unknown)
     logits_of = logit_model(model)
     optimizer: Any = {
         "adam": keras.optimizers.Adam,
@@ -332,11 +342,13 @@ def reference_epoch(config: ModelConfig, seed: int, trial: int) -> tuple[keras.M
     shuffled = np.random.default_rng([seed, trial, 1]).permutation(ROWS)
     for start in range(0, ROWS, config.batch_size):
         batch = shuffled[start : start + config.batch_size]
-        labels = DATA.training_labels[batch].astype(np.float32)
+        labels = data.training_labels[batch].astype(np.float32)
         with tf.GradientTape() as tape:
-            logits = logits_of(DATA.training_tokens[batch], training=True)[:, 0]
-            loss = keras.losses.binary_crossentropy(labels, logits, from_logits=True)
-            objective = loss + sum(logits_of.losses)
+            logits = logits_of(data.training_tokens[batch], training=True)[:, 0]
+            each = keras.losses.binary_crossentropy(labels[:, None], logits[:, None], True)
+            loss = tf.reduce_mean(each)
+            counted = each if weights_of_rows is None else each * weights_of_rows[batch]
+            objective = tf.reduce_mean(counted) + sum(logits_of.losses)
         weights = model.trainable_variables
         # Dense: of slices, Keras 3 adds up the squares where Adam squares the sum.
         gradients = [tf.convert_to_tensor(g) for g in tape.gradient(objective, weights)]
@@ -363,6 +375,48 @@ def test_an_epoch_is_what_keras_trains_step_by_step_last_batch_included(
         np.testing.assert_allclose(
             trained[weight.path], weight.numpy(), rtol=1e-3, atol=1e-5, err_msg=weight.path
         )
+
+
+OWN_WEIGHTS = np.linspace(0.5, 1.5, ROWS).astype(np.float32)
+
+
+@pytest.mark.parametrize("class_weights", ["none", "balanced"])
+@pytest.mark.parametrize("own", [None, OWN_WEIGHTS], ids=["equal", "weighted"])
+def test_rows_count_in_the_objective_alone(own: np.ndarray | None, class_weights: Any) -> None:
+    tokens = DATA.training_tokens.copy()
+    tokens[::4, 2] = 21
+    data = dataclasses.replace(DATA, training_weights=own, training_tokens=tokens)
+    settings = TrainingSettings(max_epochs=1, patience=None, class_weights=class_weights)
+    run = training_run(TensorData(data), PLAIN, settings=settings)
+    (result,) = run.epochs()
+    wanted = own
+    if class_weights == "balanced":
+        wanted = np.ones(ROWS, np.float32) if own is None else own.copy()
+        for label in (0, 1):
+            rows = data.training_labels == label
+            wanted[rows] *= ROWS / 2 / wanted[rows].sum()
+    model, loss, accuracy = reference_epoch(PLAIN, 3, 7, data, wanted)
+    assert result.training_loss == pytest.approx(loss, rel=1e-5)
+    assert result.training_accuracy == pytest.approx(accuracy)
+    trained = training._unpacked(run.best_weights())
+    for weight in model.weights:
+        np.testing.assert_allclose(
+            trained[weight.path], weight.numpy(), rtol=1e-3, atol=1e-5, err_msg=weight.path
+        )
+    found = logits(PLAIN, run.best_weights(), DATA.validation_tokens)
+    losses = cross_entropy(DATA.validation_labels, found)
+    assert result.validation_loss == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_a_checkpoint_knows_how_rows_count(tensors: TensorData, undisturbed: TrainingRun) -> None:
+    checkpoint = undisturbed.checkpoint()
+    balanced = TrainingSettings(max_epochs=4, patience=None, class_weights="balanced")
+    with pytest.raises(ValueError, match="of another run"):
+        training_run(tensors, settings=balanced, checkpoint=checkpoint)
+    weighted = TensorData(dataclasses.replace(DATA, training_weights=OWN_WEIGHTS))
+    with pytest.raises(ValueError, match="of another run"):
+        training_run(weighted, checkpoint=checkpoint)
+    assert training_run(tensors, checkpoint=checkpoint).finished
 
 
 def test_bfloat16_trains_too(tensors: TensorData) -> None:

@@ -151,7 +151,7 @@ def test_the_lines_of_its_card_work(single: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_it_says_of_itself(tuned: TunedStudy, single: Path) -> None:
     description = json.loads((single / "bundle.json").read_text())
     best = tuned.ranked()[0]
-    assert description["format"] == 1
+    assert description["format"] == 2
     assert (description["study"], description["trials"]) == ("nets", [best.number])
     assert (description["alphabet"], description["max_length"]) == (RESIDUES, 200)
     development = read_development(tuned)
@@ -401,7 +401,7 @@ def resum(folder: Path, name: str, content: bytes) -> None:
         (changed(SUMS_FILE, b""), "does not list bundle.json, model.keras"),
         (lambda folder: (folder / "model.keras").unlink(), "model.keras is missing"),
         (lambda folder: (folder / SUMS_FILE).unlink(), "is not a bundle"),
-        (later_format, "format 99, and this version of tuner reads up to 1: upgrade"),
+        (later_format, "format 99, and this version of tuner reads up to 2: upgrade"),
         (other_network, "does not have the weights of the networks"),
         (moved_weights, "does not predict what the bundle says of its own example sequences"),
     ],

@@ -70,7 +70,8 @@ def one(sequence: str, **changes: object) -> Prediction:
         ("*", None, None, ("stop_removed", "empty")),
         ("AAXA", None, None, ("unknown_residues:X_at_3",)),
         ("AA*A", None, None, ("unknown_residues:*_at_3",)),
-        ("AA-A", None, None, ("unknown_residues:-_at_3",)),
+        ("AA-M.*", 2 / 3, 1, ("gaps_removed", "stop_removed")),
+        ("AA8A", None, None, ("unknown_residues:8_at_3",)),
         (
             "ACGT" * 8,
             0.3,

@@ -23,7 +23,7 @@ from tuner.search.study import create_or_resume, delete, load
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec import reader, space, tables
 from tuner.spec.architecture import KEYS
-from tuner.spec.spec import Settings, StudySpec, TrainingSettings
+from tuner.spec.spec import ColumnSettings, Settings, StudySpec, TrainingSettings
 
 SMALL_SPACE = small_spec().space.to_document()
 SPACE = {
@@ -121,6 +121,25 @@ def with_hyperparameters_of(number: int) -> dict[str, Any]:
 
 for number in {one.since for one in KEYS.values()} - DOCUMENTS.keys():
     DOCUMENTS[number] = {"the first": with_hyperparameters_of(number)}
+OF_FORMAT_4 = changed(
+    with_hyperparameters_of(4),
+    spec__data__columns={"sequence": "sequence", "label": "label"},
+    spec__data__unknown="error",
+    spec__data__conflicts="error",
+    spec__training__class_weights="none",
+)
+del OF_FORMAT_4["spec"]["data"]["truncate"]  # false before; what is None is not written
+DOCUMENTS[4] = {
+    "the first": OF_FORMAT_4,
+    "with every choice": changed(
+        OF_FORMAT_4,
+        spec__data__columns={"sequence": "fasta", "label": "soluble", "weight": "sure"},
+        spec__data__truncate="middle",
+        spec__data__unknown="mask",
+        spec__data__conflicts="drop",
+        spec__training__class_weights="balanced",
+    ),
+}
 EACH = [
     pytest.param(number, document, id=f"{number}, {name}")
     for number, documents in DOCUMENTS.items()
@@ -142,7 +161,7 @@ EVERYTHING = {
     "hyperband": {"min_epochs": 1, "eta": 4},
     "stop": {"patience": 60},
     "provenance": {"study": "other"},
-    "data": {"source": "solubility", "fallback": "synthetic"},
+    "data": {"source": "solubility", "fallback": "synthetic", "truncate": "end"},
     "training": {"as_trial": 3, "max_epochs": 20},
 }
 
@@ -196,6 +215,27 @@ def test_a_record_of_every_format_is_read(number: int, document: Mapping[str, An
     assert (read.data.test_rows, read.folder) == (1, "small-0123abcd")
     assert read.spec.training.as_trial is None
     assert read.spec.data.fallback is None
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_what_earlier_formats_knew_of_truncation_is_read(number: int) -> None:
+    document = DOCUMENTS[number]["the first"]
+    for stored, meant in ((False, None), (True, "end")):
+        read = record_from_document(changed(document, spec__data__truncate=stored))
+        assert read.spec.data.truncate == meant
+        assert read.spec.data.unknown == "error"
+        assert read.spec.data.columns == ColumnSettings()
+        assert read.spec.training.class_weights == "none"
+
+
+def test_a_study_file_that_says_true_continues_a_study_that_says_where(tmp_path: Path) -> None:
+    made = make_study(tmp_path, small_spec(data={"source": "synthetic", "truncate": True}))
+    assert made.record.spec.to_document()["data"]["truncate"] == "end"
+    its = {"source": "synthetic", "truncate": "end"}
+    assert launch(made, small_spec(data=its)).id == made.id
+    with pytest.raises(StudyError, match=r"differs: data\.truncate \('end', now 'start'\)\."):
+        launch(made, small_spec(data={**its, "truncate": "start"}))
+    made.storage.close()
 
 
 def test_what_is_absent_from_a_record_is_what_it_meant_then() -> None:
