@@ -125,6 +125,17 @@ def figures_of(curve: Sequence[EpochResult]) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingTime:
+    """What training costs on one machine, in the mean over small to large networks of a space."""
+
+    epoch_seconds: float  #: of all rows, validation included
+    start_seconds: float  #: of a trial: building the network and its graphs
+    networks: int  #: that were timed
+    rows: int  #: on which they were
+    workers: int  #: processes that trained at once, of one thread each
+
+
 class Train(Protocol):
     """Trains a job: here (`tuner.network`) or on a worker (`tuner.cluster`)."""
 

@@ -12,9 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from filelock import FileLock, Timeout
+from typing import IO, Literal
 
 from tuner.errors import ClusterError, counted
 
@@ -87,7 +85,7 @@ def gpus_for(
         taken: list[str] = []
         for gpu in seen:
             if len(taken) < wanted and (lock := _lock(gpu)) is not None:
-                held.callback(lock.release)
+                held.enter_context(lock)
                 taken.append(gpu.device)
         if len(taken) < (1 if workers == "auto" else wanted):
             raise ClusterError(
@@ -116,14 +114,19 @@ def _nvidia_smi(environment: Mapping[str, str]) -> str | None:
     return done.stdout
 
 
-def _lock(gpu: Gpu) -> FileLock | None:
-    """The GPU's lock, taken; None where another process holds it."""
+def _lock(gpu: Gpu) -> IO[bytes] | None:
+    """The GPU's lock, held as long as the file is open; None where another process holds it."""
     folder = Path(tempfile.gettempdir()) / f"tuner-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     name = hashlib.sha256(gpu.identity.encode()).hexdigest()[:16]
-    lock = FileLock(folder / f"{name}.lock")
+    file = (folder / f"{name}.lock").open("ab")
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: who starts several shares the GPUs out by hand
+        pass
+    except BlockingIOError:
+        file.close()
         return None
-    return lock
+    return file

@@ -1,7 +1,4 @@
-"""The one process that drives a study: it asks, reports, prunes, tells and counts the budget.
-
-Why: `docs/decisions.md#why-does-one-process-decide-while-many-train`.
-"""
+"""The one process that drives a study: it asks, reports, prunes, tells and counts the budget."""
 
 from __future__ import annotations
 

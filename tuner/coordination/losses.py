@@ -1,7 +1,4 @@
-"""How many lost workers a trial may cost, and how many failed trials a study.
-
-Why: `docs/decisions.md#why-may-a-trial-lose-25-workers-before-they-train-but-only-five-that-did`.
-"""
+"""How many lost workers a trial may cost, and how many failed trials a study."""
 
 from __future__ import annotations
 

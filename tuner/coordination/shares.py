@@ -1,7 +1,4 @@
-"""Max-min fair shares of a cluster's slots, one for each study.
-
-Why: `docs/decisions.md#how-does-the-service-share-workers-among-studies`.
-"""
+"""Max-min fair shares of a cluster's slots, one for each study."""
 
 from __future__ import annotations
 

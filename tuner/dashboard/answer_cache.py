@@ -1,7 +1,4 @@
-"""Answers that many browsers poll for, computed once for all of them.
-
-Why: `docs/decisions.md#why-is-every-answer-of-a-study-kept-for-two-seconds`.
-"""
+"""Answers that many browsers poll for, computed once for all of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Sessions and the limits of logging in.
-
-Why: `docs/decisions.md#why-are-sessions-kept-in-the-server-and-not-in-a-signed-cookie`.
-"""
+"""Sessions and the limits of logging in."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Development rows on a worker's machine: found, cached, or fetched once for all its workers.
-
-Why: `docs/decisions.md#how-do-development-rows-reach-a-worker`.
-"""
+"""Development rows on a worker's machine: found, cached, or fetched once for all its workers."""
 
 from __future__ import annotations
 

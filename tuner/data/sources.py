@@ -138,3 +138,17 @@ def warn_of_another_source(
 def resolved_path(name: str, folder: Path) -> Path:
     """A path of a study file; a relative one starts at its folder."""
     return folder / (Path(name).expanduser() if name.startswith("~/") else Path(name))
+
+
+def name_from(folder: Path, file: Path, name: str) -> str:
+    """How a study file in `folder` names `file`; `name`, if it were to lie beside it."""
+    if not os.access(file, os.F_OK):
+        return name  # it is looked for by its hash there
+    try:
+        # The file itself may be a link, which is to stay one.
+        at = Path(os.path.realpath(file.parent)) / file.name
+        relative = PurePath(os.path.relpath(at, os.path.realpath(folder))).as_posix()
+        relative.encode()
+    except ValueError:  # on another drive, or in a folder whose name is not Unicode
+        return name
+    return f"./{relative}" if relative.startswith("~") else relative

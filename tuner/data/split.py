@@ -1,7 +1,4 @@
-"""The split: by the hash of the sequences, the seed and the fractions, stratified by label.
-
-Why: `docs/decisions.md#when-is-a-split-too-small`.
-"""
+"""The split: by the hash of the sequences, the seed and the fractions, stratified by label."""
 
 from __future__ import annotations
 

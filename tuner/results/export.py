@@ -19,7 +19,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import publish, require_writable
-from tuner.data.sources import PAIR
+from tuner.data.sources import PAIR, name_from
 from tuner.errors import StudyError, TunerError
 from tuner.search.attributes import DETAIL_KEY, ENDED_KEY, RESUMED_KEY, curve_of
 from tuner.search.data_source import source_files
@@ -69,10 +69,10 @@ class ExportedConfig:
         source = self.document["data"]["source"]
         named: str | dict[str, str]
         if isinstance(source, str):
-            named = next((_named_from(folder, file, source) for file in self.files), source)
+            named = next((name_from(folder, file, source) for file in self.files), source)
         else:
             pair = zip(source.items(), self.files, strict=True)
-            named = {key: _named_from(folder, file, name) for (key, name), file in pair}
+            named = {key: name_from(folder, file, name) for (key, name), file in pair}
         return {**self.document, "data": {**self.document["data"], "source": named}}
 
 
@@ -233,20 +233,6 @@ def _source(record: StudyRecord, files: tuple[Path, ...]) -> str | dict[str, str
         return source
     names = [file.name for file in files]
     return names[0] if isinstance(source, str) else dict(zip(PAIR, names, strict=True))
-
-
-def _named_from(folder: Path, file: Path, name: str) -> str:
-    """How a study file in `folder` names `file`; `name`, if it were to lie beside it."""
-    if not os.access(file, os.F_OK):
-        return name  # it is looked for by its hash there
-    try:
-        # The file itself may be a link, which is to stay one.
-        at = Path(os.path.realpath(file.parent)) / file.name
-        relative = PurePath(os.path.relpath(at, os.path.realpath(folder))).as_posix()
-        relative.encode()
-    except ValueError:  # on another drive, or in a folder whose name is not Unicode
-        return name
-    return f"./{relative}" if relative.startswith("~") else relative
 
 
 def _without_folders(source: str) -> str:

@@ -1,7 +1,4 @@
-"""Opens the test split: the ledger first, then the rows. Only the report may import this.
-
-Why: `docs/decisions.md#why-can-the-seal-not-be-perfect`.
-"""
+"""Opens the test split: the ledger first, then the rows. Only the report may import this."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Hyperband as Optuna's pruner, with brackets that take turns as in the paper.
-
-Why: `docs/decisions.md#why-is-hyperband-not-optunas-hyperbandpruner`.
-"""
+"""Hyperband as Optuna's pruner, with brackets that take turns as in the paper."""
 
 from __future__ import annotations
 

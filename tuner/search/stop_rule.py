@@ -1,7 +1,4 @@
-"""When a study ends before its budget, because no better configuration is to be expected.
-
-Why: `docs/decisions.md#when-does-a-study-end-before-its-budget`.
-"""
+"""When a study ends before its budget, because no better configuration is to be expected."""
 
 from __future__ import annotations
 

@@ -30,17 +30,10 @@ def tightest(space: SearchSpace) -> ModelConfig:
     return space.resolve_with(pick)
 
 
-def parameter_counts(space: SearchSpace, max_length: int) -> dict[str, int]:
-    """The `parameter_count` of configurations sampled as a random search samples them.
+def sampled_configurations(space: SearchSpace) -> tuple[ModelConfig, ...]:
+    """Configurations sampled as a random search samples them; of a fixed space, the only one.
 
-    The same space gives the same figures.
-
-    Args:
-        space: A space of which no configuration has `misfits`.
-        max_length: Tokens in a row.
-
-    Returns:
-        "min", "median" and "max" (weights), and "sampled", the number of configurations.
+    The same space gives the same. Numbers that are not whole have their middle.
     """
     generator = random.Random(0)  # noqa: S311 - no secret
 
@@ -55,10 +48,22 @@ def parameter_counts(space: SearchSpace, max_length: int) -> dict[str, int]:
             return min(max(round(drawn), low), high)
         return generator.randrange(low, high + 1, dimension.step)
 
-    counts = sorted(
-        parameter_count(space.resolve_with(pick), max_length)
-        for _ in range(SAMPLED_CONFIGURATIONS if space.parameters else 1)
+    return tuple(
+        space.resolve_with(pick) for _ in range(SAMPLED_CONFIGURATIONS if space.parameters else 1)
     )
+
+
+def parameter_counts(space: SearchSpace, max_length: int) -> dict[str, int]:
+    """The `parameter_count` of `sampled_configurations`.
+
+    Args:
+        space: A space of which no configuration has `misfits`.
+        max_length: Tokens in a row.
+
+    Returns:
+        "min", "median" and "max" (weights), and "sampled", the number of configurations.
+    """
+    counts = sorted(parameter_count(config, max_length) for config in sampled_configurations(space))
     return {
         "min": counts[0],
         "median": counts[len(counts) // 2],

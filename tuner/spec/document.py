@@ -1,7 +1,4 @@
-"""Reading a TOML file of the user's: its document, `--set`, and where each mistake stands.
-
-Why: `docs/decisions.md#why-toml-and-json-and-yaml-only-for-exports`.
-"""
+"""Reading a TOML file of the user's: its document, `--set`, and where each mistake stands."""
 
 from __future__ import annotations
 

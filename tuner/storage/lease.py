@@ -1,7 +1,4 @@
-"""The lease of a study: which process runs it, and until when no other may.
-
-Why: `docs/decisions.md#how-is-a-lease-judged-when-clocks-differ-or-jump`.
-"""
+"""The lease of a study: which process runs it, and until when no other may."""
 
 from __future__ import annotations
 

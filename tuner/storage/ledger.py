@@ -1,7 +1,4 @@
-"""The ledger: every opening of a test split, and who opened it.
-
-Why: `docs/decisions.md#why-does-the-ledger-know-a-study-by-a-key-and-not-by-its-id-or-name`.
-"""
+"""The ledger: every opening of a test split, and who opened it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,124 @@
+"""What training the networks of a space costs on this machine: measured, with all workers busy."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import numpy.typing as npt
+
+from tuner.cluster.processes import has_fast_bfloat16, training_environment
+from tuner.data.development import DevelopmentData
+from tuner.data.rows import RESIDUES, Tokens
+from tuner.errors import TrialEndedError
+from tuner.spec.architecture import ModelConfig
+from tuner.spec.precision import BFLOAT16_FROM, multiply_adds, precision_by_size
+from tuner.spec.spec import TrainingSettings
+from tuner.train import TrainingJob, TrainingTime
+
+TIMED_ROWS = 256  #: of training, on which each network is timed
+_ROWS_A_VALIDATION_ROW = 8  #: of training, as in a split of 80, 10 and 10 %
+
+
+def of_each_size(
+    configs: Sequence[ModelConfig], max_length: int, count: int
+) -> tuple[ModelConfig, ...]:
+    """`count` of the configurations, spread evenly over those ordered by their multiply-adds."""
+    ordered = sorted(configs, key=lambda config: multiply_adds(config, max_length))
+    return tuple(ordered[len(ordered) * (2 * at + 1) // (2 * count)] for at in range(count))
+
+
+def measure(
+    configs: Sequence[ModelConfig],
+    lengths: npt.NDArray[np.int64],
+    *,
+    max_length: int,
+    rows: int,
+    workers: int,
+) -> TrainingTime:
+    """Trains each network for two epochs on random sequences, in every worker, and times both.
+
+    All workers train at once, since cores share caches, memory and sometimes arithmetic.
+
+    Args:
+        configs: The networks.
+        lengths: Those of the data's sequences, residues, [n].
+        max_length: Tokens in a row.
+        rows: Of training, to which the time of an epoch is scaled.
+        workers: Processes of one thread each.
+
+    Raises:
+        SetupError: TensorFlow is not usable.
+        TrialEndedError: A network does not fit into memory.
+    """
+    before = dict(os.environ)
+    os.environ.update(training_environment(threads=1))
+    try:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+            asked = [pool.submit(_timed, configs, lengths, max_length) for _ in range(workers)]
+            timed = np.array([one.result() for one in asked])  # [workers, networks, 2]
+    except BrokenProcessPool as error:
+        raise TrialEndedError("out_of_memory", "a process that measured was killed") from error
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    start, epoch = timed.mean(axis=(0, 1))
+    return TrainingTime(
+        epoch_seconds=float(epoch) * rows / TIMED_ROWS,
+        start_seconds=max(float(start), 0.0),
+        networks=len(configs),
+        rows=TIMED_ROWS,
+        workers=workers,
+    )
+
+
+def _timed(
+    configs: Sequence[ModelConfig], lengths: npt.NDArray[np.int64], max_length: int
+) -> list[tuple[float, float]]:
+    """Seconds that each network takes before its epochs, and for the second of two."""
+    from tuner.network.training import LocalTraining, configure_tensorflow  # noqa: PLC0415
+
+    configure_tensorflow(threads=1)
+    train = LocalTraining(_random_rows(lengths, max_length))
+    settings = TrainingSettings(max_epochs=2, patience=None)
+    bfloat16_from = BFLOAT16_FROM if has_fast_bfloat16() else None
+    found = []
+    for config in configs:
+        job = TrainingJob(
+            config=config,
+            trial=0,
+            seed=0,
+            precision=precision_by_size(config, max_length, bfloat16_from),
+            rungs=(),
+            settings=settings,
+        )
+        began = time.monotonic()
+        second = [epoch.seconds for epoch in train(job)][-1]
+        # The first epoch builds the graphs.
+        found.append((time.monotonic() - began - 2 * second, second))
+    return found
+
+
+def _random_rows(lengths: npt.NDArray[np.int64], max_length: int) -> DevelopmentData:
+    """Rows of random residues whose lengths are drawn from `lengths`."""
+    generator = np.random.default_rng(0)
+
+    def rows(count: int) -> tuple[Tokens, Tokens]:
+        drawn = np.minimum(generator.choice(lengths, count), max_length)
+        tokens = generator.integers(1, len(RESIDUES) + 1, (count, max_length), np.uint8)
+        tokens[np.arange(max_length) >= drawn[:, np.newaxis]] = 0
+        return tokens, np.arange(count, dtype=np.uint8) % 2
+
+    training, validation = rows(TIMED_ROWS), rows(TIMED_ROWS // _ROWS_A_VALIDATION_ROW)
+    return DevelopmentData(
+        training_tokens=training[0],
+        training_labels=training[1],
+        validation_tokens=validation[0],
+        validation_labels=validation[1],
+    )
