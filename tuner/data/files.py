@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from tuner.data.sources import data_suffix, resolved_path
 from tuner.data.synthetic import synthetic_source
 from tuner.data.tables import csv_rows
 from tuner.data.text import SequenceReader, file_text, read_bytes
+
+#: A line of a FASTA file of old programs.
+_COMMENT = re.compile(r"(^|[\r\n]);")
 
 
 def load_source(settings: DataSettings, folder: Path, problems: Problems) -> Source:
@@ -131,6 +135,7 @@ def _fasta_rows(
     text = file_text(file, content, problems)
     if text is None:
         return rows, set()
+    text = _COMMENT.sub(r"\1#", text)  # the one kind that dnaio leaves out
     # dnaio decodes as the locale says and refuses what is not ASCII; here that is a bad residue.
     text = text.encode("ascii", "backslashreplace").decode()
     lines = [line.strip() for line in io.StringIO(text, newline=None)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from tuner.data.rows import RESIDUES, UNKNOWN_RESIDUES
@@ -180,6 +180,11 @@ class Problems:
             raise DataError(
                 [each.problem() if isinstance(each, _Group) else each for each in self._listed]
             )
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names of columns as messages show them, without what a terminal would take for orders."""
+    return shortened("".join(one if one.isprintable() else "?" for one in ", ".join(names)))
 
 
 def shortened(value: str) -> str:

@@ -21,14 +21,16 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from tuner.data.problems import shortened
-from tuner.data.text import GZIP, foreign_format, wide_encoding
+from tuner.data.problems import listed, shortened
+from tuner.data.text import GZIP, cell_sequence, foreign_format, wide_encoding
 from tuner.errors import DataError, Problem, reason_of
 
 #: The columns that hold a record's id, the first that a table has; in lower case.
 ID_COLUMNS = ("id", "name", "accession", "identifier", "sid")
 SEQUENCE_COLUMN = "sequence"
-_LONGEST_FIELD = 2**31 - 1  #: letters; Python's own limit is 131,072
+#: Letters of one line, field or record. Without it memory would not be constant: a gzip file of a
+#: few megabytes may hold a line of gigabytes. The longest protein known has 50,000 residues.
+LONGEST_RECORD = 2**24
 _SAMPLE_BYTES = 65_536  #: of a file's beginning, from which its format is told
 _SPACE = re.compile(r"\s+")
 
@@ -68,15 +70,17 @@ def read_sequences(
     try:
         with contextlib.ExitStack() as opened:
             raw = stream or opened.enter_context(Path(place).open("rb"))
-            lines, first = _begun(file, opened.enter_context(_as_text(file, raw, opened)))
+            text = opened.enter_context(_as_text(file, raw, opened))
+            lines, first = _begun(file, _limited(file, text))
             if first.startswith(">"):
                 yield from _fasta(file, lines)
             else:
                 yield from _table(file, lines, first, sequence_column, id_column, usual_columns)
     except (OSError, EOFError, zlib.error) as error:
         damaged = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
-        what = "is damaged or was cut" if damaged else "cannot be read"
-        raise _error(file, f"{what}: {reason_of(error)}") from error
+        reason = reason_of(error)
+        message = f"is damaged or was cut ({reason}); copy it again" if damaged else ""
+        raise _error(file, message or f"cannot be read: {reason}") from error
 
 
 def _error(file: str, message: str, *, line: int | None = None, value: str = "") -> DataError:
@@ -109,22 +113,50 @@ def _as_text(file: str, raw: BinaryIO, opened: contextlib.ExitStack) -> io.TextI
     return io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="")
 
 
+def _limited(file: str, text: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a file with their ends.
+
+    Raises:
+        DataError: One is too long.
+    """
+    for number in itertools.count(1):
+        line = text.readline(LONGEST_RECORD)
+        if not line:
+            return
+        if len(line) == LONGEST_RECORD:
+            raise _too_long(file, "the line", number)
+        yield line
+
+
+def _too_long(file: str, what: str, line: int) -> DataError:
+    return _error(
+        file,
+        f"{what} has more than {LONGEST_RECORD - 1:,} letters, which no protein has; is it a file "
+        "of sequences?",
+        line=line,
+    )
+
+
 def _begun(file: str, text: Iterable[str]) -> tuple[Iterator[str], str]:
     """The lines of a file with their ends, and the first that is not blank, stripped.
+
+    Comments, lines that begin with ; or #, stand before it only in FASTA.
 
     Raises:
         DataError: There is none.
     """
-    lines, blank = iter(text), list[str]()
+    lines, before, first = iter(text), list[str](), ""
     for line in lines:
-        if line.strip():
-            return itertools.chain(blank, [line], lines), line.strip()
-        blank.append(line)
+        first = first or line.strip()
+        if line.strip() and not line.startswith((";", "#")):
+            is_fasta = line.startswith(">")
+            return itertools.chain(before, [line], lines), line.strip() if is_fasta else first
+        before.append(line)
     raise _error(file, "holds no records; write >NAME lines (FASTA), or a header line (CSV, TSV)")
 
 
 def _fasta(file: str, lines: Iterable[str]) -> Iterator[SequenceRecord]:
-    name, at, parts, spaces = "", 0, list[str](), False
+    name, at, parts, spaces, letters = "", 0, list[str](), False, 0
 
     def record() -> SequenceRecord:
         flags = (*["no_id"] * (not name), *["spaces_removed"] * spaces)
@@ -134,11 +166,14 @@ def _fasta(file: str, lines: Iterable[str]) -> Iterator[SequenceRecord]:
         if line.startswith(">"):
             if at:
                 yield record()
-            name, at, spaces = next(iter(line[1:].split()), ""), number, False
+            name, at, spaces, letters = next(iter(line[1:].split()), ""), number, False, 0
             parts.clear()
-        elif at and not line.startswith(";"):
+        elif at and not line.startswith((";", "#")):
             parts.append(line if line.isalpha() else _SPACE.sub("", line))
             spaces = spaces or len(parts[-1]) < len(line)
+            letters += len(line)
+            if letters >= LONGEST_RECORD:
+                raise _too_long(file, f"the record {shortened(name)!r}", at)
     yield record()
 
 
@@ -160,8 +195,8 @@ def _table(
     usual_columns: Sequence[str],
 ) -> Iterator[SequenceRecord]:
     delimiter = "\t" if "\t" in header else ","
-    csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader(lines, delimiter=delimiter)
+    csv.field_size_limit(LONGEST_RECORD)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     line, number, names = 1, 0, list[str]()
     sequence_at, id_at = 0, None
     try:
@@ -186,18 +221,41 @@ def _table(
             its_id = str(number) if id_at is None or id_at >= len(fields) else fields[id_at].strip()
             sequence = fields[sequence_at] if sequence_at < len(fields) else ""
             flags = [] if complete else ["wrong_number_of_fields"]
+            if line - first_line > 1 and _may_hold_rows(fields, len(names), sequence_at, delimiter):
+                flags = [f"several_lines:{first_line}_to_{line - 1}"]
             if not its_id:
                 flags.append("no_id")
-            letters = _SPACE.sub("", sequence)
-            if len(letters) < len(sequence.strip()):
+            letters = _SPACE.sub("", cell_sequence(sequence))
+            if letters and len(letters) < len(sequence.strip()):
                 flags.append("spaces_removed")
             yield SequenceRecord(
                 file=file, line=first_line, id=its_id, sequence=letters, flags=tuple(flags)
             )
     except csv.Error as error:
         raise _error(
-            file, f"cannot be read as {delimiter!r}-separated text ({error})", line=line
+            file,
+            f"cannot be read as {delimiter!r}-separated text from here to line {reader.line_num} "
+            f"({error}); check the quotes: close or remove the one that stands alone",
+            line=line,
         ) from error
+
+
+def _may_hold_rows(fields: Sequence[str], width: int, sequence_at: int, delimiter: str) -> bool:
+    """Whether a record of several lines may have swallowed others, between two lone quotes.
+
+    As `tuner.data.tables` has it, but for labels, which a table to predict does not need.
+    """
+    for at, text in enumerate(fields):
+        lines = text.splitlines()
+        if len(lines) < 2:
+            continue
+        if delimiter == "\t" or (at == sequence_at and len(text.strip().splitlines()) > 1):
+            return True
+        first, *middle, last = (line.count(delimiter) for line in lines)
+        whole = all(count == width - 1 for count in middle)
+        if whole and (first, last) == (width - 1 - at, at):
+            return True
+    return False
 
 
 def _columns(
@@ -220,7 +278,7 @@ def _columns(
             message = f"is separated by {other!r}; save it with commas or tabs"
         else:
             message = (
-                f"no column {name!r} among {shortened(', '.join(names))}; name it with {option}, "
+                f"no column {name!r} among {listed(names)}; name it with {option}, "
                 "or write FASTA (>NAME lines)"
             )
         raise _error(file, message, line=line, value=header)

@@ -16,10 +16,10 @@ from tuner.data.problems import (
     WRONG_FIELDS,
     Problems,
     Refused,
-    shortened,
+    listed,
 )
 from tuner.data.rows import Row
-from tuner.data.text import NOT_A_RESIDUE, SequenceReader, cleaned, file_text
+from tuner.data.text import NOT_A_RESIDUE, SequenceReader, cell_sequence, cleaned, file_text
 from tuner.errors import counted
 from tuner.spec.spec import column_key
 
@@ -136,7 +136,7 @@ class _Table:
                 value=self._delimiter.join(fields),
             )
             return None
-        raw = fields[self._columns.index(self._sequence)]
+        raw = cell_sequence(fields[self._columns.index(self._sequence)])
         sequence = self._reader.read(raw, self._file, line, "the sequence")
         label = self.labels.read(fields[self._columns.index(self._label)], line, place)
         weight = None
@@ -254,7 +254,7 @@ class _Table:
                 message = f"{count} columns are called {name!r}; rename all but one"
             else:
                 message = (
-                    f"no column {name!r} among {shortened(', '.join(self._columns))}; the first "
+                    f"no column {name!r} among {listed(self._columns)}; the first "
                     f"line must name the columns, separated by {_DELIMITERS[self._delimiter]}; "
                     f'[data] may name another one: columns = {{ {key} = "..." }}'
                 )

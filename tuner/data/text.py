@@ -92,6 +92,10 @@ def file_text(file: str, content: bytes, problems: Problems) -> str | None:
         problems.add(file, f"is not UTF-8 text but {wide}; save it as UTF-8", line=1, value=wide)
         return None
     try:
+        if (zero := content.find(b"\0")) >= 0:
+            line = content.count(b"\n", 0, zero) + 1
+            problems.add(file, "is not text: it holds a zero byte; save it anew", line=line)
+            return None
         # Programs that take a mark for text put a second one before it.
         return content.decode("utf-8").lstrip("\ufeff")
     except UnicodeDecodeError as error:
@@ -164,6 +168,15 @@ def wide_encoding(content: bytes) -> str | None:
         if sample.startswith(mark) or all(each.count(0) * 2 > len(each) for each in places):
             return name
     return None
+
+
+#: What programs write into a table's cell that has no value, in lower case. Some are peptides, too.
+_MISSING = frozenset(("na", "n/a", "nan", "null", "none"))
+
+
+def cell_sequence(cell: str) -> str:
+    """The sequence in a table's cell: none where that says that it is missing, as "NA" does."""
+    return "" if cell.strip().lower() in _MISSING else cell
 
 
 def cleaned(raw: str) -> tuple[str, tuple[str, ...]]:

@@ -32,6 +32,9 @@ CHUNK = 8_192
 #: From this many residues on, a sequence of the letters of DNA and RNA alone is flagged.
 _NUCLEOTIDES = 30
 
+#: What begins the flags of records that are no good whatever their sequence.
+_REFUSED = ("wrong_number_of_fields", "several_lines")
+
 OutputFormat = Literal["csv", "tsv", "jsonl"]
 
 
@@ -164,12 +167,12 @@ def _first_unknown(record: SequenceRecord, sequence: str, position: int, bundle:
 
 def _checked(record: SequenceRecord, bundle: Bundle) -> tuple[str, tuple[str, ...]]:
     """The sequence as the networks take it, "" if they cannot; and what there is to say of it."""
+    if record.flags and any(flag.startswith(_REFUSED) for flag in record.flags):
+        return "", ()
     sequence, removed = cleaned(record.sequence)
     flags = [f"{what}_removed" for what in removed]
     if not sequence:
         return "", (*flags, "empty")
-    if record.flags and "wrong_number_of_fields" in record.flags:
-        return "", tuple(flags)
     length = len(sequence)
     if length >= _NUCLEOTIDES and ONLY_NUCLEOTIDES.fullmatch(sequence):
         flags.append("looks_like_nucleotides")

@@ -399,7 +399,11 @@ BAD_CSV: dict[str, tuple[str | bytes, list[tuple[int | None, str, str, str]]]] =
     # Their upper case is the residue I and S: still no amino acids.
     "dotless i": ("sequence,label\nMK\u0131,1\n", [(2, "sequence", "\u0131", "is '\u0131'")]),
     "long s": ("sequence,label\nM\u017fK,1\n", [(2, "sequence", "\u017fK", "is '\u017f'")]),
-    "NUL": ("sequence,label\nMK\0,1\n", [(2, "sequence", "\0", r"is '\x00'")]),
+    "NUL": ("sequence,label\nMK\0,1\n", [(2, "", "", "is not text: it holds a zero byte; save")]),
+    "orders to a terminal": (
+        "sequence\x1b[2J\nMK\n",
+        [(1, "sequence", "", "among sequence?[2j; the first"), (1, "label", "", "sequence?[2j;")],
+    ),
     "empty sequence": ("sequence,label\n  ,1\n", [(2, "sequence", "", "the sequence is empty")]),
     "too few fields": ("sequence,label\nMKL\n", [(2, "", "MKL", "1 field where the header")]),
     "too many fields": ("sequence,label\nMK,1,2\n", [(2, "", "MK,1,2", "3 fields where")]),
@@ -1124,7 +1128,6 @@ BAD_FASTA: dict[str, tuple[str | bytes, list[tuple[int | None, str, str, str]]]]
         [(2, "", "MKL", "a FASTA record starts with a line >NAME; remove what stands before")],
     ),
     "FASTQ": ("@a\nMKL\n+\nIII\n", [(1, "", "@a", "a FASTA record starts with")]),
-    "comment of another format": (";x\n>a\nMKL\n", [(1, "", ";x", "a FASTA record")]),
     "blank": ("\n\n", [(None, "", "", "holds no records; each is a line >NAME")]),
     "not ASCII": (">ä\nMKä\n", [(1, "sequence", "", "residue 3 of the sequence")]),
     "not UTF-8": (b">a\nMK\xff\n", [(2, "", "0xff", "is not UTF-8 text")]),
@@ -1174,7 +1177,7 @@ def test_fasta_line_ends_mark_comments_and_case_do_not_matter(tmp_path: Path, en
     plain = prepared(tmp_path, write_fasta(tmp_path, ROWS))
     pair = write_fasta(tmp_path, [(each.lower(), label) for each, label in ROWS], wrap=7)
     for name in (pair.soluble, pair.insoluble):
-        text = "# a comment\n\n" + (tmp_path / name).read_text(encoding="utf-8")
+        text = "# a comment\n;another\n\n" + (tmp_path / name).read_text(encoding="utf-8")
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
     other = prepared(tmp_path, pair)
     assert other.development_sha256 == plain.development_sha256

@@ -250,6 +250,12 @@ def test_sequences_with_both_labels_are_dropped_where_the_study_file_says_so(
     assert result.development_sha256 == prepared(tmp_path, "rest.csv").development_sha256
 
 
+def test_a_cell_that_says_missing_has_no_sequence(tmp_path: Path) -> None:
+    missing = [(one, 1) for one in ("NA", "nan", "N/A", "None", "null")]
+    (tmp_path / "rows.csv").write_text(table([*ROWS, *missing]))
+    assert "5 empty sequences: line 62" in message_of(tmp_path, "rows.csv")
+
+
 def test_all_unknown_positions_are_found() -> None:
     assert list(find_unknown(["MKV", "XMB", "", "M", "é1"])) == [(1, [0, 2]), (4, [0, 1])]
     assert list(find_unknown([])) == []

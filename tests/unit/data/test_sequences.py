@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tuner.data import sequences
 from tuner.data.sequences import SeenIds, SequenceRecord, read_sequences
 from tuner.errors import DataError
 
@@ -35,6 +36,7 @@ TWO = [("a", "MKV"), ("b", "ACDE")]
         b"\xef\xbb\xbf>a\nMKV\n>b\nACDE\n",
         b">a|x y\nMKV\n>b\nACDE\n".replace(b"|x", b""),
         b"; a comment of old programs\n>a\nMKV\n;another\n>b\nACDE\n"[28:],
+        b";old\n#new\n\n>a\nM\n;old\nKV\n>b\n#new\nACDE\n",
         b"id,sequence\na,MKV\nb,ACDE\n",
         b"sequence,id\nMKV,a\nACDE,b\n",
         b"ID , Sequence \n a , MKV \nb,ACDE\n",
@@ -54,6 +56,37 @@ def test_two_records_in_every_shape(content: bytes, tmp_path: Path) -> None:
 
 def test_a_table_without_ids_counts_its_records() -> None:
     assert told(b"sequence\nMKV\n\nACDE\n") == [("1", "MKV"), ("2", "ACDE")]
+
+
+def test_a_cell_that_says_missing_has_no_sequence() -> None:
+    content = b"id,sequence\nx,NA\nx, nan\nx,N/A\nx,None\n"
+    assert {sequence for _, sequence in told(content)} == {""}
+    assert told(b">a\nNA\n") == [("a", "NA")]
+
+
+def test_a_column_of_the_training_is_found_behind_the_usual_one() -> None:
+    for header, found in (("fasta,sequence", "ACDE"), ("fasta,note", "MKV")):
+        content = io.BytesIO(f"{header}\nMKV,ACDE\n".encode())
+        (record,) = read_sequences("stdin", content, usual_columns=("sequence", "FASTA"))
+        assert record.sequence == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b">a\n" + b"A" * 999, "stdin:2: the line has more than 99 letters"),
+        (b">a\nM\n>b\n" + b"AAAAAAAAA\n" * 12, "stdin:3: the record 'b' has more than 99 letters"),
+        (b'sequence\nM\n"' + b"A\n" * 99, "stdin:3: cannot be read as ','-separated text from"),
+    ],
+)
+def test_a_record_that_would_take_all_memory_is_an_error(
+    content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequences, "LONGEST_RECORD", 100)
+    for packed in (content, gzip.compress(content)):
+        with pytest.raises(DataError) as caught:
+            records(packed)
+        assert message in str(caught.value)
 
 
 def test_columns_are_named() -> None:
@@ -76,6 +109,16 @@ def test_ids_that_are_not_utf8_come_back_as_they_were() -> None:
     ("content", "flags"),
     [
         (b">\nMKV\n", ("no_id",)),
+        (b'id,note,sequence\na,"x,M\nb,y",A\n', ("several_lines:2_to_3",)),
+        (b'id,note,sequence\na,"x,M\nb,z,M\nc,y",A\n', ("several_lines:2_to_4",)),
+        (b'id,sequence\na,"M\nKV"\n', ("several_lines:2_to_3", "spaces_removed")),
+        (b'id\tnote\tsequence\na\t"one\ntwo"\tM\n', ("several_lines:2_to_3",)),
+        (b'id,note,sequence\na,"one, two\nthree",M\n', ()),
+        (b'id,note,sequence\na,"one\ntwo, three\n",M\n', ()),
+        (b">a\nMK V\nLL\n", ("spaces_removed",)),
+        (b"id,sequence\na, M KV \n", ("spaces_removed",)),
+        (b"id,sequence\na, MKV \n", ()),
+        (b"id,sequence\na, NaN \n", ()),
         (b"id,sequence\n,MKV\n", ("no_id",)),
         (b"id,sequence\na\n", ("wrong_number_of_fields",)),
         (b"id,sequence\na,MKV,1\n", ("wrong_number_of_fields",)),
@@ -101,13 +144,11 @@ def test_what_is_wrong_with_a_record_is_a_flag(content: bytes, flags: tuple[str,
         (b"MKV\0\0", "is not text"),
         (gzip.compress(b">a\nMKV\n" * 9, mtime=0)[:-9], "is damaged or was cut"),
         (b"\x1f\x8bnothing", "is damaged or was cut"),
-        (b'id,sequence\na,"MKV\n' + b"b,A\n", None),
+        (b'id,sequence\na,"MKV\nb,A\n', "from here to line 3 (unexpected end of data); check the"),
+        (b'id,sequence\nx,A\na,"M"KV\n', "stdin:3: cannot be read as ','-separated text"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_told_of(content: bytes, message: str | None) -> None:
-    if message is None:  # an open quote swallows the rest, which then has no residues
-        assert [one.sequence for one in records(content)] == ["MKVb,A"]
-        return
+def test_a_file_that_cannot_be_read_is_told_of(content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=r"^stdin.*") as caught:
         records(content)
     assert message in str(caught.value)

@@ -21,6 +21,7 @@ from networks import block, network, sequences
 
 from tuner import load_bundle
 from tuner.data.rows import RESIDUES, encode
+from tuner.data.synthetic import synthetic_sequences
 from tuner.errors import BundleError, SetupError, StudyError, TunerError
 from tuner.metrics import measure
 from tuner.network import combined
@@ -260,6 +261,50 @@ def test_a_bundle_may_hold_onnx(tuned: TunedStudy, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "bundle" / "model.onnx")
     (found,) = session.run(None, {"tokens": encode(SEQUENCES, 200)})
     assert found[:, 0] == pytest.approx(expected(tuned, number), abs=1e-5)
+
+
+def test_a_network_that_masks_unknown_residues_does_so_wherever_it_is_loaded(
+    storage: Storage, tmp_path: Path
+) -> None:
+    sequences_with_x = [f"{one[:9]}X{one[9:99]}" for one in synthetic_sequences()[0][:400]]
+    rows = zip(sequences_with_x, synthetic_sequences()[1], strict=False)
+    lines = ["sequence,label", *(f"{one},{label}" for one, label in rows)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    data = {"source": "rows.csv", "unknown": "mask", "truncate": "start", "split": {"seed": 1}}
+    tuned = study_with_networks(storage, tmp_path, name="masked", data=data)
+    number = tuned.ranked()[0].number
+    folder = tmp_path / "bundle"
+    configs = [config_of_trial(tuned, number)]
+    write_bundle(tuned, choose_trial(tuned, number), configs, folder, onnx=True)
+    description = json.loads((folder / "bundle.json").read_text())
+    assert (description["alphabet"], description["unknown"]) == (f"{RESIDUES}X", "mask")
+    assert "X" in description["probe"]["sequences"][0]
+    bundle = load_bundle(folder)
+    assert (bundle.unknown, bundle.truncate) == ("mask", "start")
+    given = ["MKVLXAAG", "MKVLBAAGxx", "XMKVLAAG", "MKVLAAG", "W" + "X" * 99 + "W"]
+    tokens = encode(given, 200, "mask")
+    wanted = logits(configs[0].config, read_kept_weights(tuned, number), tokens)
+    wanted = 1 / (1 + np.exp(-wanted))
+    assert wanted[0] == pytest.approx(wanted[1])  # nothing known is behind its unknown end
+    assert len(set(wanted.round(7))) == len(given) - 1
+    assert bundle.predict(given) == pytest.approx(wanted, abs=1e-6)
+    model = keras.saving.load_model(folder / "model.keras", custom_objects={}, safe_mode=True)
+    assert model.predict(tokens, verbose=0)[:, 0] == pytest.approx(wanted, abs=1e-6)
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    (found,) = session.run(None, {"tokens": tokens})
+    assert found[:, 0] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_bundle_of_format_1_is_read(single: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(single, folder)
+    description = json.loads((folder / "bundle.json").read_text()) | {"format": 1}
+    for key in ("unknown", "truncate", "sequence_column"):
+        del description[key]
+    resum(folder, "bundle.json", json.dumps(description).encode())
+    bundle = load_bundle(folder)
+    assert (bundle.unknown, bundle.truncate, bundle.sequence_column) == ("error", None, "sequence")
+    assert bundle.predict(SEQUENCES) == pytest.approx(load_bundle(single).predict(SEQUENCES))
 
 
 def test_without_the_extra_onnx_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,13 +38,14 @@ class FractionOfAlanine:
         return np.stack([fraction / (1 + each) for each in range(len(self.shares))], axis=1)
 
 
-def bundle(networks: int = 1) -> Bundle:
+def bundle(networks: int = 1, **changes: object) -> Bundle:
     description = {
         "study": "demo",
         "max_length": 10,
         "min_length": 3,
         "threshold": 0.5,
         "synthetic": False,
+        **changes,
     }
     return Bundle(description, [], FractionOfAlanine(networks))  # type: ignore[arg-type]
 
@@ -86,6 +87,40 @@ def test_each_record_is_predicted_or_says_why_not(
     found = one(sequence)
     assert found.probability == (None if probability is None else pytest.approx(probability))
     assert (found.label, found.spread, found.flags) == (label, None, flags)
+
+
+BOTH_ENDS = "longer_than_trained:first_5_and_last_5_used"
+
+
+@pytest.mark.parametrize(
+    ("sequence", "probability", "flags"),
+    [
+        ("AAXA", 0.75, ("unknown_residues:1_masked",)),
+        ("BzJuoX?A", 1 / 8, ("unknown_residues:7_masked",)),
+        ("AA-X*", 2 / 3, ("gaps_removed", "stop_removed", "unknown_residues:1_masked")),
+        ("AX1A", None, ("unknown_residues:X_at_2",)),
+        ("XXX", None, ("unknown_residues:X_at_1",)),
+        ("AUGGCCAUUG", None, ("unknown_residues:U_at_2",)),
+        ("MMMMAAAAAMMM", 0.3, (BOTH_ENDS,)),
+        (
+            "A11MMMMMM1AA",
+            None,
+            (BOTH_ENDS, "unknown_residues:1_at_2"),
+        ),
+        (
+            "MMMMMMMMM1AA",
+            None,
+            (BOTH_ENDS, "unknown_residues:1_at_10"),
+        ),
+    ],
+)
+def test_a_bundle_masks_and_cuts_as_its_training_did(
+    sequence: str, probability: float | None, flags: tuple[str, ...]
+) -> None:
+    masking = bundle(unknown="mask", truncate="middle")
+    (found,) = predict_records(masking, [record(sequence)])
+    assert found.probability == (None if probability is None else pytest.approx(probability))
+    assert found.flags == flags
 
 
 def test_flags_of_the_file_come_first() -> None:
