@@ -34,7 +34,6 @@ from pathlib import Path
 import numpy as np
 import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +50,7 @@ from tuner.spec.spec import StudySpec  # noqa: E402
 from tuner.storage.batch import Batch  # noqa: E402
 from tuner.storage.engine import closed_engine  # noqa: E402
 from tuner.storage.lease import COORDINATOR_KEY  # noqa: E402
+from tuner.storage.private_optuna import models  # noqa: E402
 from tuner.storage.storage import Storage  # noqa: E402
 from tuner.storage.url import parse_url  # noqa: E402
 from tuner.train import EpochResult, TrainingJob  # noqa: E402

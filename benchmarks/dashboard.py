@@ -33,12 +33,12 @@ import psutil
 import sqlalchemy as sa
 from optuna.distributions import FloatDistribution, distribution_to_json
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
 from tuner.coordination import queue as orders
 from tuner.search.attributes import CURVE_KEY, curve_of
 from tuner.search.study import load as load_study
+from tuner.storage.private_optuna import models
 from tuner.storage.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -32,6 +32,17 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     assert missing == []
 
 
+def test_the_decisions_that_code_names_are_there() -> None:
+    named = {
+        (path.name, page, anchor)
+        for path in (ROOT / "tuner").rglob("*.py")
+        for page, anchor in re.findall(r"docs/([\w-]+\.md)#([\w-]+)", path.read_text("utf-8"))
+    }
+    assert len({path for path, _, _ in named}) > 20
+    missing = [one for one in sorted(named) if one[2] not in anchors(ROOT / "docs" / one[1])]
+    assert missing == []
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):

@@ -12,7 +12,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
+
+from filelock import FileLock, Timeout
 
 from tuner.errors import ClusterError, counted
 
@@ -85,7 +87,7 @@ def gpus_for(
         taken: list[str] = []
         for gpu in seen:
             if len(taken) < wanted and (lock := _lock(gpu)) is not None:
-                held.enter_context(lock)
+                held.callback(lock.release)
                 taken.append(gpu.device)
         if len(taken) < (1 if workers == "auto" else wanted):
             raise ClusterError(
@@ -114,19 +116,14 @@ def _nvidia_smi(environment: Mapping[str, str]) -> str | None:
     return done.stdout
 
 
-def _lock(gpu: Gpu) -> IO[bytes] | None:
-    """The GPU's lock, held as long as the file is open; None where another process holds it."""
+def _lock(gpu: Gpu) -> FileLock | None:
+    """The GPU's lock, taken; None where another process holds it."""
     folder = Path(tempfile.gettempdir()) / f"tuner-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     name = hashlib.sha256(gpu.identity.encode()).hexdigest()[:16]
-    file = (folder / f"{name}.lock").open("ab")
+    lock = FileLock(folder / f"{name}.lock")
     try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: who starts several shares the GPUs out by hand
-        pass
-    except BlockingIOError:
-        file.close()
+        lock.acquire(blocking=False)
+    except Timeout:
         return None
-    return file
+    return lock

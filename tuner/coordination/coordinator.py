@@ -1,4 +1,7 @@
-"""The one process that drives a study: it asks, reports, prunes, tells and counts the budget."""
+"""The one process that drives a study: it asks, reports, prunes, tells and counts the budget.
+
+Why: `docs/decisions.md#why-does-one-process-decide-while-many-train`.
+"""
 
 from __future__ import annotations
 

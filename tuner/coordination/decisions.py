@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -17,7 +16,7 @@ from tuner.search.attributes import DETAIL_KEY, RESUMED_KEY
 from tuner.search.hyperband import RecordedPruner
 from tuner.search.stop_rule import StopRule
 from tuner.search.tuned_study import FINISHED, TunedStudy
-from tuner.storage.decisions import Decision
+from tuner.storage.decisions import Decision, DecisionKind
 from tuner.storage.lease import COORDINATOR_KEY
 
 KEPT_WEIGHTS = 10  #: the best trials whose weights are kept
@@ -192,7 +191,7 @@ class Decisions:
 
     def _record(
         self,
-        kind: Literal["ask", "rung", "tell"],
+        kind: DecisionKind,
         trial: int,
         *,
         epoch: int | None = None,

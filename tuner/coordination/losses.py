@@ -1,4 +1,7 @@
-"""How many lost workers a trial may cost, and how many failed trials a study."""
+"""How many lost workers a trial may cost, and how many failed trials a study.
+
+Why: `docs/decisions.md#why-may-a-trial-lose-25-workers-before-they-train-but-only-five-that-did`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Max-min fair shares of a cluster's slots, one for each study."""
+"""Max-min fair shares of a cluster's slots, one for each study.
+
+Why: `docs/decisions.md#how-does-the-service-share-workers-among-studies`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Answers that many browsers poll for, computed once for all of them."""
+"""Answers that many browsers poll for, computed once for all of them.
+
+Why: `docs/decisions.md#why-is-every-answer-of-a-study-kept-for-two-seconds`.
+"""
 
 from __future__ import annotations
 

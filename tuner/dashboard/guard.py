@@ -3,6 +3,8 @@
 The guard checks of every request for which host it is (Host), from which page it comes (Origin),
 who sent it (session), whether that user may send it (role), and, for Optuna's dashboard, whether
 its route is on the list of those that cannot break a study. All else is refused.
+
+Why: `docs/decisions.md#why-a-list-of-allowed-routes`.
 """
 
 from __future__ import annotations

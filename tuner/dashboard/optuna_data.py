@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import BaseStorage
-from optuna.study._frozen import FrozenStudy
 
 from tuner.storage.dashboard_note import note_version
+from tuner.storage.private_optuna import FrozenStudy
 
 _NOTE_KEY = re.compile(r"dashboard:(?:[0-9]+:)?note_(ver|str:[0-9]+)")
 

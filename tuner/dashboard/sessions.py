@@ -1,4 +1,7 @@
-"""Sessions and the limits of logging in."""
+"""Sessions and the limits of logging in.
+
+Why: `docs/decisions.md#why-are-sessions-kept-in-the-server-and-not-in-a-signed-cookie`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Development rows on a worker's machine: found, cached, or fetched once for all its workers."""
+"""Development rows on a worker's machine: found, cached, or fetched once for all its workers.
+
+Why: `docs/decisions.md#how-do-development-rows-reach-a-worker`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The split: by the hash of the sequences, the seed and the fractions, stratified by label."""
+"""The split: by the hash of the sequences, the seed and the fractions, stratified by label.
+
+Why: `docs/decisions.md#when-is-a-split-too-small`.
+"""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ and a few slow kernels, so:
   bfloat16 by converting there and back in every pass.
 
 `benchmarks/layers.py` measures each beside Keras' own. Exported networks have Keras' layers.
+
+Why: `docs/decisions.md#why-are-networks-trained-with-layers-of-our-own-and-exported-with-keras`.
 """
 
 from __future__ import annotations

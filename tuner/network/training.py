@@ -2,6 +2,8 @@
 
 An epoch is a few calls of one TensorFlow graph over tensors in memory: it is handed shuffled row
 numbers and gathers its batches itself, so that no Python runs between two steps.
+
+Why: `docs/decisions.md#why-are-the-optimisers-updates-our-own`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ A bundle is a folder, or a zip file of the same files:
 
 Reading one verifies the checksums first. No class or function that a file names is ever looked up:
 the networks are built from the study files, and of `model.keras` the arrays of weights are read.
+
+Why: `docs/decisions.md#why-does-a-reader-of-a-bundle-not-load-modelkeras-as-keras-does`.
 """
 
 from __future__ import annotations

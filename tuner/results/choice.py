@@ -1,6 +1,8 @@
 """Which of a study's kept networks are used: the best one, or several that predict better together.
 
 Validation rows alone decide; see `tuner.results.ensemble` for how, and for what the gain is worth.
+
+Why: `docs/decisions.md#why-are-validation-logits-kept-with-the-weights`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ add the network, again if need be, with which the mean of the probabilities has 
 
 The loss of what was selected is too good on the rows that selected it, and so is that of the best
 single network. So both are chosen on one half of the validation rows and measured on the other.
+
+Why: `docs/decisions.md#why-is-an-ensemble-judged-by-halves`.
 """
 
 from __future__ import annotations

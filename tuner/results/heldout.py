@@ -1,4 +1,7 @@
-"""Opens the test split: the ledger first, then the rows. Only the report may import this."""
+"""Opens the test split: the ledger first, then the rows. Only the report may import this.
+
+Why: `docs/decisions.md#why-can-the-seal-not-be-perfect`.
+"""
 
 from __future__ import annotations
 

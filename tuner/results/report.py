@@ -3,6 +3,8 @@
 Everything that can be checked without a test row is checked first; then the ledger is written,
 the test rows are read (`tuner.results.heldout`), the winner is evaluated from its kept weights, the
 result is recorded, and the report is published.
+
+Why: `docs/decisions.md#why-does-the-report-first-rehearse`.
 """
 
 from __future__ import annotations

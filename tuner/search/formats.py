@@ -1,7 +1,8 @@
 """The formats of a study's stored record, and what the keys that a record lacks mean.
 
-A study outlives the version that made it. Each version reads the records of every format so far;
-`docs/decisions.md` says what to do where one adds a key.
+A study outlives the version that made it. Each version reads the records of every format so far.
+To add a key:
+`docs/decisions.md#what-has-to-be-done-to-add-a-key-to-the-study-file-or-the-record`.
 """
 
 from __future__ import annotations

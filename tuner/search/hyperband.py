@@ -1,4 +1,7 @@
-"""Hyperband as Optuna's pruner, with brackets that take turns as in the paper."""
+"""Hyperband as Optuna's pruner, with brackets that take turns as in the paper.
+
+Why: `docs/decisions.md#why-is-hyperband-not-optunas-hyperbandpruner`.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 A split's identity changes with each row, seed and fraction, while most of its sequences stay. So
 splits are compared by the hashes of their sequences, which outlive their studies. Labels are not
 read, and no test row leaves `tuner.data.prepare`.
+
+Why: `docs/decisions.md#why-is-a-shared-test-row-warned-of-and-not-refused`.
 """
 
 from __future__ import annotations

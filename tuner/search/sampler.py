@@ -1,4 +1,7 @@
-"""The sampler: Optuna's TPE or random sampler, its draws a function of the trial's number alone."""
+"""The sampler: Optuna's TPE or random sampler, its draws a function of the trial's number alone.
+
+Why: `docs/decisions.md#why-has-every-parameter-of-every-trial-a-random-generator-of-its-own`.
+"""
 
 from __future__ import annotations
 

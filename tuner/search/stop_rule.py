@@ -1,4 +1,7 @@
-"""When a study ends before its budget, because no better configuration is to be expected."""
+"""When a study ends before its budget, because no better configuration is to be expected.
+
+Why: `docs/decisions.md#when-does-a-study-end-before-its-budget`.
+"""
 
 from __future__ import annotations
 

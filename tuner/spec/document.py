@@ -1,4 +1,7 @@
-"""Reading a TOML file of the user's: its document, `--set`, and where each mistake stands."""
+"""Reading a TOML file of the user's: its document, `--set`, and where each mistake stands.
+
+Why: `docs/decisions.md#why-toml-and-json-and-yaml-only-for-exports`.
+"""
 
 from __future__ import annotations
 

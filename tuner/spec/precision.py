@@ -4,6 +4,8 @@
 stored; which of its networks gain is then a rule over the configuration. Processors that multiply
 bfloat16 in hardware do a convolution in half the time, but pass over values one by one no faster
 than in float32: so it pays where many multiply-adds come on one value.
+
+Why: `docs/decisions.md#when-is-a-network-computed-in-bfloat16`.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ from typing import Any
 
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tuner.storage import decisions
 from tuner.storage.decisions import Decision
+from tuner.storage.private_optuna import models
 
 #: Optuna's tables of what belongs to a trial; the column that with the trial's id names a row.
 _PARTS: dict[Any, str] = {

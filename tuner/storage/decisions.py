@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import sqlalchemy as sa
 
@@ -26,12 +27,15 @@ table = sa.Table(
 )
 
 
+DecisionKind: TypeAlias = Literal["ask", "rung", "tell"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """One ask, rung verdict or tell."""
 
     trial: int  #: its number
-    kind: str  #: "ask", "rung" or "tell"
+    kind: DecisionKind  #: a new trial, a look at a rung, or an end
     epoch: int | None  #: of the rung, or the last one of a trial that ended; 1-based
     verdict: str | None  #: "go" or "prune" at a rung, the trial's state at the end
 

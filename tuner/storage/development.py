@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import sqlalchemy as sa
-from optuna.storages._rdb import models
 
+from tuner.storage.private_optuna import models
 from tuner.storage.tables import lock_for_writing, metadata
 from tuner.storage.transactions import Transactions
 

@@ -1,4 +1,7 @@
-"""The lease of a study: which process runs it, and until when no other may."""
+"""The lease of a study: which process runs it, and until when no other may.
+
+Why: `docs/decisions.md#how-is-a-lease-judged-when-clocks-differ-or-jump`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The ledger: every opening of a test split, and who opened it."""
+"""The ledger: every opening of a test split, and who opened it.
+
+Why: `docs/decisions.md#why-does-the-ledger-know-a-study-by-a-key-and-not-by-its-id-or-name`.
+"""
 
 from __future__ import annotations
 

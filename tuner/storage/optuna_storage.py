@@ -14,13 +14,13 @@ from typing import Any
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, orm
 
 from tuner.artifacts import make_folder
 from tuner.storage.engine import Calls, SilenceTimer, configure, engine_arguments
 from tuner.storage.lease import Fence
+from tuner.storage.private_optuna import CALLED_BY_THE_CACHE, models
 from tuner.storage.schema import make_current, publish_empty_database, require_tables
 from tuner.storage.url import is_sqlite
 
@@ -101,16 +101,7 @@ def on_the_storage_thread(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# Optuna's cache (`get_storage`) calls these six beside the public interface.
-for _name in (
-    *BaseStorage.__abstractmethods__,
-    "_create_new_trial",
-    "_get_trials",
-    "_get_best_trial_id",
-    "_set_trial_param",
-    "_get_stale_trial_ids",
-    "get_trial_id_from_study_id_trial_number",
-):
+for _name in (*BaseStorage.__abstractmethods__, *CALLED_BY_THE_CACHE):
     setattr(FencedStorage, _name, on_the_storage_thread(getattr(FencedStorage, _name)))
 
 

@@ -1,4 +1,7 @@
-"""The revisions of our tables and of Optuna's: looked at, created, brought up to date."""
+"""The revisions of our tables and of Optuna's: looked at, created, brought up to date.
+
+Why: `docs/decisions.md#how-are-the-tables-of-an-older-storage-upgraded`.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from typing import Literal
 import sqlalchemy as sa
 from filelock import FileLock
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 
 from tuner.artifacts import new_file_mode
 from tuner.commands import command
 from tuner.errors import StorageError, StorageMissingError
 from tuner.storage import audit, decisions, development, lease, ledger, queue, splits
 from tuner.storage.engine import closed_engine, engine_arguments
+from tuner.storage.private_optuna import models
 from tuner.storage.tables import (
     OPTUNAS_VERSION_TABLE,
     lock_for_writing,

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import sqlalchemy as sa
-from optuna.storages._rdb import models
 
 from tuner.errors import StorageError
 from tuner.storage import decisions, lease, queue
@@ -24,6 +23,7 @@ from tuner.storage.held_lease import HeldLease
 from tuner.storage.lease import Leases
 from tuner.storage.ledger import Ledger
 from tuner.storage.optuna_storage import FencedStorage, open_database
+from tuner.storage.private_optuna import models
 from tuner.storage.queue import Queue
 from tuner.storage.schema import look_at
 from tuner.storage.splits import Splits

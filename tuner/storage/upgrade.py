@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from optuna.storages._rdb import models
 
+from tuner.storage.private_optuna import models
 from tuner.storage.tables import OPTUNAS_VERSION_TABLE, revisions
 
 

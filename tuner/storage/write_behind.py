@@ -5,6 +5,8 @@ and what is written in a moment goes to the database in one transaction. The tra
 the lease (a coordinator that was replaced writes nothing) and counts the batch (one that is tried
 again after a lost connection is not written twice). `flush` waits until everything so far is
 committed; nothing that cannot be undone may happen before.
+
+Why: `docs/decisions.md#why-does-the-coordinator-keep-its-study-in-memory-and-write-behind`.
 """
 
 from __future__ import annotations
@@ -12,15 +14,14 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage, InMemoryStorage
-from optuna.storages._rdb import models
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.storage import lease
@@ -29,15 +30,12 @@ from tuner.storage.decisions import Decision
 from tuner.storage.engine import Calls
 from tuner.storage.lease import COORDINATOR_KEY
 from tuner.storage.optuna_storage import FencedStorage, read_trials
+from tuner.storage.private_optuna import StudyInMemory, models
 from tuner.storage.tables import lock_for_writing
 
 
-class WriteBehindStudy(InMemoryStorage):
-    """One study, with the ids of the database: what reads is Optuna's, what writes is here.
-
-    Attributes:
-        study_id: Of the study.
-    """
+class WriteBehindStudy(StudyInMemory):
+    """One study, with the ids of the database: what reads is Optuna's, what writes is here."""
 
     def __init__(
         self,
@@ -56,8 +54,9 @@ class WriteBehindStudy(InMemoryStorage):
             study_id: The study.
             token: Of the lease.
         """
-        super().__init__()
-        self.study_id = study_id
+        super().__init__(
+            study_id, rdb.get_study_name_from_id(study_id), rdb.get_study_directions(study_id)
+        )
         self._rdb = rdb
         self._database = database
         self._calls = calls
@@ -72,34 +71,13 @@ class WriteBehindStudy(InMemoryStorage):
         self._scheduled = False
         self._failure: BaseException | None = None
         self._last_known = -1  # highest trial id in memory
-        # What a call may be about, by the name of the parameter.
-        self._held: Mapping[str, Mapping[Any, object]] = {
-            "study_id": self._studies,
-            "study_name": self._study_name_to_id,
-            "trial_id": self._trial_id_to_study_id_and_number,
-        }
-        self._max_study_id = study_id - 1
-        super().create_new_study(
-            rdb.get_study_directions(study_id), rdb.get_study_name_from_id(study_id)
-        )
         for key, value in rdb.get_study_user_attrs(study_id).items():
             super().set_study_user_attr(study_id, key, value)
         for trial in rdb._get_trials(study_id, None, set(), -1):  # noqa: SLF001 - our override
-            self._put(trial)
+            self.put(trial)
 
-    def holds(self, parameter: str, value: Any) -> bool:
-        """Whether a "study_id", "study_name" or "trial_id" is of this study."""
-        return value in self._held.get(parameter, ())
-
-    def _put(self, trial: FrozenTrial) -> None:
-        """Takes in a trial that is in the database."""
-        its_study = self._studies[self.study_id]
-        if trial.number != len(its_study.trials):
-            raise RuntimeError(f"trial {trial.number} after {len(its_study.trials)} trials")
-        its_study.trials.append(trial)
-        self._trial_id_to_study_id_and_number[trial._trial_id] = (self.study_id, trial.number)
-        its_study.param_distribution |= trial.distributions
-        self._update_cache(trial._trial_id, self.study_id)
+    def put(self, trial: FrozenTrial) -> None:
+        super().put(trial)
         self._last_known = max(self._last_known, trial._trial_id)
 
     # --- the study: its attributes are few and small, so each is written at once ---
@@ -136,7 +114,7 @@ class WriteBehindStudy(InMemoryStorage):
             new = self._unknown_trials(connection)
         with self._lock:
             for trial in new:
-                self._put(trial)
+                self.put(trial)
 
     def _create_trial(self) -> int:
         with self._rdb.engine.begin() as connection:
@@ -157,7 +135,7 @@ class WriteBehindStudy(InMemoryStorage):
                 new.append(made)
         with self._lock:
             for trial in new:
-                self._put(trial)
+                self.put(trial)
         return made._trial_id
 
     def _insert_trial(self, connection: sa.Connection, number: int) -> FrozenTrial:
@@ -224,9 +202,9 @@ class WriteBehindStudy(InMemoryStorage):
         with self._lock:
             for trial in changed:
                 if not self.holds("trial_id", trial._trial_id):
-                    self._put(trial)
+                    self.put(trial)
                 elif COORDINATOR_KEY not in self.get_trial(trial._trial_id).user_attrs:
-                    self._set_trial(trial._trial_id, trial)
+                    self.replace(trial)
 
     def _take_waiting(self, trial_id: int) -> bool:
         """Makes a WAITING trial RUNNING, unless another process was faster."""
@@ -247,7 +225,7 @@ class WriteBehindStudy(InMemoryStorage):
 
         taken, trial = self._calls.run(take)
         with self._lock:
-            self._set_trial(trial._trial_id, trial)
+            self.replace(trial)
         return taken
 
     # --- what is written behind ---
