@@ -23,6 +23,7 @@ from typing import TypeVar
 import optuna
 import pytest
 from folders import ROOT
+from hooks import webhook
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from typer.testing import CliRunner
 from waiting import wait_until
@@ -398,15 +399,18 @@ def test_tuner_stop_ends_a_launch_and_a_second_launch_is_refused(folder: Path) -
     arguments = ("launch", "tiny.toml", "--name", "asked", "--workers", "1",
                  "--set", "training.max_epochs=2000", "--set", "training.patience=2000",
                  "--set", "hyperband.min_epochs=1500")  # fmt: skip
-    process = start(folder, *arguments)
-    wait_for_epochs(folder, "asked", 1, process)
-    second = tuner(folder, *arguments, check=False)
-    assert second.returncode == 1
-    assert "is being run by process" in second.stderr
-    assert "Asked asked to stop" in tuner(folder, "stop", "asked").stdout
-    output, _ = process.communicate(timeout=60)
+    with webhook() as hook:
+        process = start(folder, *arguments, "--notify", hook.url)
+        wait_for_epochs(folder, "asked", 1, process)
+        second = tuner(folder, *arguments, "--notify", hook.url, check=False)
+        assert second.returncode == 1
+        assert "is being run by process" in second.stderr
+        assert "Asked asked to stop" in tuner(folder, "stop", "asked").stdout
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Stopped (stopped); nothing is lost" in output
+    (told,) = hook.posted
+    assert (told["event"], told["study"], told["state"]) == ("stopped", "asked", "stopped")
 
 
 REFUSED = {
@@ -705,6 +709,8 @@ def group_members(group: int) -> list[int]:
         (("dashboard", "add-user", "a b", "--password-file", "tiny.toml"), 1, "not a user name"),
         (("dashboard", "add-user", "ada"), 1, "--password-file FILE; - is stdin"),
         (("launch", "tiny.toml", "--detach", "--workers", "2"), 2, "--workers"),
+        (("launch", "tiny.toml", "--detach", "--notify", "https://a.b"), 2, "--notify"),
+        (("launch", "tiny.toml", "--notify", "a.b/c"), 1, "--notify does not hold a URL"),
         (("dashboard", "log"), 1, "holds no study: there is no such file"),
         (("status", "--storage", "sqlite://runs/tuner.db"), 1, "after three slashes"),
         (("launch", "tiny.toml", "--storage", "sqlite://runs/tuner.db"), 1, "after three slashes"),

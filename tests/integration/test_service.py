@@ -29,6 +29,7 @@ from tuner.artifacts import development_path
 from tuner.coordination.coordinator import Coordinator
 from tuner.coordination.service import Service
 from tuner.coordination.shares import FairShares, max_min_shares
+from tuner.coordination.webhook import Announcer
 from tuner.errors import ClusterError
 from tuner.search.attributes import ERROR_KEY, RECORD_KEY, RESUMED_KEY
 from tuner.search.status import StudyStatus, status
@@ -290,6 +291,7 @@ class Shop:
         self.at_once = self.most_at_once = 0
         self.pace = 0.002  # seconds an epoch
         self.fail: dict[str, Callable[[], Exception]] = {}
+        self.told: list[tuple[str, str, str]] = []  # to webhooks: URL, study, event
         self._lock = threading.Lock()
         self.window = self.storage()  # to look through
 
@@ -347,7 +349,12 @@ class Shop:
             slots=lambda: self.slots,
             artifacts_root=self.artifacts,
             say=say or self.lines.append,
+            announcer=Announcer(self.lines.append, post=self.take),
         )
+
+    def take(self, url: str, body: bytes) -> None:
+        document = json.loads(body)
+        self.told.append((url, document["study"], document["event"]))
 
     @contextmanager
     def serving(self, service: Service | None = None) -> Iterator[Service]:
@@ -472,7 +479,10 @@ def test_two_services_on_one_storage_do_each_trial_once(shop: Shop) -> None:
     assert len([line for line in both if "is driven by process" in line]) <= 3
 
 
-def test_stop_takes_a_study_out_of_the_queue_and_it_can_come_back(shop: Shop) -> None:
+def test_stop_takes_a_study_out_of_the_queue_and_it_can_come_back(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNER_NOTIFY", "https://hooks.example.org/all")
     shop.queue("a", 300)
     with shop.serving():
         wait_until(lambda: len(shop.order) >= 4)
@@ -489,6 +499,7 @@ def test_stop_takes_a_study_out_of_the_queue_and_it_can_come_back(shop: Shop) ->
         shop.wait_for("a", "finished")
     assert shop.finished("a") == done + 2
     assert len(shop.said("Study a: stopped")) == 1
+    assert [event for _, _, event in shop.told] == ["stopped", "finished"]
 
 
 def test_a_study_that_left_the_queue_is_stopped_though_nobody_asked_its_coordinator(
@@ -526,8 +537,11 @@ def failing(trials: int) -> Callable[..., Iterator[object]]:
 def test_a_study_that_fails_leaves_the_queue_with_its_reason_and_hurts_no_other(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TUNER_NOTIFY", "https://hooks.example.org/all")
+    monkeypatch.setenv("TUNER_NOTIFY_ODD", "not a URL")
     shop.queue("good", 6)
-    shop.queue("bad", 20)
+    shop.queue("bad", 20, notify={"on": ["failed"]})
+    shop.queue("odd", 2, notify={"url_env": "TUNER_NOTIFY_ODD"})
     workers = shop.workers
 
     @contextmanager
@@ -549,6 +563,11 @@ def test_a_study_that_fails_leaves_the_queue_with_its_reason_and_hurts_no_other(
         assert now.to_document()["error"] == now.error
         assert tuned.storage.leases.of(tuned.id) is None
     assert len(shop.said("Study bad: given up", "10 trials in a row failed")) == 1
+    assert sorted(shop.told) == [
+        ("https://hooks.example.org/all", "bad", "failed"),
+        ("https://hooks.example.org/all", "good", "finished"),
+    ]
+    assert len(shop.said("Study odd: nobody is told", "$TUNER_NOTIFY_ODD does not hold a URL")) == 1
 
 
 def test_a_record_that_cannot_be_read_is_given_up_with_its_reason(shop: Shop) -> None:

@@ -179,6 +179,14 @@ def launch(
         typer.Option(min=0, metavar="SECONDS", help="Stop after this number of seconds."),
     ] = None,
     overrides: Overrides = None,
+    notify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Webhook to which the status is POSTed as JSON when the study has finished, "
+            "failed or stopped; by default $TUNER_NOTIFY.",
+        ),
+    ] = None,
     export_to: Annotated[
         Path | None,
         typer.Option(
@@ -200,6 +208,7 @@ def launch(
     if detach:
         here: dict[str, object] = {"--workers": workers, "--threads": threads}
         here |= {"--timeout": timeout, "--export": export_to, "--cluster": cluster}
+        here |= {"--notify": notify}
         here |= {"--tls-ca": tls_ca, "--tls-cert": tls_cert, "--tls-key": tls_key}
         _refuse_with_detach(here)
     refuse_workers_with_cluster(cluster, workers)
@@ -214,11 +223,16 @@ def launch(
 
     given = [*(overrides or []), *overrides_for(name, trials)]
     spec, prepared = _load(spec_path, given, artifacts)
+    from tuner.coordination.webhook import Announcer, webhook_of
     from tuner.search.overlap import enter
     from tuner.search.status import status
     from tuner.search.study import create_or_resume, find_or_create
 
-    with open_storage(storage, patience_seconds=None, create=True) as opened:
+    webhook = None if detach else webhook_of(spec.notify, given=notify, say=print_note)
+    with (
+        open_storage(storage, patience_seconds=None, create=True) as opened,
+        Announcer(print_note) as announcer,
+    ):
         # An existing study is changed only by the process that holds its lease.
         made_from: dict[str, Any] = {
             "development_sha256": prepared.development_sha256,
@@ -238,14 +252,18 @@ def launch(
             return
         ending: Ending = "finished"
         if now.finished_trials < spec.trials:
-            ending = _run(
+            ending = announcer.run(
                 tuned,
-                spec,
-                prepared,
-                lambda say: connect_workers(cluster, tls, workers, threads or 1, say),
-                threads or 1,
-                timeout,
-                as_json=as_json,
+                webhook,
+                lambda: _run(
+                    tuned,
+                    spec,
+                    prepared,
+                    lambda say: connect_workers(cluster, tls, workers, threads or 1, say),
+                    threads or 1,
+                    timeout,
+                    as_json=as_json,
+                ),
             )
         elif not as_json:
             print_note(f"Study {now.study} is finished.")

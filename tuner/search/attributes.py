@@ -38,6 +38,7 @@ RECORD_KEY = "tuner"
 #: Study attributes that change while it lives.
 BUDGET_KEY = "trials"
 STOP_KEY = "stop"  # the study file's table; None without one
+NOTIFY_KEY = "notify"  # likewise
 ENDED_EARLY_KEY = "ended_early"  # why, where it ended before the budget that was asked for
 WORKERS_KEY = "workers"
 #: What precision "auto" means in this study: `precision.BFLOAT16_FROM`, or None for never.

@@ -20,6 +20,7 @@ FORMAT_KEY = "format"  #: in the record; format 1 had no such key
 _NOT_WRITTEN: Mapping[str, Any] = {
     "spec.hyperband": None,
     "spec.stop": None,
+    "spec.notify": None,
     "spec.provenance": None,
     "spec.data.fallback": None,
     "spec.data.truncate": None,

@@ -22,6 +22,7 @@ from tuner.search.attributes import (
     BUDGET_KEY,
     ENDED_EARLY_KEY,
     ERROR_KEY,
+    NOTIFY_KEY,
     RECORD_KEY,
     STOP_KEY,
 )
@@ -126,6 +127,8 @@ def _changed_settings(tuned: TunedStudy, spec: StudySpec) -> dict[str, Any]:
             STOP_KEY: spec.stop and spec.stop.model_dump(),
             ENDED_EARLY_KEY: None,
         }
+    if tuned.notify != spec.notify:
+        asked[NOTIFY_KEY] = spec.notify and spec.notify.model_dump()
     known = tuned.study.user_attrs
     folder, data = known[RECORD_KEY]["spec_folder"], known[RECORD_KEY]["spec"]["data"]
     if (folder, data["source"]) != (str(spec.folder), spec.to_document()["data"]["source"]):
@@ -144,6 +147,9 @@ def _differing_settings(tuned: TunedStudy, spec: StudySpec) -> str:
     if tuned.stop != spec.stop:
         stop = spec.stop and spec.stop.model_dump()
         differing.append("no [stop]" if stop is None else f"[stop] {stop}")
+    if tuned.notify != spec.notify:
+        notify = spec.notify and spec.notify.model_dump()
+        differing.append("no [notify]" if notify is None else f"[notify] {notify}")
     known, source = tuned.study.user_attrs[RECORD_KEY], spec.to_document()["data"]["source"]
     if known["spec_folder"] != str(spec.folder):
         differing.append(f"the data from {spec.folder}")
@@ -180,6 +186,8 @@ def _create(
     study.set_user_attr(BUDGET_KEY, spec.trials)
     if spec.stop is not None:
         study.set_user_attr(STOP_KEY, spec.stop.model_dump())
+    if spec.notify is not None:
+        study.set_user_attr(NOTIFY_KEY, spec.notify.model_dump())
     for known in spec.known:
         # Marked as ours from its first transaction on: see database.COORDINATOR_KEY.
         study.enqueue_trial(dict(known), user_attrs={COORDINATOR_KEY: "known"})

@@ -14,13 +14,14 @@ from tuner.search.attributes import (
     BFLOAT16_FROM_KEY,
     BUDGET_KEY,
     ENDED_EARLY_KEY,
+    NOTIFY_KEY,
     STOP_KEY,
     VALUE_NAME,
 )
 from tuner.search.record import StudyRecord
 from tuner.spec.architecture import ModelConfig
 from tuner.spec.precision import BFLOAT16_FROM, Precision, precision_by_size
-from tuner.spec.spec import StopSettings
+from tuner.spec.spec import NotifySettings, StopSettings
 from tuner.storage.storage import Storage
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -57,6 +58,12 @@ class TunedStudy:
         """When it ends before its budget."""
         document = self.study.user_attrs.get(STOP_KEY)
         return None if document is None else StopSettings(**document)
+
+    @property
+    def notify(self) -> NotifySettings | None:
+        """Who is told how it ends."""
+        document = self.study.user_attrs.get(NOTIFY_KEY)
+        return None if document is None else NotifySettings(**document)
 
     def end_early(self, trials: int, reason: str) -> None:
         """Lowers the budget to `trials`, so that for everybody the study is finished then."""

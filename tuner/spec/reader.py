@@ -26,10 +26,12 @@ from tuner.spec.mistakes import (
     without_the_quotes,
 )
 from tuner.spec.spec import (
+    NOTIFY_VARIABLE,
     ColumnSettings,
     DataSettings,
     FastaPair,
     HyperbandSettings,
+    NotifySettings,
     SamplerSettings,
     Settings,
     SplitSettings,
@@ -94,6 +96,7 @@ _TABLES: Mapping[str, tuple[str, ...]] = {
     "hyperband": tuple(HyperbandSettings.model_fields),
     "sampler": tuple(SamplerSettings.model_fields),
     "stop": tuple(StopSettings.model_fields),
+    "notify": tuple(NotifySettings.model_fields),
     "space": tuple(KEYS),
 }
 
@@ -158,7 +161,9 @@ def _mistake(error: ErrorDetails) -> Mistake:
     path = error["loc"]
     if path[:2] == ("data", "source") and len(path) > 2:
         path = (*path[:2], *path[3:])  # without pydantic's tag of the union
-    value = None if error["type"] == "missing" else error["input"]
+    # The URL of a webhook may hold a token: it is not repeated, wherever it stands.
+    is_shown = error["type"] != "missing" and path[:1] != ("notify",)
+    value = error["input"] if is_shown else None
     context = error.get("ctx", {})
     also = tuple((*path, key) for key in str(context.get("keys", "")).split())
     return Mistake(path=path, value=value, message=_message(error, path), also=also)
@@ -182,6 +187,7 @@ def _message(error: ErrorDetails, path: KeyPath) -> str:
         "finite_number": "a finite number",
         "bool_type": "true or false",
         "string_type": "text in quotes",
+        "list_type": "a list",
         "model_type": f"a table ([{'.'.join(map(str, path))}])",
         "greater_than_equal": f"at least {context.get('ge')}",
         "greater_than": f"above {context.get('gt')}",
@@ -197,6 +203,11 @@ def _message(error: ErrorDetails, path: KeyPath) -> str:
 
 def _unknown_key(path: KeyPath) -> str:
     table, name = ".".join(map(str, path[:-1])), str(path[-1])
+    if (table, name) == ("notify", "url"):
+        return (
+            "a study file is stored, shown and exported, so it names no URL, which may hold a "
+            f"token; set the environment variable {NOTIFY_VARIABLE}, or name another with url_env"
+        )
     where = f" in [{table}]" if table else ""
     if home := _home(name, table):
         return f"unknown key {shown(name)}{where}; it belongs {home}"

@@ -6,10 +6,11 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import (
     AfterValidator,
@@ -300,6 +301,38 @@ class StopSettings(Table):
     """nats by which a better one must be better"""
 
 
+NotifyEvent: TypeAlias = Literal["finished", "failed", "stopped"]
+NOTIFY_VARIABLE = "TUNER_NOTIFY"  #: holds the URL of the webhook, unless a study names another
+
+
+def _check_variable(name: str) -> str:
+    # An uploaded study file must not send what other variables of the service hold. Neither is
+    # what stands there repeated: it may be the URL itself, with its token.
+    if not re.fullmatch(rf"{NOTIFY_VARIABLE}[A-Z0-9_]*", name, re.ASCII):
+        raise _wrong(
+            f"must name an environment variable that begins with {NOTIFY_VARIABLE} and holds the "
+            f'URL of the webhook, such as "{NOTIFY_VARIABLE}_LAB"'
+        )
+    return name
+
+
+def _check_events(events: list[NotifyEvent]) -> list[NotifyEvent]:
+    if not events:
+        raise _wrong("must name an event; leave the table out to tell nobody")
+    return list(dict.fromkeys(events))
+
+
+class NotifySettings(Table):
+    """Tells a webhook how the study ended."""
+
+    url_env: Annotated[str, AfterValidator(_check_variable)] = NOTIFY_VARIABLE
+    """environment variable with the URL, which may hold a token"""
+    on: Annotated[list[NotifyEvent], AfterValidator(_check_events)] = Field(
+        default_factory=lambda: list(get_args(NotifyEvent))
+    )
+    """events that are told"""
+
+
 class SamplerSettings(Table):
     """How configurations are sampled."""
 
@@ -322,6 +355,8 @@ class Settings(Table):
     sampler: SamplerSettings = SamplerSettings()
     stop: StopSettings | None = None
     """leave the table out to use the whole budget"""
+    notify: NotifySettings | None = None
+    """leave the table out to tell nobody, unless TUNER_NOTIFY is set"""
     provenance: Annotated[dict[str, Any], AfterValidator(_check_provenance)] | None = None
     """where an exported configuration comes from; its data is found again by the hash in there"""
 
@@ -418,12 +453,12 @@ class StudySpec(Settings):
     def identity_document(self) -> dict[str, Any]:
         """What of the document makes the study what it is.
 
-        Left out: its name and provenance; `trials` and `stop`, which may be changed later;
-        `data.fallback`, which decides whether there is a study at all; and the folders of data
-        files, whose content has an identity of its own (`tuner.data.identity.DataIdentity`).
+        Left out: its name and provenance; `trials`, `stop` and `notify`, which may be changed
+        later; `data.fallback`, which decides whether there is a study at all; and the folders of
+        data files, whose content has an identity of its own (`tuner.data.identity.DataIdentity`).
         """
         document = self.to_document()
-        for key in ("name", "trials", "stop", "provenance"):
+        for key in ("name", "trials", "stop", "notify", "provenance"):
             document.pop(key, None)
         document["data"].pop("fallback", None)
         document["data"]["source"] = _without_folders(document["data"]["source"])

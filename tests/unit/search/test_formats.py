@@ -160,6 +160,7 @@ def paths(value: Any, prefix: str = "") -> Iterator[str]:
 EVERYTHING = {
     "hyperband": {"min_epochs": 1, "eta": 4},
     "stop": {"patience": 60},
+    "notify": {},
     "provenance": {"study": "other"},
     "data": {"source": "solubility", "fallback": "synthetic", "truncate": "end"},
     "training": {"as_trial": 3, "max_epochs": 20},

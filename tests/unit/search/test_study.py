@@ -27,7 +27,7 @@ from tuner.search.study import (
     study_name,
 )
 from tuner.search.tuned_study import TunedStudy
-from tuner.spec.spec import StopSettings, StudySpec
+from tuner.spec.spec import NotifySettings, StopSettings, StudySpec
 from tuner.storage.storage import Storage
 from tuner.train import EpochResult
 
@@ -106,6 +106,23 @@ def test_a_study_that_stands_there_is_found_unchanged(tmp_path: Path) -> None:
     found = find_or_create(made.storage, small_spec(trials=5), IDENTITY, **arguments)
     assert found.study.user_attrs == before
     assert (found.budget, found.stop) == (12, StopSettings(patience=3))
+    made.storage.close()
+
+
+def test_a_launch_may_change_who_is_told(tmp_path: Path) -> None:
+    made = make_study(tmp_path, small_spec(notify={"on": ["failed"]}))
+    assert made.notify == NotifySettings(on=["failed"])
+    assert again(made, small_spec(notify={"url_env": "TUNER_NOTIFY_2"})).notify == NotifySettings(
+        url_env="TUNER_NOTIFY_2"
+    )
+    before = made.study.user_attrs
+    assert again(made, small_spec(notify={"url_env": "TUNER_NOTIFY_2"})).study.user_attrs == before
+    assert again(made, small_spec()).notify is None
+    with Storage(made.storage.url) as coordinator:
+        coordinator.lease.take(made.id)
+        with pytest.raises(StudyError, match=r"asks for \[notify\] \{"):
+            again(made, small_spec(notify={}))
+        coordinator.lease.release()
     made.storage.close()
 
 

@@ -254,10 +254,18 @@ def test_files_that_mean_the_same_have_the_same_hash(load, one, other):
         'data.fallback="synthetic"',
         "stop={}",
         "stop.patience=5",
+        "notify={}",
     ],
 )
 def test_the_hash_leaves_out_the_name_and_what_may_change_later(load, override):
     assert load(SMALL, override).spec_hash == load(SMALL).spec_hash
+
+
+@pytest.mark.parametrize("key", ["url", "url_env"])
+def test_the_url_of_a_webhook_is_not_repeated(load, key):
+    with pytest.raises(SpecError) as refused:
+        load(SMALL + f"[notify]\n{key} = 'https://hooks.example.org/secret'")
+    assert "secret" not in str(refused.value) + str(refused.value.to_document())
 
 
 def test_the_hash_leaves_out_in_which_folder_the_data_lies(load):
@@ -535,6 +543,13 @@ MISTAKES = [
     ("[stop]\npatience = 'none'", "stop.patience", 2, "whole number"),
     ("[stop]\nmin_delta = -0.1", "stop.min_delta", 2, "at least 0"),
     ("[stop]\nmin_epochs = 3", "stop.min_epochs", 2, "belongs in [hyperband]"),
+    # notify
+    ("[notify]\non = ['finishd']", "notify.on.0", 2, 'did you mean "finished"?'),
+    ("[notify]\non = []", "notify.on", 2, "leave the table out to tell nobody"),
+    ("[notify]\non = 'failed'", "notify.on", 2, "must be a list"),
+    ("[notify]\nurl_env = 'HTTPS_PROXY'", "notify.url_env", 2, "begins with TUNER_NOTIFY"),
+    ("[notify]\nurl_env = 'TUNER_NOTIFY/'", "notify.url_env", 2, "begins with TUNER_NOTIFY"),
+    ("[notify]\nurl = 'https://x'", "notify.url", 2, "names no URL, which may hold a token"),
     # data
     ("max_length = 0", "data.max_length", 1, "at least 1"),
     ("fallback = 'none'", "data.fallback", 1, 'one of "synthetic"'),

@@ -1,0 +1,260 @@
+"""Tells a webhook how studies end, and is never in their way.
+
+The URL of a webhook often holds a token. A study file is stored, shown and exported, so it names an
+environment variable that holds the URL; messages have no more of it than its host.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self, get_args
+from urllib.parse import urlsplit
+
+import stamina
+
+from tuner.coordination.coordinator import Ending
+from tuner.errors import LeaseLostError, StudyInUseError, TunerError, counted, reason_of
+from tuner.search.status import StudyStatus, status
+from tuner.search.tuned_study import TunedStudy
+from tuner.spec.spec import NOTIFY_VARIABLE, NotifyEvent, NotifySettings
+
+EVENTS: tuple[NotifyEvent, ...] = get_args(NotifyEvent)
+
+_TRY_SECONDS = 5.0  #: until an answer is given up
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0  #: between two tries
+_PATIENCE_SECONDS = 300.0  #: with a webhook that does not answer
+_LAST_SECONDS = 15.0  #: for what is being told when the process ends
+#: Statuses beside 5xx after which another try may succeed: a timeout, too early, too many.
+_TEMPORARY = frozenset((408, 425, 429))
+
+Post = Callable[[str, bytes], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Webhook:
+    """Where to tell, and what."""
+
+    url: str = field(repr=False)  #: http or https; may hold a token
+    events: frozenset[NotifyEvent]  #: that are told
+
+    @property
+    def host(self) -> str:
+        """What may be shown of the URL."""
+        return urlsplit(self.url).hostname or ""
+
+
+def webhook_of(
+    settings: NotifySettings | None,
+    *,
+    given: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+    say: Say,
+) -> Webhook | None:
+    """The webhook of a study; None if there is none.
+
+    Args:
+        settings: The table [notify] of its study file.
+        given: A URL that is used in place of the variable's.
+        environ: Holds the URL.
+        say: Takes a warning if the table names a variable that is not set.
+
+    Raises:
+        TunerError: The URL cannot be used.
+    """
+    variable = NOTIFY_VARIABLE if settings is None else settings.url_env
+    url = given if given is not None else environ.get(variable, "").strip()
+    if not url:
+        if settings is not None:
+            say(
+                f"[notify]: the environment variable {variable} is not set here, so nobody is told "
+                "how the study ends."
+            )
+        return None
+    _check_url(url, "--notify" if given is not None else f"${variable}")
+    return Webhook(url=url, events=frozenset(EVENTS if settings is None else settings.on))
+
+
+def _check_url(url: str, where: str) -> None:
+    """Refuses a URL, and does not repeat it: it may hold a token."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        parts, host = urlsplit(""), None
+    if parts.scheme not in ("http", "https") or not host or not url.isascii() or " " in url:
+        raise TunerError(f"{where} does not hold a URL such as https://hooks.example.org/token.")
+    if parts.username is not None:
+        raise TunerError(f"{where}: user and password in the URL are not sent; use a token.")
+    if parts.scheme == "http" and not _is_private(host):
+        raise TunerError(
+            f"{where}: http:// sends the URL's token in the clear to {host}; use https://. "
+            "http:// is for this machine and private networks."
+        )
+
+
+def _is_private(host: str) -> bool:
+    """Whether a host is this machine or in a private network, as its name or address tells."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "." not in host or host.endswith((".internal", ".local", ".svc"))
+    return address.is_loopback or (address.is_private and not address.is_unspecified)
+
+
+class Announcer:
+    """Tells webhooks, each time on a thread of its own, again and again for five minutes.
+
+    As a context manager it waits at the end, for 15 seconds at most.
+    """
+
+    def __init__(self, say: Say, *, post: Post | None = None) -> None:
+        """Tells nothing yet.
+
+        Args:
+            say: Takes a line for each webhook that was told, or could not be.
+            post: Sends a body to a URL; raises OSError or HTTPException.
+        """
+        self._say = say
+        self._post = post or _post
+        self._threads: list[threading.Thread] = []
+
+    def run(self, tuned: TunedStudy, webhook: Webhook | None, run: Callable[[], Ending]) -> Ending:
+        """Runs a study and tells how it ended: "finished", or why it was stopped, or an error.
+
+        That another process runs the study is no end of it, and is not told.
+        """
+        try:
+            ending = run()
+        except (StudyInUseError, LeaseLostError):
+            raise
+        except TunerError as error:
+            self.tell(tuned, webhook, "failed", str(error))
+            raise
+        if ending == "finished":
+            self.tell(tuned, webhook, "finished")
+        else:
+            self.tell(tuned, webhook, "stopped", ending)
+        return ending
+
+    def tell(
+        self, tuned: TunedStudy, webhook: Webhook | None, event: NotifyEvent, reason: str = ""
+    ) -> None:
+        """Begins to tell; returns at once."""
+        if webhook is None or event not in webhook.events:
+            return
+        try:
+            now = status(tuned)
+        except Exception:  # noqa: BLE001 - a database that is away is told all the same
+            now = None
+        body = json.dumps(_document(tuned.name, event, reason, now)).encode()
+        thread = threading.Thread(
+            target=self._tell, args=(webhook, tuned.name, event, body), name="webhook", daemon=True
+        )
+        self._threads = [one for one in self._threads if one.is_alive()] + [thread]
+        thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        until = time.monotonic() + _LAST_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        if late := sum(thread.is_alive() for thread in self._threads):
+            self._say(f"{late} of the webhooks did not answer within {_LAST_SECONDS:.0f} s.")
+
+    def _tell(self, webhook: Webhook, study: str, event: NotifyEvent, body: bytes) -> None:
+        try:
+            for attempt in stamina.retry_context(
+                on=_may_succeed_later,
+                attempts=None,
+                timeout=_PATIENCE_SECONDS,
+                wait_initial=_FIRST_PAUSE_SECONDS,
+                wait_max=_LONGEST_PAUSE_SECONDS,
+                wait_jitter=_FIRST_PAUSE_SECONDS,
+            ):
+                with attempt:
+                    self._post(webhook.url, body)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the study goes its way
+            self._say(
+                f"Study {study}: the webhook at {webhook.host} was not told that it "
+                f"{_PAST[event]}: {_reason(error)}."
+            )
+        else:
+            self._say(f"Study {study}: told {webhook.host} that it {_PAST[event]}.")
+
+
+_PAST: Mapping[NotifyEvent, str] = {
+    "finished": "finished",
+    "failed": "failed",
+    "stopped": "was stopped",
+}
+
+
+def _document(
+    study: str, event: NotifyEvent, reason: str, now: StudyStatus | None
+) -> dict[str, Any]:
+    """What is posted: the status as `tuner status --json` prints it, and what happened."""
+    text = f"Study {study} {_PAST[event]}{f' ({reason})' if reason else ''}"
+    if now is not None:
+        text += f": {now.finished_trials} of {counted(now.budget, 'trial')}"
+        if now.best is not None:
+            text += f", best validation loss {now.best.value:.4f} (trial {now.best.number})"
+    return {
+        "event": event,
+        "study": study,
+        "reason": reason or None,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "text": f"{text}.",
+        **({} if now is None else now.to_document()),
+    }
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows none: a redirected POST becomes a GET, and elsewhere nobody was named."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _post(url: str, body: bytes) -> None:
+    headers = {"Content-Type": "application/json", "User-Agent": "tuner"}
+    request = urllib.request.Request(url, body, headers, method="POST")  # noqa: S310 - it was checked
+    opener = urllib.request.build_opener(_NoRedirects)
+    try:
+        opener.open(request, timeout=_TRY_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
+
+
+def _may_succeed_later(error: Exception) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code in _TEMPORARY or error.code >= 500
+    return isinstance(error, OSError | http.client.HTTPException)
+
+
+def _reason(error: Exception) -> str:
+    """The error in a few words, without the URL."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"it answers {error.code} {error.reason}"
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):
+        return reason_of(error.reason)
+    return type(error).__name__
