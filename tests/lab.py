@@ -16,6 +16,7 @@ from werkzeug.security import generate_password_hash
 from werkzeug.test import Client
 
 from tuner.dashboard.policy import Policy
+from tuner.dashboard.predictor import Predictor
 from tuner.dashboard.server import make_app
 from tuner.dashboard.settings import Folders
 from tuner.dashboard.users import Users, write_user
@@ -67,13 +68,20 @@ class Browser(Client):
 class Lab:
     """The application with users, over a storage."""
 
-    def __init__(self, storage: Storage, folder: Path, **policy: object) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        folder: Path,
+        *,
+        predictor: Predictor | None = None,
+        **policy: object,
+    ) -> None:
         self.storage = storage
         self.folder = folder
         self.users_file = write_users(folder)
         self.policy = Policy(users=Users(self.users_file), **policy)
         self.folders = Folders(artifacts=folder / "artifacts", studies=folder / "studies")
-        self.app = make_app(storage, self.policy, self.folders)
+        self.app = make_app(storage, self.policy, self.folders, predictor=predictor)
 
     def browser(self, name: str | None = None) -> Browser:
         browser = Browser(self.app)

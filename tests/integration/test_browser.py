@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import tomllib
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import optuna
 import pytest
 from browsers import headless
 from fakes import ready_sqlite
-from finished_study import finished_study, predict
+from finished_study import finished_study, predict, study_with_networks
 from lab import PASSWORDS, write_study_file, write_users
 from optuna.artifacts import upload_artifact
 from optuna.trial import TrialState
@@ -27,6 +28,7 @@ from tuner.coordination.curve_drawing import draw_curves
 from tuner.coordination.study_note import attach_page
 from tuner.dashboard.server import DashboardServer, make_server
 from tuner.dashboard.settings import Folders, Settings
+from tuner.results.bundle_writer import bundle_of_study
 from tuner.results.report import write_report
 from tuner.search.attributes import AGAIN_KEY, CURVE_KEY
 from tuner.search.study import load
@@ -291,6 +293,33 @@ def test_our_pages_fit_a_phone(server: DashboardServer, chrome: Chrome, tmp_path
     press(chrome, "Check only")
     wait(chrome, shows("tiny can be launched"))
     assert too_wide(chrome, 390) <= 0
+
+
+def test_a_viewer_predicts_sequences_and_downloads_the_table(
+    server: DashboardServer, chrome: Chrome, tmp_path: Path
+) -> None:
+    sequences = {"one": "MKVLAAGIVGLLLAAC", "<b>two</b>": "MKVLAAX", "three" * 30: "ACDEFGHIKL"}
+    with Storage(ready_sqlite(tmp_path)) as storage:
+        expected = bundle_of_study(study_with_networks(storage, tmp_path))
+    chrome.get(f"{server.url}tuner/studies/nets")
+    log_in(chrome, "vic", PASSWORDS["vic"])
+    wait(chrome, shows("Sequences as FASTA"))
+    assert too_wide(chrome, 390) <= 0
+    fasta = "".join(f">{name}\n{sequence}\n" for name, sequence in sequences.items())
+    chrome.find_element(By.ID, "fasta").send_keys(fasta)
+    press(chrome, "Predict")
+    wait(chrome, shows("3 sequences, "))
+    assert "<b>two</b>" in text_of(chrome)
+    assert "unknown_residues:X_at_7" in text_of(chrome)
+    assert too_wide(chrome, 390) <= 0
+    press(chrome, "Download as CSV")
+    file = tmp_path / "browser" / "nets-predictions.csv"
+    wait_until(file.is_file)
+    rows = list(csv.DictReader(file.read_text("utf-8").splitlines()))
+    assert [row["id"] for row in rows] == list(sequences)
+    (probability,) = expected.predict([sequences["one"]])
+    assert float(rows[0]["probability"]) == pytest.approx(probability, abs=2e-6)
+    assert complaints(chrome) == []
 
 
 def test_a_note_brings_no_script_frame_or_form_into_the_page(

@@ -65,7 +65,10 @@ def declared(table: str) -> list[Requirement]:
         "runtime": project["dependencies"],
         "cpu": project["optional-dependencies"]["cpu"],
         "gpu": project["optional-dependencies"]["gpu"],
-        "onnx": project["optional-dependencies"]["onnx"],
+        **{
+            extra: project["optional-dependencies"][extra]
+            for extra in ("onnx", "mlflow", "tensorboard")
+        },
         **PYPROJECT["dependency-groups"],
         "build": PYPROJECT["build-system"]["requires"],
     }
@@ -133,9 +136,11 @@ def test_every_package_that_is_imported_is_declared() -> None:
         "markupsafe": "jinja2",
         "dask": "distributed",
         "pydantic_core": "pydantic",
+        "mlflow": "mlflow-skinny",
     }
     names = {canonicalize_name(wanted.name) for wanted in declared("runtime") + declared("cpu")}
-    names |= {canonicalize_name(wanted.name) for wanted in declared("onnx")}
+    for extra in ("onnx", "mlflow", "tensorboard"):
+        names |= {canonicalize_name(wanted.name) for wanted in declared(extra)}
     for path in sorted((ROOT / "tuner").rglob("*.py")):
         for module in imported_modules(path):
             if module != "tuner" and module not in sys.stdlib_module_names:

@@ -274,7 +274,10 @@ def serve(
         # It does not wait for an unavailable database: a signal must end it meanwhile.
         open_storage(storage, patience_seconds=2.0, say=lambda _: None) as own_storage,
         make_server(
-            own_storage, settings, scheduler_is_up=lambda: any(one.is_up for one in connections)
+            own_storage,
+            settings,
+            scheduler_is_up=lambda: any(one.is_up for one in connections),
+            slots=lambda: sum(one.slots() for one in connections),
         ) as server,
     ):
         from tuner.cluster.trainings import Cluster

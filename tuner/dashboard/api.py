@@ -91,6 +91,33 @@ def delete(request: Request, name: str) -> Response:
     return json_answer({"study": name, "deleted": True})
 
 
+@routes.add("POST", "/api/predict")
+def predict(request: Request) -> Response:
+    document = request.document()
+    name, fasta = document.get("study"), document.get("fasta")
+    if document.keys() != {"study", "fasta"} or not (
+        isinstance(name, str) and isinstance(fasta, str)
+    ):
+        raise BadRequest('Send {"study": "NAME", "fasta": ">p1\\nMKVLAA..."}.')
+    # JSON can spell half of a surrogate pair; what is not UTF-8 is reported with its line.
+    answer = verbs.predict(request, name, fasta.encode("utf-8", "surrogatepass"))
+    tally = answer.tally
+    return json_answer(
+        {
+            "study": answer.study,
+            "trials": list(answer.trials),
+            "synthetic": answer.synthetic,
+            "counts": {
+                "records": tally.records,
+                "soluble": tally.soluble,
+                "unpredicted": tally.unpredicted,
+                "flags": dict(tally.flags),
+            },
+            "predictions": [one.to_document() for one in answer.predictions],
+        }
+    )
+
+
 def _spec_of(request: Request, document: Mapping[str, Any]) -> StudySpec:
     """The spec of {"file": ...} or {"toml": ...}; "name" and "trials" replace the file's.
 

@@ -13,8 +13,8 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing import Map
 from werkzeug.wrappers import Response
 
-from tuner.dashboard import api, login, pages
-from tuner.dashboard.http import DETAIL_KEY, ROOT, is_api
+from tuner.dashboard import api, login, pages, prometheus
+from tuner.dashboard.http import DETAIL_KEY, QUESTIONS, ROOT, is_api
 from tuner.dashboard.login import headers_of
 from tuner.dashboard.web import Request, Site, json_answer, page
 from tuner.errors import ProblemsError, StorageError, TunerError
@@ -30,9 +30,9 @@ class Application:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        rules = (*pages.routes.rules, *login.routes.rules, *api.routes.rules)
+        modules = (pages, login, api, prometheus)
         self._routes = Map(
-            [rule.empty() for rule in rules],
+            [rule.empty() for module in modules for rule in module.routes.rules],
             strict_slashes=False,
             merge_slashes=False,
             redirect_defaults=False,
@@ -44,7 +44,7 @@ class Application:
             response = self._answer(request)
         finally:
             request.close()  # and the files that were uploaded with it
-        if request.method not in ("GET", "HEAD"):
+        if request.method not in ("GET", "HEAD") and request.path not in QUESTIONS:
             self._site.catalogue.forget()
         return response(environ, start_response)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -28,7 +28,9 @@ from tuner.dashboard.http import (
     FROM_PROXY,
     LOGIN,
     LOGOUTS,
+    METRICS,
     PUBLIC,
+    QUESTIONS,
     ROOT,
     VISITOR_KEY,
     RequestError,
@@ -37,9 +39,11 @@ from tuner.dashboard.http import (
     is_ours,
     request_path,
 )
+from tuner.dashboard.login import Scrapers
 from tuner.dashboard.optuna_app import OptunaDashboard
 from tuner.dashboard.optuna_requests import DELETE_STUDY, Route, find_route
 from tuner.dashboard.policy import READING, WRITING, Policy, Refusals
+from tuner.dashboard.predictor import Predictor
 from tuner.dashboard.sessions import Sessions, Visitor
 from tuner.dashboard.settings import Folders
 from tuner.dashboard.verbs import delete_study
@@ -58,12 +62,22 @@ _RECORDED = "tuner.recorded"
 class Guard:
     """The WSGI application that decides about each request, and passes it on."""
 
-    def __init__(self, storage: Storage, policy: Policy, folders: Folders) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        policy: Policy,
+        folders: Folders,
+        *,
+        predictor: Predictor | None = None,
+        slots: Callable[[], int] | None = None,
+    ) -> None:
         self._storage = storage
         self._policy = policy
+        self._predictor = predictor or Predictor()
         self._artifacts = folders.artifacts
         self._sessions = None if policy.users is None else Sessions(policy.users)
         self._refusals = Refusals(storage.audit.record)
+        self._scrapers = None if policy.users is None else Scrapers(policy, self._refusals)
         self._optuna = OptunaDashboard(storage, folders.artifacts)
         site = Site(
             storage=storage,
@@ -72,11 +86,17 @@ class Guard:
             folders=folders,
             refusals=self._refusals,
             catalogue=Catalogue(storage, folders.artifacts),
+            predictor=self._predictor,
+            slots=slots,
         )
         self._pages = Application(site)
         if policy.users is not None:
             for name, address in storage.audit.logins():
                 policy.limit.remember(name, address)
+
+    def close(self) -> None:
+        """Ends what was started for requests."""
+        self._predictor.close()
 
     def may_send_much(self, environ: WSGIEnvironment) -> bool:
         """Whether a request may have a large body: it has a session, or no login is asked for.
@@ -131,10 +151,12 @@ class Guard:
         if path in PUBLIC or path.startswith(f"{ROOT}/static/"):
             return self._pages(environ, answer)
         visitor = self._visitor(environ)
+        if visitor is None and path == METRICS and self._scrapers is not None:
+            visitor = self._scrapers.visitor(environ)
         if visitor is None:
             raise self._login_first(environ, path)
         environ[VISITOR_KEY] = visitor
-        if method in WRITING:
+        if method in WRITING and not (method == "POST" and path in QUESTIONS):
             return self._change(environ, answer, path, visitor)
         if is_ours(path):
             return self._pages(environ, answer)

@@ -19,6 +19,10 @@ ROOT = "/tuner"  #: of the tuner's own pages
 LOGIN = f"{ROOT}/login"
 PUBLIC = frozenset((LOGIN, f"{ROOT}/api/login"))  #: paths that are answered without a session
 LOGOUTS = frozenset((f"{ROOT}/logout", f"{ROOT}/api/logout"))
+#: Paths to which a POST asks for something and changes nothing, so that viewers may send it.
+QUESTIONS = frozenset((f"{ROOT}/predict", f"{ROOT}/api/predict"))
+
+METRICS = "/metrics"  #: answers users with a session, and those who send name and password
 
 VISITOR_KEY = "tuner.visitor"  #: in the WSGI environment: who asks
 DETAIL_KEY = "tuner.detail"  #: in the WSGI environment: what was changed, for the record
@@ -144,12 +148,12 @@ def request_path(environ: WSGIEnvironment) -> str:
 
 def is_ours(path: str) -> bool:
     """Whether a path is one of the tuner's own pages, and not of Optuna's dashboard."""
-    return path == ROOT or path.startswith(f"{ROOT}/")
+    return path in (ROOT, METRICS) or path.startswith(f"{ROOT}/")
 
 
 def is_api(path: str) -> bool:
-    """Whether a path is one of the two APIs, Optuna's and ours."""
-    return path.startswith(("/api/", f"{ROOT}/api/"))
+    """Whether a path is for programs: of one of the two APIs, Optuna's and ours, or the metrics."""
+    return path == METRICS or path.startswith(("/api/", f"{ROOT}/api/"))
 
 
 def log_line(message: str) -> None:

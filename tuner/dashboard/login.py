@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hmac
 import math
-from typing import Any
+import secrets
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import (
     BadRequest,
     HTTPException,
@@ -14,10 +19,17 @@ from werkzeug.exceptions import (
 )
 from werkzeug.wrappers import Response
 
-from tuner.dashboard.http import LOGIN, ROOT
-from tuner.dashboard.users import MAX_PASSWORD, LoginsBusyError
+from tuner.dashboard.http import LOGIN, METRICS, ROOT, RequestError
+from tuner.dashboard.policy import Policy, Refusals
+from tuner.dashboard.sessions import Visitor
+from tuner.dashboard.users import MAX_PASSWORD, LoginsBusyError, Users
 from tuner.dashboard.web import Request, Routes, json_answer, page, to_page
 from tuner.storage.audit import LOG_IN
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIEnvironment
+
+_REMEMBERED = 100  #: passwords that were right
 
 routes = Routes()
 
@@ -91,30 +103,88 @@ def _begin_session(request: Request, name: str, password: str) -> str:
     site, address = request.site, request.remote_addr or ""
     if site.policy.users is None or site.sessions is None:
         raise BadRequest("This dashboard asks for no login.")
-    try:
-        _check_password(request, name, password, address)
-    except HTTPException as error:
-        code, said = error.code or 500, error.description or ""
-        site.refusals.add(who=name, address=address, action=LOG_IN, status=code, detail=said)
-        raise
-    site.policy.limit.succeeded(name, address)
+    check = _PasswordCheck(site.policy, site.refusals)
+    check(site.policy.users, name, password, address=address, action=LOG_IN)
     site.storage.audit.record(who=name, address=address, action=LOG_IN, status=200)
     return site.sessions.begin(name)
 
 
-def _check_password(request: Request, name: str, password: str, address: str) -> None:
-    users, limit = request.site.policy.users, request.site.policy.limit
-    assert users is not None
-    wait = math.ceil(limit.claim(name, address))
-    if wait:
-        raise TooManyRequests(f"Too many tries; wait {wait} seconds.", retry_after=wait)
-    try:
-        is_right = len(password) <= MAX_PASSWORD and users.check(name, password, address)
-    except LoginsBusyError as error:
-        limit.take_back(name, address)
-        raise ServiceUnavailable(str(error), retry_after=1) from error
-    if not is_right:
-        raise Unauthorized("Wrong user name or password.")
+@dataclass(frozen=True, slots=True)
+class _PasswordCheck:
+    """Checks a password, within the limits of logging in."""
+
+    policy: Policy
+    refusals: Refusals
+
+    def __call__(
+        self, users: Users, name: str, password: str, *, address: str, action: str
+    ) -> None:
+        """Checks it, and records a failure.
+
+        Raises:
+            TooManyRequests: There were too many attempts.
+            ServiceUnavailable: Too many passwords are being checked.
+            Unauthorized: The name or the password is wrong.
+        """
+        try:
+            self._check(users, name, password, address)
+        except HTTPException as error:
+            code, said = error.code or 500, error.description or ""
+            self.refusals.add(who=name, address=address, action=action, status=code, detail=said)
+            raise
+        self.policy.limit.succeeded(name, address)
+
+    def _check(self, users: Users, name: str, password: str, address: str) -> None:
+        limit = self.policy.limit
+        wait = math.ceil(limit.claim(name, address))
+        if wait:
+            raise TooManyRequests(f"Too many tries; wait {wait} seconds.", retry_after=wait)
+        try:
+            is_right = len(password) <= MAX_PASSWORD and users.check(name, password, address)
+        except LoginsBusyError as error:
+            limit.take_back(name, address)
+            raise ServiceUnavailable(str(error), retry_after=1) from error
+        if not is_right:
+            raise Unauthorized("Wrong user name or password.")
+
+
+class Scrapers:
+    """Users who send name and password with each request (basic auth), as Prometheus does.
+
+    A password that was right is not hashed again until it changes: scrypt takes 0.1 s of a core.
+    """
+
+    def __init__(self, policy: Policy, refusals: Refusals) -> None:
+        self._policy = policy
+        self._check = _PasswordCheck(policy, refusals)
+        self._key = secrets.token_bytes(32)
+        self._right: OrderedDict[bytes, None] = OrderedDict()
+
+    def visitor(self, environ: WSGIEnvironment) -> Visitor | None:
+        """The user; None where a request has no name and password.
+
+        Raises:
+            RequestError: They are wrong, or there were too many attempts.
+        """
+        users = self._policy.users
+        sent = Authorization.from_header(environ.get("HTTP_AUTHORIZATION"))
+        if users is None or sent is None or sent.type != "basic":
+            return None
+        name, password = sent.username or "", sent.password or ""
+        secret = "\0".join((name, password, users.password_mark(name)))
+        proof = hmac.digest(self._key, secret.encode("utf-8", "surrogatepass"), "sha256")
+        if proof not in self._right:
+            address = str(environ.get("REMOTE_ADDR", ""))
+            try:
+                self._check(users, name, password, address=address, action=f"GET {METRICS}")
+            except HTTPException as error:
+                status, said = f"{error.code} {error.name}", error.description or ""
+                raise RequestError(status, said, list(headers_of(error).items())) from error
+            self._right[proof] = None
+            while len(self._right) > _REMEMBERED:
+                self._right.popitem(last=False)
+        role = users.role(name)
+        return None if role is None else Visitor(name=name, role=role)
 
 
 def _with_cookie(request: Request, response: Response, token: str) -> Response:

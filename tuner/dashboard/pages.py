@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import io
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, get_args
 
 import tomli_w
-from werkzeug.exceptions import BadRequest
+from werkzeug.exceptions import (
+    BadRequest,
+    HTTPException,
+    RequestEntityTooLarge,
+    ServiceUnavailable,
+)
 from werkzeug.utils import send_from_directory
 from werkzeug.wrappers import Response
 
 from tuner.coordination import queue
 from tuner.dashboard import verbs
 from tuner.dashboard.http import ROOT
+from tuner.dashboard.login import headers_of
+from tuner.dashboard.predictor import PredictionAnswer, missing_package
 from tuner.dashboard.web import Request, Routes, download, page, study_path, to_page
-from tuner.errors import DataError, Problem, SpecError, StorageError, TunerError
+from tuner.errors import DataError, Problem, SpecError, StorageError, StudyError, TunerError
 from tuner.results.export import Format, best_configs, render
+from tuner.results.prediction import writer_of
 from tuner.search.check import brackets_in_words
 from tuner.search.status import StudyStatus, status
 from tuner.search.study import find_name, list_names
@@ -76,6 +84,7 @@ def _study_page(request: Request, tuned: TunedStudy, *, said: str = "") -> Respo
         has_report=_report_file(tuned).is_file(),
         spec=tomli_w.dumps(tuned.record.spec.to_document()),
         said=said,
+        **_prediction_limits(),
     )
 
 
@@ -177,6 +186,86 @@ def report(request: Request, name: str) -> Response:
 
 def _report_file(tuned: TunedStudy) -> Path:
     return tuned.artifacts.report_folder / "report.html"
+
+
+# --- predicting ---
+
+
+@routes.add("POST", "/predict")
+def predict(request: Request) -> Response:
+    tuned = verbs.load_study(request, request.form.get("study", ""))
+    fasta, file = _sent_sequences(request)
+    try:
+        answer = verbs.predict(request, tuned.name, fasta, file=file)
+    except (DataError, StudyError, RequestEntityTooLarge, ServiceUnavailable) as error:
+        return _refused_prediction(request, tuned, fasta, error)
+    if request.form.get("action") == "csv":
+        return download(request, _as_csv(answer), f"{tuned.name}-predictions.csv", "text/csv")
+    return _prediction_page(request, tuned, fasta, answer=answer)
+
+
+def _sent_sequences(request: Request) -> tuple[bytes, str]:
+    """The text of the form, or of the file that was sent with it; and what messages call it."""
+    upload = request.files.get("upload")
+    if upload is None or not upload.filename:
+        # A form sends line ends of its own.
+        return request.form.get("fasta", "").replace("\r\n", "\n").encode(), "Sequences"
+    # One byte more than allowed, so that what is too long is seen to be.
+    content = upload.stream.read(verbs.MAX_FASTA_BYTES + 1)
+    name = PurePath(upload.filename.replace("\\", "/")).name
+    return content, name[:100] or "Sequences"
+
+
+def _refused_prediction(
+    request: Request, tuned: TunedStudy, fasta: bytes, error: TunerError | HTTPException
+) -> Response:
+    if not isinstance(error, HTTPException):
+        code = 422 if isinstance(error, DataError) else 409
+        return _prediction_page(request, tuned, fasta, code=code, said=str(error))
+    response = _prediction_page(
+        request, tuned, fasta, code=error.code or 500, said=error.description or ""
+    )
+    response.headers.extend(headers_of(error))
+    return response
+
+
+def _prediction_page(
+    request: Request,
+    tuned: TunedStudy,
+    fasta: bytes,
+    *,
+    code: int = 200,
+    said: str = "",
+    answer: PredictionAnswer | None = None,
+) -> Response:
+    shown = fasta if len(fasta) <= verbs.MAX_FASTA_BYTES else b""
+    return page(
+        request,
+        "predictions",
+        code=code,
+        study=tuned.name,
+        fasta=shown.decode("utf-8", "replace"),
+        said=said,
+        answer=answer,
+        **_prediction_limits(),
+    )
+
+
+def _prediction_limits() -> dict[str, Any]:
+    """What the form for sequences says of itself."""
+    return {
+        "max_sequences": verbs.MAX_SEQUENCES,
+        "max_kilobytes": verbs.MAX_FASTA_BYTES // 1024,
+        "cannot_predict": missing_package(),
+    }
+
+
+def _as_csv(answer: PredictionAnswer) -> bytes:
+    text = io.StringIO()
+    write = writer_of("csv", text)
+    for prediction in answer.predictions:
+        write(prediction)
+    return text.getvalue().encode()
 
 
 # --- launching ---

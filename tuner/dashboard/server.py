@@ -20,6 +20,7 @@ from tuner.dashboard.guard import Guard
 from tuner.dashboard.health import Health
 from tuner.dashboard.http import log_line
 from tuner.dashboard.policy import Policy
+from tuner.dashboard.predictor import Predictor
 from tuner.dashboard.settings import Folders, Settings, make_policy
 from tuner.dashboard.wsgi_bridge import ConnectionDelegate, Container
 from tuner.errors import TunerError
@@ -65,7 +66,11 @@ def serve(
 
 
 def make_server(
-    storage: Storage, settings: Settings, *, scheduler_is_up: Callable[[], bool] | None = None
+    storage: Storage,
+    settings: Settings,
+    *,
+    scheduler_is_up: Callable[[], bool] | None = None,
+    slots: Callable[[], int] | None = None,
 ) -> DashboardServer:
     """A server that listens already; it answers within its `with` block.
 
@@ -73,13 +78,14 @@ def make_server(
         storage: What to show.
         settings: Where and to whom.
         scheduler_is_up: As `tuner.dashboard.health.Health` has it.
+        slots: How many trainings the workers run at once, without waiting; None: it has none.
 
     Raises:
         TunerError: See `serve`.
     """
     policy = make_policy(settings)
     context = _tls_context(settings)
-    app = make_app(storage, policy, settings.folders)
+    app = make_app(storage, policy, settings.folders, slots=slots)
     health = Health(storage.look, scheduler_is_up=scheduler_is_up)
     try:
         return DashboardServer(app, settings, context, policy, health)
@@ -117,10 +123,17 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def make_app(
-    storage: Storage, policy: Policy | None = None, folders: Folders | None = None
+    storage: Storage,
+    policy: Policy | None = None,
+    folders: Folders | None = None,
+    *,
+    predictor: Predictor | None = None,
+    slots: Callable[[], int] | None = None,
 ) -> Guard:
     """Optuna's dashboard and the tuner's pages behind their guard, as a WSGI application."""
-    return Guard(storage, policy or Policy(), folders or Folders())
+    return Guard(
+        storage, policy or Policy(), folders or Folders(), predictor=predictor, slots=slots
+    )
 
 
 class DashboardServer:
@@ -187,6 +200,7 @@ class DashboardServer:
                 loop.call_soon_threadsafe(ending.set)
         self._thread.join()
         self._socket.close()
+        self._app.close()
 
     def _counted(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         with self._count:

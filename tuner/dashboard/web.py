@@ -26,6 +26,7 @@ from tuner.coordination.queue import MAX_UPLOAD_BYTES
 from tuner.dashboard.catalogue import Catalogue
 from tuner.dashboard.http import DETAIL_KEY, ROOT, VISITOR_KEY
 from tuner.dashboard.policy import Policy, Refusals
+from tuner.dashboard.predictor import Predictor
 from tuner.dashboard.sessions import Sessions, Visitor
 from tuner.dashboard.settings import Folders
 from tuner.errors import counted
@@ -71,6 +72,8 @@ class Site:
     folders: Folders  #: that are read and written
     refusals: Refusals  #: the record of failed logins
     catalogue: Catalogue  #: the studies, as read a moment ago
+    predictor: Predictor  #: predicts by the studies' networks
+    slots: Callable[[], int] | None  #: trainings that the workers run at once; None: it has none
 
 
 class Request(wrappers.Request):

@@ -28,6 +28,7 @@ from tuner.coordination.study_note import attach_page
 from tuner.dashboard import answer_cache, optuna_data, optuna_requests
 from tuner.dashboard.optuna_data import with_readable_notes
 from tuner.dashboard.optuna_requests import ROUTES, find_route
+from tuner.dashboard.predictor import Predictor
 from tuner.errors import TunerError
 from tuner.search import study
 from tuner.search.tuned_study import TunedStudy
@@ -578,7 +579,7 @@ VALUES = st.recursive(
     max_leaves=4,
 )
 KEYS = ["version", "body", "file", "filename", "toml", "name", "password", "trials", "next",
-        "confirm", "action", "remove_associated_artifacts"]  # fmt: skip
+        "confirm", "action", "study", "fasta", "remove_associated_artifacts"]  # fmt: skip
 NEXT = "the next version"
 NOTES = st.fixed_dictionaries({"version": st.just(NEXT) | VALUES, "body": VALUES})
 FITTING_DOCUMENTS = {
@@ -586,6 +587,9 @@ FITTING_DOCUMENTS = {
     "artifacts": st.fixed_dictionaries({"file": st.just(FILE), "filename": VALUES}),
     "login": st.fixed_dictionaries({"name": VALUES, "password": VALUES}),
     "check": st.fixed_dictionaries({"toml": VALUES}),
+    "predict": st.fixed_dictionaries(
+        {"study": st.just("demo") | VALUES, "fasta": st.just(">a\nMK") | VALUES}
+    ),
     "studies": st.fixed_dictionaries({"file": st.just("tiny.toml"), "name": VALUES}),
 }
 DOCUMENTS = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4) | VALUES
@@ -626,6 +630,7 @@ def test_no_request_breaks_anything(
     monkeypatch.setattr(study, "delete", keep)  # it is looked at afterwards
     monkeypatch.setattr(queue, "place", keep)
     monkeypatch.setattr(queue, "prepare_here", keep)
+    monkeypatch.setattr(Predictor, "predict", keep)
     known = routes(storage, lab)
     running_trial(tuned)
     watcher = lab.browser("ada")
