@@ -11,7 +11,7 @@ import typer
 from tuner.artifacts import DEFAULT_EXPORT_FOLDER, DEFAULT_ROOT, DEFAULT_STORAGE_URL
 from tuner.cli.app import app
 from tuner.cli.options import ArtifactsRoot, AsJson, Name, SourcePath, StorageUrl
-from tuner.cli.terminal import open_storage, print_json, warn_of_synthetic_data
+from tuner.cli.terminal import open_storage, print_json, print_note, warn_of_synthetic_data
 from tuner.commands import command
 from tuner.errors import counted
 
@@ -63,6 +63,18 @@ def export(
             "from those that were kept.",
         ),
     ] = None,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="Write each trial as a run of an MLflow experiment: parameters, curves, files. "
+            "URI of the tracking server, or sqlite:///FILE. Needs the extra mlflow.",
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write each trial's curves for TensorBoard."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="PATH", help="Folder, or file, to write to."),
@@ -88,7 +100,11 @@ def export(
     with open_storage(storage) as opened:
         tuned = load(opened, name, artifacts_root=artifacts)
         rows = None if trials is None else write_trials(tuned, trials)
-        if with_model:
+        trackers = _export_to_trackers(tuned, mlflow, tensorboard, as_json=as_json)
+        if trackers and not with_model and (top, trial, form, output) == (None, None, None, None):
+            if as_json:
+                print_json({"study": tuned.name, **trackers})
+        elif with_model:
             _export_bundles(
                 tuned,
                 top=top,
@@ -98,6 +114,7 @@ def export(
                 data=data,
                 onnx=form == "onnx",
                 as_json=as_json,
+                more=trackers,
             )
         else:
             _export_configs(
@@ -108,6 +125,7 @@ def export(
                 output=output,
                 data=data,
                 as_json=as_json,
+                more=trackers,
             )
         synthetic = tuned.record.data.synthetic
     if as_json:
@@ -116,6 +134,39 @@ def export(
         warn_of_synthetic_data()
     if rows is not None:
         typer.echo(f"{counted(rows, 'trial')} in all: {trials}")
+
+
+def _export_to_trackers(
+    tuned: TunedStudy, mlflow: str | None, tensorboard: Path | None, *, as_json: bool
+) -> dict[str, Any]:
+    """Writes to MLflow and for TensorBoard; returns what is printed of it as JSON."""
+    import dataclasses
+
+    found: dict[str, Any] = {}
+    if mlflow is not None:
+        from tuner.results.mlflow_export import export_to_mlflow
+
+        written = export_to_mlflow(tuned, mlflow)
+        found["mlflow"] = dataclasses.asdict(written)
+        if not as_json:
+            typer.echo(
+                f"MLflow, experiment {written.experiment}: {counted(written.written, 'new run')}, "
+                f"{written.replaced} replaced, {written.unchanged} unchanged."
+            )
+    if tensorboard is not None:
+        from tuner.results.tensorboard_export import export_to_tensorboard
+
+        runs, has_hyperparameters = export_to_tensorboard(tuned, tensorboard)
+        found["tensorboard"] = {
+            "folder": str(tensorboard),
+            "runs": runs,
+            "hyperparameters": has_hyperparameters,
+        }
+        if not as_json:
+            typer.echo(f"TensorBoard: {counted(runs, 'run')} in {tensorboard / tuned.name}.")
+            if not has_hyperparameters:
+                print_note("Without the package tensorboard, hyperparameters are left out.")
+    return found
 
 
 def _export_configs(
@@ -127,6 +178,7 @@ def _export_configs(
     output: Path | None,
     data: Path | None,
     as_json: bool,
+    more: dict[str, Any],
 ) -> None:
     from tuner.results.export import best_configs, config_of_trial, write_configs
 
@@ -139,7 +191,8 @@ def _export_configs(
     if output is not None or not as_json:
         paths = write_configs(configs, output or DEFAULT_EXPORT_FOLDER, form)
     if as_json:
-        print_json({"study": tuned.name, "configs": [one.to_document() for one in configs]})
+        documents = [one.to_document() for one in configs]
+        print_json({"study": tuned.name, "configs": documents, **more})
         return
     for exported, path in zip(configs, paths, strict=True):
         typer.echo(f"{_in_words(exported)}: {path}")
@@ -165,6 +218,7 @@ def _export_bundles(
     data: Path | None,
     onnx: bool,
     as_json: bool,
+    more: dict[str, Any],
 ) -> None:
     from tuner.results.bundle_writer import bundle_name, configs_of, write_bundle
     from tuner.results.choice import choose_best, choose_ensemble, choose_trial
@@ -198,7 +252,7 @@ def _export_bundles(
             {"path": str(place), **description}
             for place, description in zip(places, written, strict=True)
         ]
-        print_json({"study": tuned.name, "configs": documents, "bundles": bundles})
+        print_json({"study": tuned.name, "configs": documents, "bundles": bundles, **more})
         return
     for (chosen, configs), place in zip(wanted, places, strict=True):
         typer.echo(f"{_bundle_in_words(chosen, configs)}: {place}")

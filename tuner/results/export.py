@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -126,6 +126,13 @@ def config_of_trial(tuned: TunedStudy, number: int, *, data: Path | None = None)
     return _exported(tuned, None, trial, _source_files(tuned, data))
 
 
+def configs_of(tuned: TunedStudy, trials: Iterable[FrozenTrial]) -> Iterator[ExportedConfig]:
+    """The configurations of trials that were started, in their order."""
+    files = _source_files(tuned, None)
+    for trial in trials:
+        yield _exported(tuned, None, trial, files)
+
+
 def config_hash(config: ModelConfig) -> str:
     """sha256 of a resolved configuration."""
     text = json.dumps(dataclasses.asdict(config), sort_keys=True)
@@ -192,7 +199,7 @@ def _study_file(
     """A study of one trial that trains this trial's network again, bit for bit."""
     record = tuned.record
     document = record.spec.to_document()
-    for key in ("hyperband", "stop", "known"):
+    for key in ("hyperband", "stop", "notify", "known"):
         document.pop(key, None)
     document |= {
         "name": name_of_trial(tuned.name, trial.number),

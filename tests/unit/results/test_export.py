@@ -93,12 +93,17 @@ def test_an_export_of_an_export_is_the_same_network_and_has_no_pruning(
     storage: Storage, project: Path
 ) -> None:
     tuned = finished_study(
-        storage, project, name="again", training={"max_epochs": 9, "as_trial": 7}, stop={}
+        storage,
+        project,
+        name="again",
+        training={"max_epochs": 9, "as_trial": 7},
+        stop={},
+        notify={},
     )
     for number in (0, WINNER):
         document = config_of_trial(tuned, number).document
         assert document["training"]["as_trial"] == 7
-        assert not {"hyperband", "stop", "known"} & document.keys()
+        assert not {"hyperband", "stop", "notify", "known"} & document.keys()
         assert spec_from_document(document).rungs == ()
 
 
