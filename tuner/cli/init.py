@@ -14,7 +14,7 @@ from tuner.artifacts import DEFAULT_STUDIES_FOLDER, make_folder, publish, replac
 from tuner.cli.app import app
 from tuner.cli.terminal import print_note
 from tuner.commands import command
-from tuner.errors import SetupError, TrialEndedError, TunerError, counted
+from tuner.errors import SetupError, TunerError, counted
 
 if TYPE_CHECKING:
     from tuner.data.survey import Survey
@@ -152,7 +152,11 @@ def _init_study(
     from tuner.data.survey import survey
     from tuner.search.proposal import proposed_spec, study_file
 
-    if path.exists() and not force:
+    try:
+        _, there = replaceable(path)
+    except OSError as error:
+        raise _unwritable(path, error, "file") from error
+    if there and not force:
         raise TunerError(f"{path} exists; name another file with -o, or replace it with --force.")
     found = survey(data, sequence_column=sequence_column, label_column=label_column)
     spec = proposed_spec(found, path)
@@ -160,9 +164,8 @@ def _init_study(
     with tempfile.TemporaryDirectory() as scratch:  # what `check` would refuse is not written
         prepared = prepare(as_named, folder=Path(), artifacts=Path(scratch))
     budget = _budget(found, path, prepared.identity.training_rows, hours)
-    content = study_file(found, path, budget).encode()
     try:
-        replaceable(path)
+        content = study_file(found, path, budget).encode()
         make_folder(path.parent, private=False)
         publish(path, content)
         _write_schema(path.parent)
@@ -195,7 +198,7 @@ def _budget(found: Survey, path: Path, rows: int, hours: float) -> Budget:
         time = measure(
             configs, found.lengths, max_length=max_length, rows=rows, workers=default_workers()
         )
-    except (SetupError, TrialEndedError) as error:
+    except SetupError as error:
         print_note(f"What this machine can do was not measured: {error}")
         return UNMEASURED
     return budget_for(found, path, time, hours)

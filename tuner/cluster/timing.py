@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tuner.cluster.processes import has_fast_bfloat16, training_environment
+from tuner.cluster.processes import (
+    children_deaf_to_interrupts,
+    has_fast_bfloat16,
+    training_environment,
+)
 from tuner.data.development import DevelopmentData
 from tuner.data.rows import RESIDUES, Tokens
-from tuner.errors import TrialEndedError
+from tuner.errors import SetupError, reason_of
 from tuner.spec.architecture import ModelConfig
 from tuner.spec.precision import BFLOAT16_FROM, multiply_adds, precision_by_size
 from tuner.spec.spec import TrainingSettings
@@ -53,21 +58,11 @@ def measure(
         workers: Processes of one thread each.
 
     Raises:
-        SetupError: TensorFlow is not usable.
-        TrialEndedError: A network does not fit into memory.
+        SetupError: They cannot be trained here.
     """
-    before = dict(os.environ)
-    os.environ.update(training_environment(threads=1))
-    try:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-            asked = [pool.submit(_timed, configs, lengths, max_length) for _ in range(workers)]
-            timed = np.array([one.result() for one in asked])  # [workers, networks, 2]
-    except BrokenProcessPool as error:
-        raise TrialEndedError("out_of_memory", "a process that measured was killed") from error
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with _in_workers(workers) as submit:
+        asked = [submit(_timed, configs, lengths, max_length) for _ in range(workers)]
+        timed = np.array([one.result() for one in asked])  # [workers, networks, 2]
     start, epoch = timed.mean(axis=(0, 1))
     return TrainingTime(
         epoch_seconds=float(epoch) * rows / TIMED_ROWS,
@@ -76,6 +71,48 @@ def measure(
         rows=TIMED_ROWS,
         workers=workers,
     )
+
+
+@contextlib.contextmanager
+def _in_workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
+    """Submits calls to so many processes, whose threads are set as a worker's are.
+
+    Raises:
+        SetupError: A call failed.
+    """
+    before = dict(os.environ)
+    os.environ.update(training_environment(threads=1) | {"TF_FORCE_GPU_ALLOW_GROWTH": "true"})
+    try:
+        with (
+            ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool,
+            _ended_with_us(),
+        ):
+
+            def submit(*call: Any) -> Future[Any]:
+                with children_deaf_to_interrupts():  # the first call starts the processes
+                    return pool.submit(*call)
+
+            yield submit
+    except SetupError:
+        raise
+    except Exception as error:  # whatever TensorFlow raises there, or a process that was killed
+        raise SetupError(
+            f"The networks cannot be trained here: {reason_of(error)}. `tuner launch` says more."
+        ) from error
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _ended_with_us() -> Iterator[None]:
+    """Ends the processes on Ctrl-C, instead of waiting for what they compute."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
 
 
 def _timed(

@@ -215,8 +215,8 @@ def study_file(survey: Survey, path: Path, budget: Budget) -> str:
         schema_line=SCHEMA_LINE,
         survey=survey,
         files=[PurePath(name).name for name in file_names(survey.settings)],
-        check=command("check", path),
-        launch=command("launch", path),
+        check=_on_one_line(command("check", path)),
+        launch=_on_one_line(command("launch", path)),
         name=name_for(path),
         source=_source(survey, path.parent),
         columns=survey.settings.columns if survey.settings.columns != ColumnSettings() else None,
@@ -243,9 +243,13 @@ def _toml(value: object) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Names of files or columns, as a comment shows them: on one line."""
-    text = ", ".join(names)
-    text = text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 4]} ..."
+    """Names of files or columns, as a comment shows them."""
+    text = _on_one_line(", ".join(names))
+    return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 4]} ..."
+
+
+def _on_one_line(text: str) -> str:
+    """The text as a comment can hold it."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 

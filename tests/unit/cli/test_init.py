@@ -250,6 +250,21 @@ def test_an_existing_study_file_is_replaced_only_by_force() -> None:
     checked("mine.toml")
 
 
+@pytest.mark.parametrize("name", ["~a", "a b", "new\nline", 'quo"te\\', "é"])
+def test_a_file_of_any_name_gets_a_study_file(name: str) -> None:
+    write_table(f"{name}.csv", some_rows())
+    init(f"{name}.csv", "-o", "out.toml")
+    checked("out.toml")
+
+
+@pytest.mark.parametrize("output", ["mine.csv/x.toml", "folder.toml", f"{'x' * 300}.toml"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(output: str) -> None:
+    write_table("mine.csv", some_rows())
+    Path("folder.toml").mkdir()
+    with pytest.raises(TunerError, match=r"cannot be written .*; name another file with -o"):
+        init("mine.csv", "-o", output)
+
+
 # --- space and budget ---
 
 
