@@ -218,6 +218,14 @@ def test_columns_that_could_both_be_meant_have_to_be_named() -> None:
     assert checked("two.toml").data.columns.label == "Secreted"
 
 
+def test_of_columns_that_hold_the_same_the_one_with_a_usual_name_is_meant() -> None:
+    lines = [f"{sequence},{number % 3 % 2},{label}"
+             for number, (sequence, label) in enumerate(some_rows())]  # fmt: skip
+    Path("two.csv").write_text("\n".join(["protein,is_test,Solubility", *lines]))
+    init("two.csv")
+    assert checked("two.toml").data.columns.label == "Solubility"
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

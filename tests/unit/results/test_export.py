@@ -273,7 +273,9 @@ def test_a_provenance_that_tells_no_hash_is_let_be(
 def test_a_download_names_its_data_as_if_it_lay_beside_it(tuned: TunedStudy) -> None:
     (exported,) = best_configs(tuned)
     assert exported.document["data"]["source"] == "rows.csv"
-    assert 'source = "rows.csv"' in render(exported, "toml")
+    text = render(exported, "toml")
+    assert 'source = "rows.csv"' in text
+    assert text.startswith("#:schema ")
 
 
 def test_an_export_can_be_told_where_the_data_is_now(
