@@ -22,7 +22,9 @@ from old_tables import ROWS, VERSIONS, make_old_database, rows_of, structure_of
 from optuna.storages import RDBStorage
 from postgres import Postgres
 from sqlalchemy import event
+from typer.testing import CliRunner
 
+from tuner.cli.main import app
 from tuner.errors import StorageError
 from tuner.storage import schema, upgrade
 from tuner.storage.check import check_storage
@@ -134,34 +136,25 @@ def test_an_earlier_version_is_refused_with_the_remedy_and_left_as_it_is(
     ids=lambda verb: verb[0],
 )
 def test_every_verb_but_init_refuses_an_earlier_version(
-    verb: tuple[str, ...], tmp_path: Path
+    verb: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     url = f"sqlite:///{tmp_path}/a b.db"
     make_old_database(url, 3)
     before = state_of(url)
-    refused = tuner(tmp_path, *verb, "--storage", url)
-    assert refused.returncode == 1
-    assert f"`tuner storage init --storage '{url}'` brings them up to date" in refused.stderr
+    refused = CliRunner().invoke(app, [*verb, "--storage", url])
+    assert isinstance(refused.exception, StorageError)
+    remedy = f"`tuner storage init --storage '{url}'` brings them up to date"
+    assert remedy in str(refused.exception)
     assert state_of(url) == before
 
 
 def test_storage_init_says_that_it_is_ready(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/a b.db"
     make_old_database(url, 3)
-    done = tuner(tmp_path, "storage", "init", "--storage", url)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{url} is ready.\n", "")
+    done = CliRunner().invoke(app, ["storage", "init", "--storage", url])
+    assert (done.exit_code, done.stdout, done.stderr) == (0, f"{url} is ready.\n", "")
     assert check_storage(url).is_right
-
-
-def tuner(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tuner", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_a_later_version_is_refused_by_all(empty_database_url: str) -> None:
