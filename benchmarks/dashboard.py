@@ -3,6 +3,7 @@
     python benchmarks/dashboard.py times     # 100, 2,000 and 10,000 trials, against Optuna's own
     python benchmarks/dashboard.py polls --seconds 60    # what 50 browsers take of the server
     python benchmarks/dashboard.py load      # a real study on 2 workers, with and without browsers
+    python benchmarks/dashboard.py predictions    # by the networks of a small study
 
 All write into benchmarks/results/dashboard.json. `load` takes three minutes of a machine on
 which nothing else runs.
@@ -22,7 +23,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -350,9 +352,78 @@ def poll(
     return answers
 
 
+SMALL_STUDY = """
+name = "small"
+trials = 3
+[data]
+source = "synthetic"
+[training]
+max_epochs = 3
+[space]
+filters = 32
+learning_rate = { low = 1e-3, high = 1e-2, log = true }
+"""
+SEQUENCES = 1_000  # the most that are predicted at once
+
+
+def predictions() -> dict[str, Any]:
+    """Seconds and memory of predictions, and what a page waits while TensorFlow is imported."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "small.toml").write_text(SMALL_STUDY)
+        launch = [sys.executable, "-m", "tuner", "launch", "small.toml", "--workers", "1"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run(launch, cwd=folder, env=environment, capture_output=True, check=True)
+        with tuner(folder, "dashboard") as (port, server):
+            page = Asker(port)
+            before = statistics.median(page.get("/tuner")[2] for _ in range(20))
+            first, meanwhile = while_asking(lambda: page.get("/tuner")[2], lambda: ask(port, 1))
+            one = [ask(port, 1) for _ in range(20)]
+            most = [ask(port, SEQUENCES) for _ in range(5)]
+            children = [child.memory_info().rss for child in server.children()]
+            return {
+                "first prediction, s": round(first, 1),
+                "one sequence, ms": round(1000 * statistics.median(one)),
+                f"{SEQUENCES} sequences of 200 residues, ms": round(1000 * statistics.median(most)),
+                "memory of the process that predicts, MB": round(max(children) / 1e6),
+                "memory of the server, MB": round(server.memory_info().rss / 1e6),
+                "page /tuner before, median ms": round(before, 1),
+                "page /tuner during the first prediction, median ms": round(
+                    statistics.median(meanwhile), 1
+                ),
+                "page /tuner during the first prediction, longest ms": round(max(meanwhile), 1),
+            }
+
+
+def ask(port: int, sequences: int) -> float:
+    """Seconds that a prediction takes."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    letters = ("ACDEFGHIKLMNPQRSTVWY" * 11)[:220]
+    fasta = "".join(f">p{n}\n{letters[n % 20 : n % 20 + 200]}\n" for n in range(sequences))
+    body = json.dumps({"study": "small", "fasta": fasta})
+    start = time.perf_counter()
+    connection.request("POST", "/tuner/api/predict", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    document = json.load(answer)
+    assert answer.status == 200, document
+    assert document["counts"]["records"] == sequences
+    return time.perf_counter() - start
+
+
+def while_asking(look: Callable[[], float], wait: Callable[[], float]) -> tuple[float, list[float]]:
+    """What `wait` returns, and what `look` returned every 0.1 s meanwhile."""
+    found: list[float] = []
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(wait)
+        while not waiting.done():
+            found.append(look())
+            time.sleep(0.1)
+        return waiting.result(), found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("times", "polls", "load"))
+    parser.add_argument("what", choices=("times", "polls", "load", "predictions"))
     parser.add_argument("--browsers", type=int, default=50)
     parser.add_argument("--every", type=float, default=10.0, help="seconds; Optuna's default")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a window")
@@ -365,6 +436,8 @@ def main() -> None:
         found = times(given.trials, not given.cached_only)
     elif given.what == "polls":
         found = polls(given.browsers, given.every, given.seconds)
+    elif given.what == "predictions":
+        found = predictions()
     else:
         found = load(given.browsers, given.every, given.seconds, given.rounds)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -1,6 +1,6 @@
 """Predictions for requests, by the networks of a study, in a process of their own.
 
-TensorFlow takes seconds to import and half a gigabyte. In the server's own process it would keep
+TensorFlow takes seconds to import, and 0.7 GB. In the server's own process it would keep
 other requests waiting, and with `tuner serve` it would share the memory of the coordinators. The
 process is started by the first request and ends after minutes without one.
 """
