@@ -139,8 +139,10 @@ class Announcer:
             ending = run()
         except (StudyInUseError, LeaseLostError):
             raise
-        except TunerError as error:
-            self.tell(tuned, webhook, "failed", str(error))
+        except Exception as error:
+            is_ours = isinstance(error, TunerError)
+            reason = str(error) if is_ours else f"{type(error).__name__}: {error}"
+            self.tell(tuned, webhook, "failed", reason)
             raise
         if ending == "finished":
             self.tell(tuned, webhook, "finished")

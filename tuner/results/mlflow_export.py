@@ -73,7 +73,8 @@ def export_to_mlflow(tuned: TunedStudy, uri: str) -> MlflowExport:
     try:
         return _Export(MlflowClient(uri), tuned).write()
     except (MlflowException, OSError) as error:
-        reason = str(error).replace(uri, _shown(uri)).splitlines()[0][:300]
+        user, at, _ = urlsplit(uri).netloc.rpartition("@")
+        reason = str(error).replace(user + at, "").strip().splitlines()[0][:300]
         raise TunerError(
             f"--mlflow {_shown(uri)}: {reason}. What was written so far stays; the same command "
             "continues."

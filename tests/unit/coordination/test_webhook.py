@@ -83,6 +83,7 @@ def test_the_status_and_what_happened_are_posted(tuned: TunedStudy) -> None:
 
 RAISED = [
     (StudyError("ten failed"), ["failed"], "ten failed"),
+    (ZeroDivisionError("a bug"), ["failed"], "ZeroDivisionError: a bug"),
     (StudyInUseError("elsewhere"), [], None),
     (LeaseLostError("taken over"), [], None),
 ]

@@ -19,6 +19,7 @@ from finished_study import WINNER, finished_study
 from lab import Browser, Lab, write_study_file
 
 from tuner.dashboard import predictor, verbs
+from tuner.dashboard.catalogue import Catalogue
 from tuner.dashboard.predictor import (
     PredictionRequest,
     Predictor,
@@ -125,8 +126,11 @@ def send(browser: Browser, fasta: str = FASTA, **fields: Any) -> Any:
 # --- answers ---
 
 
-def test_a_viewer_is_answered_and_nothing_is_recorded(lab: Lab, vic: Browser) -> None:
+def test_a_viewer_is_answered_and_nothing_is_recorded_or_read_again(
+    lab: Lab, vic: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = lab.storage.audit.entries()
+    monkeypatch.setattr(Catalogue, "forget", lambda _: pytest.fail("it reads the studies again"))
     answer = ask(vic)
     assert answer.status_code == 200
     assert answer.json == {

@@ -113,7 +113,7 @@ class FakeMlflow:
 
     def log_artifacts(self, run: str, folder: str) -> None:
         if self.runs[run].name == self.fails_at:
-            raise OSError("the server is away: http://user:secret@mlflow/x")
+            raise OSError("the server is away: http://user:secret@mlflow/api")
         self.runs[run].files = {one.name: one.read_bytes() for one in Path(folder).iterdir()}
 
     def set_terminated(self, run: str, status: str, end: int | None) -> None:
