@@ -117,6 +117,8 @@ FORMATS = (
     case("tabs in a .tsv file", table().replace(",", "\t"), "rows.tsv"),
     case("tabs in a .csv file", table().replace(",", "\t")),
     case("commas in a .tsv file", table(), "rows.tsv"),
+    case('"sep=," before the header, for Excel', "sep=,\n" + table()),
+    case('"sep=;" before the header, and semicolons', "sep=;\n" + table().replace(",", ";")),
     case("separated by semicolons", table().replace(",", ";")),
     case("separated by bars", table().replace(",", "|")),
     case("UTF-16, as Excel's \"Unicode text\"", table().encode("utf-16")),

@@ -22,7 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tuner.data.problems import listed, shortened
-from tuner.data.text import GZIP, cell_sequence, foreign_format, wide_encoding
+from tuner.data.text import (
+    GZIP,
+    cell_sequence,
+    foreign_format,
+    is_separator_line,
+    wide_encoding,
+)
 from tuner.errors import DataError, Problem, reason_of
 
 #: The columns that hold a record's id, the first that a table has; in lower case.
@@ -203,6 +209,8 @@ def _table(
         for fields in reader:
             first_line, line = line, reader.line_num + 1
             if not any(map(str.strip, fields)):
+                continue
+            if not names and is_separator_line(fields):
                 continue
             if not names:
                 names = [field.strip().lower() for field in fields]

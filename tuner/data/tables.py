@@ -19,7 +19,14 @@ from tuner.data.problems import (
     listed,
 )
 from tuner.data.rows import Row
-from tuner.data.text import NOT_A_RESIDUE, SequenceReader, cell_sequence, cleaned, file_text
+from tuner.data.text import (
+    NOT_A_RESIDUE,
+    SequenceReader,
+    cell_sequence,
+    cleaned,
+    file_text,
+    is_separator_line,
+)
 from tuner.errors import counted
 from tuner.spec.spec import column_key
 
@@ -107,6 +114,8 @@ class _Table:
         """The rows of the file's text, up to what cannot be read."""
         rows: list[Row] = []
         for record in _records(self._file, text, self._delimiter, self._problems):
+            if is_separator_line(record.fields):
+                continue
             if not self._columns:
                 self._columns = [column_key(field) for field in record.fields]
                 if self._may_hold_rows(record) or not self._has_columns(record.line):

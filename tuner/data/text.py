@@ -179,6 +179,11 @@ def cell_sequence(cell: str) -> str:
     return "" if cell.strip().lower() in _MISSING else cell
 
 
+def is_separator_line(fields: Sequence[str]) -> bool:
+    """Whether a record is the line "sep=," by which Excel is told what separates fields."""
+    return len(fields) == 2 and fields[0].strip().lower() == "sep=" and not fields[1].strip()
+
+
 def cleaned(raw: str) -> tuple[str, tuple[str, ...]]:
     """The letters of a sequence as it stands in a file, and what was removed from it.
 

@@ -147,6 +147,10 @@ def test_a_quote_swallows_no_rows_whose_labels_are_words(tmp_path: Path) -> None
     lines = lines.replace(",n3,", ',"n3,').replace(",n6,", ',n6",')
     (tmp_path / "rows.csv").write_text(lines)
     assert "runs over lines 5 to 8, and may hold rows" in message_of(tmp_path, "rows.csv")
+    # With a comma too many, a sequence and a label among the pieces tell.
+    swallowed = f'{table(rows, "sequence,note,label")}MKV,"a,no\nMKL,more,b",no\n'
+    (tmp_path / "rows.csv").write_text(swallowed)
+    assert "runs over lines 62 to 63, and may hold rows" in message_of(tmp_path, "rows.csv")
 
 
 # --- sequences ---

@@ -189,7 +189,7 @@ def test_an_unknown_residue_takes_no_part(pooling: str, normalization: str, mask
     config = network(point, masking=masking, activity_l2=0.1)
     known = sequences([9, 9], 9)
     among = np.full((2, 14), UNKNOWN_TOKEN, np.uint8)
-    among[:, [0, 1, 3, 4, 5, 9, 10, 11, 13]] = known
+    among[:, [1, 2, 4, 5, 6, 9, 10, 11, 13]] = known  # the first is unknown
     without, model = (
         with_random_weights(build_model(config, width, unknown=width > 9)) for width in (9, 14)
     )
