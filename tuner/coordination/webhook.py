@@ -128,7 +128,8 @@ class Announcer:
         """
         self._say = say
         self._post = post or _post
-        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._telling: dict[threading.Thread, str] = {}  # the host that each thread tells
 
     def run(self, tuned: TunedStudy, webhook: Webhook | None, run: Callable[[], Ending]) -> Ending:
         """Runs a study and tells how it ended: "finished", or why it was stopped, or an error.
@@ -164,8 +165,10 @@ class Announcer:
         thread = threading.Thread(
             target=self._tell, args=(webhook, tuned.name, event, body), name="webhook", daemon=True
         )
-        self._threads = [one for one in self._threads if one.is_alive()] + [thread]
         thread.start()
+        with self._lock:  # several studies may end at once
+            alive = {one: host for one, host in self._telling.items() if one.is_alive()}
+            self._telling = {**alive, thread: webhook.host}
 
     def __enter__(self) -> Self:
         return self
@@ -177,10 +180,10 @@ class Announcer:
         trace: TracebackType | None,
     ) -> None:
         until = time.monotonic() + _LAST_SECONDS
-        for thread in self._threads:
+        for thread, host in self._telling.items():
             thread.join(max(0.0, until - time.monotonic()))
-        if late := sum(thread.is_alive() for thread in self._threads):
-            self._say(f"{late} of the webhooks did not answer within {_LAST_SECONDS:.0f} s.")
+            if thread.is_alive():
+                self._say(f"The webhook at {host} was not told: no answer in {_LAST_SECONDS:g} s.")
 
     def _tell(self, webhook: Webhook, study: str, event: NotifyEvent, body: bytes) -> None:
         try:
