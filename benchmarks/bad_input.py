@@ -207,6 +207,14 @@ RUNS = (
          arguments=("dashboard", "--behind-proxy", "--trust-proxy", "proxy.lab",
                     "--users", "users.json"), files=(("users.json", ""),)),
     Case(what="a verb that is none", arguments=("lanch", "good.toml")),
+    spec("the URL of a webhook in a study file",
+         GOOD.replace("[space]", '[notify]\nurl = "https://hooks.example.org/t0ken"\n[space]')),
+    spec("a webhook's URL for the name of its variable",
+         GOOD.replace("[space]", '[notify]\nurl_env = "https://hooks.example.org/t0ken"\n[space]')),
+    Case(what="a webhook without https://",
+         arguments=("launch", "good.toml", "--notify", "hooks.example.org/t0ken")),
+    Case(what="a webhook whose token would be sent in the clear",
+         arguments=("launch", "good.toml", "--notify", "http://hooks.example.org/t0ken")),
 )  # fmt: skip
 
 
