@@ -29,7 +29,7 @@ from tuner.artifacts import development_path
 from tuner.coordination.coordinator import Coordinator
 from tuner.coordination.service import Service
 from tuner.coordination.shares import FairShares, max_min_shares
-from tuner.coordination.webhook import Announcer
+from tuner.coordination.webhook import Notifier
 from tuner.errors import ClusterError
 from tuner.search.attributes import ERROR_KEY, RECORD_KEY, RESUMED_KEY
 from tuner.search.status import StudyStatus, status
@@ -349,7 +349,7 @@ class Shop:
             slots=lambda: self.slots,
             artifacts_root=self.artifacts,
             say=say or self.lines.append,
-            announcer=Announcer(self.lines.append, post=self.take),
+            notifier=Notifier(self.lines.append, post=self.take),
         )
 
     def take(self, url: str, body: bytes) -> None:
@@ -567,7 +567,9 @@ def test_a_study_that_fails_leaves_the_queue_with_its_reason_and_hurts_no_other(
         ("https://hooks.example.org/all", "bad", "failed"),
         ("https://hooks.example.org/all", "good", "finished"),
     ]
-    assert len(shop.said("Study odd: nobody is told", "$TUNER_NOTIFY_ODD does not hold a URL")) == 1
+    assert (
+        len(shop.said("Study odd: no notification", "$TUNER_NOTIFY_ODD does not hold a URL")) == 1
+    )
 
 
 def test_a_record_that_cannot_be_read_is_given_up_with_its_reason(shop: Shop) -> None:

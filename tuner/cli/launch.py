@@ -223,7 +223,7 @@ def launch(
 
     given = [*(overrides or []), *overrides_for(name, trials)]
     spec, prepared = _load(spec_path, given, artifacts)
-    from tuner.coordination.webhook import Announcer, webhook_of
+    from tuner.coordination.webhook import Notifier, webhook_of
     from tuner.search.overlap import enter
     from tuner.search.status import status
     from tuner.search.study import create_or_resume, find_or_create
@@ -231,7 +231,7 @@ def launch(
     webhook = None if detach else webhook_of(spec.notify, given=notify, say=print_note)
     with (
         open_storage(storage, patience_seconds=None, create=True) as opened,
-        Announcer(print_note) as announcer,
+        Notifier(print_note) as notifier,
     ):
         # An existing study is changed only by the process that holds its lease.
         made_from: dict[str, Any] = {
@@ -252,7 +252,7 @@ def launch(
             return
         ending: Ending = "finished"
         if now.finished_trials < spec.trials:
-            ending = announcer.run(
+            ending = notifier.run(
                 tuned,
                 webhook,
                 lambda: _run(

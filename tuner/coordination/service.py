@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.coordination.coordinator import Coordinator, Ending
 from tuner.coordination.roles import Workers
 from tuner.coordination.shares import FairShares
-from tuner.coordination.webhook import Announcer, webhook_of
+from tuner.coordination.webhook import Notifier, webhook_of
 from tuner.coordination.words import describe_end, duration
 from tuner.errors import (
     ClusterError,
@@ -107,7 +107,7 @@ class Service:
         slots: Callable[[], int],
         artifacts_root: Path,
         say: Say,
-        announcer: Announcer | None = None,
+        notifier: Notifier | None = None,
     ) -> None:
         """Makes a service that has not begun yet.
 
@@ -118,7 +118,7 @@ class Service:
             slots: How many trainings the cluster runs at once, now.
             artifacts_root: Where checkpoints, weights and development rows are kept.
             say: Takes a line for the log.
-            announcer: Tells the studies' webhooks.
+            notifier: Notifies the studies' webhooks.
         """
         self._open_storage = open_storage
         self._open_workers = open_workers
@@ -126,7 +126,7 @@ class Service:
         self._artifacts_root = artifacts_root
         self._say = say
         self._shares = FairShares()
-        self._announcer = announcer or Announcer(say)
+        self._notifier = notifier or Notifier(say)
         self._stopping = False
         self._lock = threading.Lock()  # of the drives' coordinators and stops
         self._drives: dict[int, _Drive] = {}
@@ -144,7 +144,7 @@ class Service:
             storage: For looking at the queue. It should give up on a database that is away after
                 seconds, so that a signal is heard meanwhile; it is asked again and again.
         """
-        with self._announcer:
+        with self._notifier:
             self._run_until_stopped(storage)
 
     def _run_until_stopped(self, storage: Storage) -> None:
@@ -310,7 +310,7 @@ class Service:
             if ending == "stopped":
                 again = tuned.command("launch", "STUDY.toml", "--detach")
                 self._say(f"Study {tuned.name}: stopped; `{again}` resumes it.")
-                self._tell(tuned, "stopped")
+                self._notify(tuned, "stopped")
             return
         tuned.storage.queue.remove(tuned.id)
         now = status(tuned)
@@ -323,7 +323,7 @@ class Service:
             f"{counted(now.budget, 'trial')} ({now.trials_in_words}), best validation loss {best}, "
             f"{duration(seconds)} in this service."
         )
-        self._tell(tuned, "finished")
+        self._notify(tuned, "finished")
 
     def _give_up(self, storage: Storage, drive: _Drive, reason: str) -> None:
         """Takes a study out of the queue that would fail again, and writes down why."""
@@ -332,15 +332,15 @@ class Service:
         self._say(f"Study {drive.name}: given up, it left the queue. {reason}")
         with contextlib.suppress(TunerError):  # it cannot be loaded
             tuned = load(storage, drive.name, artifacts_root=self._artifacts_root)
-            self._tell(tuned, "failed", reason)
+            self._notify(tuned, "failed", reason)
 
-    def _tell(self, tuned: TunedStudy, event: NotifyEvent, reason: str = "") -> None:
+    def _notify(self, tuned: TunedStudy, event: NotifyEvent, reason: str = "") -> None:
         try:
             webhook = webhook_of(tuned.notify, say=self._say)
         except TunerError as error:  # a URL that cannot be used
-            self._say(f"Study {tuned.name}: nobody is told how it ended. {error}")
+            self._say(f"Study {tuned.name}: no notification is sent. {error}")
         else:
-            self._announcer.tell(tuned, webhook, event, reason)
+            self._notifier.notify(tuned, webhook, event, reason)
 
     def _try_later(self, drive: _Drive, error: Exception | None) -> None:
         before = self._setbacks.get(drive.study_id)

@@ -1,4 +1,4 @@
-"""Tells a webhook how studies end, and is never in their way.
+"""Notifies a webhook of how studies end, without delaying them.
 
 The URL of a webhook often holds a token. A study file is stored, shown and exported, so it names an
 environment variable that holds the URL; messages have no more of it than its host.
@@ -34,7 +34,7 @@ EVENTS: tuple[NotifyEvent, ...] = get_args(NotifyEvent)
 _TRY_SECONDS = 5.0  #: until an answer is given up
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0  #: between two tries
 _PATIENCE_SECONDS = 300.0  #: with a webhook that does not answer
-_LAST_SECONDS = 15.0  #: for what is being told when the process ends
+_LAST_SECONDS = 15.0  #: for what is being sent when the process ends
 #: Statuses beside 5xx after which another try may succeed: a timeout, too early, too many.
 _TEMPORARY = frozenset((408, 425, 429))
 
@@ -44,10 +44,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Webhook:
-    """Where to tell, and what."""
+    """Where notifications go, and of which events."""
 
     url: str = field(repr=False)  #: http or https; may hold a token
-    events: frozenset[NotifyEvent]  #: that are told
+    events: frozenset[NotifyEvent]  #: of which it is notified
 
     @property
     def host(self) -> str:
@@ -78,8 +78,8 @@ def webhook_of(
     if not url:
         if settings is not None:
             say(
-                f"[notify]: the environment variable {variable} is not set here, so nobody is told "
-                "how the study ends."
+                f"[notify]: the environment variable {variable} is not set here, so no "
+                "notification is sent."
             )
         return None
     _check_url(url, "--notify" if given is not None else f"${variable}")
@@ -113,28 +113,28 @@ def _is_private(host: str) -> bool:
     return address.is_loopback or (address.is_private and not address.is_unspecified)
 
 
-class Announcer:
-    """Tells webhooks, each time on a thread of its own, again and again for five minutes.
+class Notifier:
+    """Sends notifications, each on a thread of its own, which tries for five minutes.
 
     As a context manager it waits at the end, for 15 seconds at most.
     """
 
     def __init__(self, say: Say, *, post: Post | None = None) -> None:
-        """Tells nothing yet.
+        """Sends nothing yet.
 
         Args:
-            say: Takes a line for each webhook that was told, or could not be.
+            say: Takes a line for each notification that was sent, or could not be.
             post: Sends a body to a URL; raises OSError or HTTPException.
         """
         self._say = say
         self._post = post or _post
         self._lock = threading.Lock()
-        self._telling: dict[threading.Thread, str] = {}  # the host that each thread tells
+        self._sending: dict[threading.Thread, str] = {}  # the host to which each thread sends
 
     def run(self, tuned: TunedStudy, webhook: Webhook | None, run: Callable[[], Ending]) -> Ending:
-        """Runs a study and tells how it ended: "finished", or why it was stopped, or an error.
+        """Runs a study, and notifies of its end: "finished", why it was stopped, or an error.
 
-        That another process runs the study is no end of it, and is not told.
+        That another process runs the study is no end of it.
         """
         try:
             ending = run()
@@ -143,32 +143,32 @@ class Announcer:
         except Exception as error:
             is_ours = isinstance(error, TunerError)
             reason = str(error) if is_ours else f"{type(error).__name__}: {error}"
-            self.tell(tuned, webhook, "failed", reason)
+            self.notify(tuned, webhook, "failed", reason)
             raise
         if ending == "finished":
-            self.tell(tuned, webhook, "finished")
+            self.notify(tuned, webhook, "finished")
         else:
-            self.tell(tuned, webhook, "stopped", ending)
+            self.notify(tuned, webhook, "stopped", ending)
         return ending
 
-    def tell(
+    def notify(
         self, tuned: TunedStudy, webhook: Webhook | None, event: NotifyEvent, reason: str = ""
     ) -> None:
-        """Begins to tell; returns at once."""
+        """Begins to send; returns at once."""
         if webhook is None or event not in webhook.events:
             return
         try:
             now = status(tuned)
-        except Exception:  # noqa: BLE001 - a database that is away is told all the same
+        except Exception:  # noqa: BLE001 - it is sent without the status
             now = None
         body = json.dumps(_document(tuned.name, event, reason, now)).encode()
         thread = threading.Thread(
-            target=self._tell, args=(webhook, tuned.name, event, body), name="webhook", daemon=True
+            target=self._send, args=(webhook, tuned.name, event, body), name="webhook", daemon=True
         )
         thread.start()
         with self._lock:  # several studies may end at once
-            alive = {one: host for one, host in self._telling.items() if one.is_alive()}
-            self._telling = {**alive, thread: webhook.host}
+            alive = {one: host for one, host in self._sending.items() if one.is_alive()}
+            self._sending = {**alive, thread: webhook.host}
 
     def __enter__(self) -> Self:
         return self
@@ -180,12 +180,12 @@ class Announcer:
         trace: TracebackType | None,
     ) -> None:
         until = time.monotonic() + _LAST_SECONDS
-        for thread, host in self._telling.items():
+        for thread, host in self._sending.items():
             thread.join(max(0.0, until - time.monotonic()))
             if thread.is_alive():
-                self._say(f"The webhook at {host} was not told: no answer in {_LAST_SECONDS:g} s.")
+                self._say(f"No notification was sent to {host}: no answer in {_LAST_SECONDS:g} s.")
 
-    def _tell(self, webhook: Webhook, study: str, event: NotifyEvent, body: bytes) -> None:
+    def _send(self, webhook: Webhook, study: str, event: NotifyEvent, body: bytes) -> None:
         try:
             for attempt in stamina.retry_context(
                 on=_may_succeed_later,
@@ -199,11 +199,11 @@ class Announcer:
                     self._post(webhook.url, body)
         except Exception as error:  # noqa: BLE001 - whatever it is, the study goes its way
             self._say(
-                f"Study {study}: the webhook at {webhook.host} was not told that it "
-                f"{_PAST[event]}: {_reason(error)}."
+                f"Study {study}: no notification ({event}) was sent to {webhook.host}: "
+                f"{_reason(error)}."
             )
         else:
-            self._say(f"Study {study}: told {webhook.host} that it {_PAST[event]}.")
+            self._say(f"Study {study}: notification ({event}) sent to {webhook.host}.")
 
 
 _PAST: Mapping[NotifyEvent, str] = {

@@ -61,7 +61,7 @@ class TunedStudy:
 
     @property
     def notify(self) -> NotifySettings | None:
-        """Who is told how it ends."""
+        """Which webhook is notified of its end."""
         document = self.study.user_attrs.get(NOTIFY_KEY)
         return None if document is None else NotifySettings(**document)
 

@@ -318,19 +318,19 @@ def _check_variable(name: str) -> str:
 
 def _check_events(events: list[NotifyEvent]) -> list[NotifyEvent]:
     if not events:
-        raise _wrong("must name an event; leave the table out to tell nobody")
+        raise _wrong("must name an event, of: finished, failed, stopped")
     return list(dict.fromkeys(events))
 
 
 class NotifySettings(Table):
-    """Tells a webhook how the study ended."""
+    """Notifies a webhook of how the study ended."""
 
     url_env: Annotated[str, AfterValidator(_check_variable)] = NOTIFY_VARIABLE
     """environment variable with the URL, which may hold a token"""
     on: Annotated[list[NotifyEvent], AfterValidator(_check_events)] = Field(
         default_factory=lambda: list(get_args(NotifyEvent))
     )
-    """events that are told"""
+    """events of which it is notified"""
 
 
 class SamplerSettings(Table):
@@ -356,7 +356,7 @@ class Settings(Table):
     stop: StopSettings | None = None
     """leave the table out to use the whole budget"""
     notify: NotifySettings | None = None
-    """leave the table out to tell nobody, unless TUNER_NOTIFY is set"""
+    """leave the table out for the default: all events, if TUNER_NOTIFY is set"""
     provenance: Annotated[dict[str, Any], AfterValidator(_check_provenance)] | None = None
     """where an exported configuration comes from; its data is found again by the hash in there"""
 

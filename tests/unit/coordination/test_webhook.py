@@ -17,7 +17,7 @@ from waiting import wait_until
 
 from tuner.coordination import webhook
 from tuner.coordination.coordinator import Coordinator, Ending
-from tuner.coordination.webhook import EVENTS, Announcer, Webhook, webhook_of
+from tuner.coordination.webhook import EVENTS, Notifier, Webhook, webhook_of
 from tuner.errors import LeaseLostError, StudyError, StudyInUseError, TunerError
 from tuner.search.status import status
 from tuner.search.tuned_study import TunedStudy
@@ -66,8 +66,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_status_and_what_happened_are_posted(tuned: TunedStudy) -> None:
     hook, said = Hook(), list[str]()
-    with Announcer(said.append, post=hook) as announcer:
-        announcer.tell(tuned, HOOK, "finished")
+    with Notifier(said.append, post=hook) as notifier:
+        notifier.notify(tuned, HOOK, "finished")
     (document,) = hook.posted
     expected = json.loads(json.dumps(status(tuned).to_document()))
     assert {key: document[key] for key in expected} == expected
@@ -78,7 +78,7 @@ def test_the_status_and_what_happened_are_posted(tuned: TunedStudy) -> None:
         f"Study small finished: 3 of 3 trials, best validation loss {best.value:.4f} "
         f"(trial {best.number})."
     )
-    assert said == ["Study small: told hooks.example.org that it finished."]
+    assert said == ["Study small: notification (finished) sent to hooks.example.org."]
 
 
 RAISED = [
@@ -106,13 +106,13 @@ def test_how_a_run_ends_is_told(
             raise result
         return result
 
-    with Announcer(lambda _: None, post=hook) as announcer:
+    with Notifier(lambda _: None, post=hook) as notifier:
         if isinstance(result, Exception):
             with pytest.raises(type(result)):
-                announcer.run(tuned, HOOK, run)
+                notifier.run(tuned, HOOK, run)
         else:
-            assert announcer.run(tuned, HOOK, run) == result
-        announcer.run(tuned, None, lambda: "finished")  # has no webhook
+            assert notifier.run(tuned, HOOK, run) == result
+        notifier.run(tuned, None, lambda: "finished")  # has no webhook
     assert [one["event"] for one in hook.posted] == events
     assert [one["reason"] for one in hook.posted] == [reason] * len(events)
 
@@ -120,9 +120,9 @@ def test_how_a_run_ends_is_told(
 def test_events_that_were_not_asked_for_are_not_told(tuned: TunedStudy) -> None:
     hook = Hook()
     only = Webhook(url=URL, events=frozenset(["failed"]))
-    with Announcer(lambda _: None, post=hook) as announcer:
+    with Notifier(lambda _: None, post=hook) as notifier:
         for event in EVENTS:
-            announcer.tell(tuned, only, event)
+            notifier.notify(tuned, only, event)
     assert [one["event"] for one in hook.posted] == ["failed"]
 
 
@@ -131,8 +131,8 @@ def test_a_status_that_cannot_be_read_is_left_out(tuned: TunedStudy) -> None:
     name = tuned.name
     tuned.storage.optuna.delete_study(tuned.id)
     lost = type("Lost", (), {"name": name})
-    with Announcer(lambda _: None, post=hook) as announcer:
-        announcer.tell(lost, HOOK, "failed", "gone")  # type: ignore[arg-type]
+    with Notifier(lambda _: None, post=hook) as notifier:
+        notifier.notify(lost, HOOK, "failed", "gone")  # type: ignore[arg-type]
     assert hook.posted[0].keys() == {"event", "study", "reason", "at", "text"}
 
 
@@ -145,10 +145,10 @@ def test_a_status_that_cannot_be_read_is_left_out(tuned: TunedStudy) -> None:
 )
 def test_what_may_succeed_later_is_tried_again(tuned: TunedStudy, error: Exception) -> None:
     hook, said = Hook(error, error), list[str]()
-    with Announcer(said.append, post=hook) as announcer:
-        announcer.tell(tuned, HOOK, "stopped")
+    with Notifier(said.append, post=hook) as notifier:
+        notifier.notify(tuned, HOOK, "stopped")
     assert (hook.tries, len(hook.posted)) == (3, 1)
-    assert "told hooks.example.org that it was stopped" in said[0]
+    assert "notification (stopped) sent to hooks.example.org" in said[0]
 
 
 @pytest.mark.parametrize("error", [http_error(404), http_error(302), ValueError(URL)])
@@ -156,10 +156,10 @@ def test_what_never_will_is_said_once_without_the_token(
     tuned: TunedStudy, error: Exception
 ) -> None:
     hook, said = Hook(error, error), list[str]()
-    with Announcer(said.append, post=hook) as announcer:
-        announcer.tell(tuned, HOOK, "finished")
+    with Notifier(said.append, post=hook) as notifier:
+        notifier.notify(tuned, HOOK, "finished")
     assert hook.tries == 1
-    assert "the webhook at hooks.example.org was not told that it finished: " in said[0]
+    assert "no notification (finished) was sent to hooks.example.org: " in said[0]
     assert "secret-token" not in said[0] + repr(HOOK)
 
 
@@ -168,19 +168,19 @@ def test_a_webhook_that_is_silent_delays_the_end_no_longer_than_that(
 ) -> None:
     monkeypatch.setattr(webhook, "_LAST_SECONDS", 0.01)
     answers, said = threading.Event(), list[str]()
-    with Announcer(said.append, post=lambda url, body: answers.wait() and None) as announcer:
-        announcer.tell(tuned, HOOK, "finished")
-    assert said == ["The webhook at hooks.example.org was not told: no answer in 0.01 s."]
+    with Notifier(said.append, post=lambda url, body: answers.wait() and None) as notifier:
+        notifier.notify(tuned, HOOK, "finished")
+    assert said == ["No notification was sent to hooks.example.org: no answer in 0.01 s."]
     answers.set()
-    wait_until(lambda: not any(thread.is_alive() for thread in announcer._telling))
+    wait_until(lambda: not any(thread.is_alive() for thread in notifier._sending))
 
 
 def test_json_goes_over_http_and_no_redirection_is_followed(tuned: TunedStudy) -> None:
     said: list[str] = []
-    with webhook_server() as hook, Announcer(said.append) as announcer:
+    with webhook_server() as hook, Notifier(said.append) as notifier:
         for path in ("hook", "moved"):
             there = Webhook(url=hook.url + path, events=frozenset(EVENTS))
-            announcer.tell(tuned, there, "finished")
+            notifier.notify(tuned, there, "finished")
     assert sorted(hook.paths) == ["/hook", "/moved"]
     assert [one["event"] for one in hook.posted] == ["finished", "finished"]
     assert any("it answers 302" in line for line in said)

@@ -545,7 +545,7 @@ MISTAKES = [
     ("[stop]\nmin_epochs = 3", "stop.min_epochs", 2, "belongs in [hyperband]"),
     # notify
     ("[notify]\non = ['finishd']", "notify.on.0", 2, 'did you mean "finished"?'),
-    ("[notify]\non = []", "notify.on", 2, "leave the table out to tell nobody"),
+    ("[notify]\non = []", "notify.on", 2, "must name an event"),
     ("[notify]\non = 'failed'", "notify.on", 2, "must be a list"),
     ("[notify]\nurl_env = 'HTTPS_PROXY'", "notify.url_env", 2, "begins with TUNER_NOTIFY"),
     ("[notify]\nurl_env = 'TUNER_NOTIFY/'", "notify.url_env", 2, "begins with TUNER_NOTIFY"),
