@@ -130,9 +130,16 @@ def _unpacked(file: str, content: bytes, problems: Problems) -> bytes | None:
     return unpacked
 
 
+_ZIP = b"PK\x03\x04"
+#: What the first member of zip files of a kind is called.
+_ZIP_FORMATS = {
+    b"[Content_Types].xml": "an Excel workbook",
+    b"mimetype": "an OpenDocument file",
+    b".npy": "an npz file",
+}
+_ZIP_HEAD = 100  #: bytes, in which that name stands
 #: First bytes of files that are often taken for text.
 _FOREIGN_FORMATS = {
-    b"PK\x03\x04": "a zip file or an Excel workbook",
     b"\xd0\xcf\x11\xe0": "an old Excel workbook",
     GZIP: "compressed with gzip twice",
     b"BZh": "compressed with bzip2",
@@ -146,6 +153,9 @@ _FOREIGN_FORMATS = {
 
 def foreign_format(content: bytes) -> str | None:
     """What a file is that is not text, by its first bytes; None where that is not known."""
+    if content.startswith(_ZIP):
+        inside = (what for name, what in _ZIP_FORMATS.items() if name in content[:_ZIP_HEAD])
+        return next(inside, "a zip file")
     found = (what for start, what in _FOREIGN_FORMATS.items() if content.startswith(start))
     return next(found, None)
 

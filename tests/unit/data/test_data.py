@@ -466,7 +466,11 @@ BAD_CSV: dict[str, tuple[str | bytes, list[tuple[int | None, str, str, str]]]] =
         gzip.compress(gzip.compress(b"sequence,label\n")),
         [(None, "", "compressed with gzip twice", "is compressed with gzip twice, not text")],
     ),
-    "an Excel workbook": (b"PK\x03\x04\x14", [(None, "", "a zip file or", "save it as CSV, TSV")]),
+    "a zip file": (b"PK\x03\x04\x14", [(None, "", "a zip file", "not text; save it as CSV, TSV")]),
+    "an Excel workbook": (
+        b"PK\x03\x04" + b"\0" * 26 + b"[Content_Types].xml",
+        [(None, "", "an Excel workbook", "is an Excel workbook, not text")],
+    ),
     "tabs in a .csv": (
         "sequence\tlabel\nMKL\t1\n",
         [(1, "", "sequence\tlabel", "is separated by tabs, not by commas; name it .tsv")],
