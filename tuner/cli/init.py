@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,6 +105,8 @@ def _checked(data: list[Path]) -> list[Path]:
 
 
 def _init_examples(folder: Path) -> None:
+    from importlib import resources
+
     try:
         make_folder(folder, private=False)
         with resources.as_file(resources.files("tuner") / "examples") as examples:
