@@ -88,7 +88,9 @@ def _near_file(path: Path) -> str:
     except OSError:
         beside = []
     near = did_you_mean(str(path), beside) or did_you_mean(f"{path}.toml", beside)
-    return near or f"; there are {', '.join(sorted(beside)) or 'no study files'}"
+    if not beside:
+        return "; there are no study files (`tuner init` copies the shipped ones into studies/)"
+    return near or f"; there are {', '.join(sorted(beside))}"
 
 
 #: What `tomllib` says, and what to do about it.
