@@ -11,13 +11,20 @@ import typer
 from tuner.artifacts import DEFAULT_EXPORT_FOLDER, DEFAULT_ROOT, DEFAULT_STORAGE_URL
 from tuner.cli.app import app
 from tuner.cli.options import ArtifactsRoot, AsJson, Name, SourcePath, StorageUrl
-from tuner.cli.terminal import open_storage, print_json, print_note, warn_of_synthetic_data
+from tuner.cli.terminal import (
+    open_storage,
+    print_json,
+    print_note,
+    terminal,
+    warn_of_synthetic_data,
+)
 from tuner.commands import command
 from tuner.errors import counted
 
 if TYPE_CHECKING:
     from tuner.results.choice import Chosen
     from tuner.results.export import ExportedConfig
+    from tuner.results.runs import Watch
     from tuner.search.tuned_study import TunedStudy
 
 
@@ -146,7 +153,7 @@ def _export_to_trackers(
     if mlflow is not None:
         from tuner.results.mlflow_export import export_to_mlflow
 
-        written = export_to_mlflow(tuned, mlflow)
+        written = export_to_mlflow(tuned, mlflow, watch=_with_progress(tuned))
         found["mlflow"] = dataclasses.asdict(written)
         if not as_json:
             typer.echo(
@@ -156,7 +163,9 @@ def _export_to_trackers(
     if tensorboard is not None:
         from tuner.results.tensorboard_export import export_to_tensorboard
 
-        runs, has_hyperparameters = export_to_tensorboard(tuned, tensorboard)
+        runs, has_hyperparameters = export_to_tensorboard(
+            tuned, tensorboard, watch=_with_progress(tuned)
+        )
         found["tensorboard"] = {
             "folder": str(tensorboard),
             "runs": runs,
@@ -167,6 +176,16 @@ def _export_to_trackers(
             if not has_hyperparameters:
                 print_note("Without the package tensorboard, hyperparameters are left out.")
     return found
+
+
+def _with_progress(tuned: TunedStudy) -> Watch:
+    """Shows on a terminal how many trials are written."""
+    from rich.progress import track
+
+    console = terminal(stderr=True)
+    options: dict[str, Any] = {"console": console, "disable": not console.is_terminal}
+    total = len(tuned.trials())
+    return lambda runs: track(runs, "Trials", total, transient=True, **options)
 
 
 def _export_configs(

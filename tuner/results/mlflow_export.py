@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from tuner.artifacts import CURVES_FILE, NETWORK_FILE, dashboard_folder
 from tuner.commands import install_command
 from tuner.errors import SetupError, TunerError
-from tuner.results.runs import Run, runs_of
+from tuner.results.runs import Run, Watch, runs_of
 from tuner.search.tuned_study import TunedStudy
 
 _STUDY_TAG = "tuner.study"  #: of a run: the study's key, which no other study has
@@ -49,12 +49,13 @@ class MlflowExport:
     unchanged: int  #: runs that an earlier export wrote
 
 
-def export_to_mlflow(tuned: TunedStudy, uri: str) -> MlflowExport:
+def export_to_mlflow(tuned: TunedStudy, uri: str, *, watch: Watch = iter) -> MlflowExport:
     """Writes each trial as a run; one that an earlier export wrote is left, or replaced.
 
     Args:
         tuned: The study.
         uri: As MLflow takes it: https://SERVER, sqlite:///FILE.
+        watch: Shows the progress.
 
     Raises:
         SetupError: MLflow is not installed.
@@ -71,7 +72,7 @@ def export_to_mlflow(tuned: TunedStudy, uri: str) -> MlflowExport:
             f"`{install_command('mlflow')}`."
         ) from error
     try:
-        return _Export(MlflowClient(uri), tuned).write()
+        return _Export(MlflowClient(uri), tuned).write(watch)
     except (MlflowException, OSError) as error:
         user, at, _ = urlsplit(uri).netloc.rpartition("@")
         reason = str(error).replace(user + at, "").strip().splitlines()[0][:300]
@@ -94,11 +95,11 @@ class _Export:
         self._client = client
         self._tuned = tuned
 
-    def write(self) -> MlflowExport:
+    def write(self, watch: Watch) -> MlflowExport:
         experiment = self._experiment()
         known = {int(run.data.tags[_TRIAL_TAG]): run for run in self._known_runs(experiment)}
         counts = {"written": 0, "replaced": 0, "unchanged": 0}
-        for run in runs_of(self._tuned):
+        for run in watch(runs_of(self._tuned)):
             old = known.get(run.trial)
             if old is not None and old.data.tags.get(_VERSION_TAG) == run.version:
                 counts["unchanged"] += 1

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 from optuna.trial import TrialState
 
@@ -18,6 +18,10 @@ from tuner.train import BEST_EPOCH_KEY, PARAMETERS_KEY, SECONDS_KEY, EpochResult
 _CURVES = ("training_loss", "training_accuracy", "validation_loss", "validation_accuracy",
            "validation_roc_auc", "seconds")  # fmt: skip
 _FIGURES = (BEST_EPOCH_KEY, PARAMETERS_KEY, SECONDS_KEY)
+
+
+#: Takes the runs that are to be written, and gives each when it is its turn: to show progress.
+Watch: TypeAlias = "Callable[[Iterator[Run]], Iterable[Run]]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

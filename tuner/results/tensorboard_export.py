@@ -9,12 +9,19 @@ from pathlib import Path
 
 from tuner.artifacts import make_folder
 from tuner.errors import TunerError
-from tuner.results.runs import Run, runs_of
+from tuner.results.runs import Run, Watch, runs_of
 from tuner.search.tuned_study import TunedStudy
 
 
-def export_to_tensorboard(tuned: TunedStudy, folder: Path) -> tuple[int, bool]:
+def export_to_tensorboard(
+    tuned: TunedStudy, folder: Path, *, watch: Watch = iter
+) -> tuple[int, bool]:
     """Writes `folder/STUDY/trial-N` for each trial; those of an earlier export are replaced.
+
+    Args:
+        tuned: The study.
+        folder: Where to; it is made if it is missing.
+        watch: Shows the progress.
 
     Returns:
         The number of trials, and whether their hyperparameters could be written.
@@ -25,7 +32,7 @@ def export_to_tensorboard(tuned: TunedStudy, folder: Path) -> tuple[int, bool]:
     """
     count, has_hyperparameters = 0, True
     try:
-        for run in runs_of(tuned):
+        for run in watch(runs_of(tuned)):
             place = folder / tuned.name / f"trial-{run.trial:04}"
             has_hyperparameters = _write(run, place) and has_hyperparameters
             count += 1
