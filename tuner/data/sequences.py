@@ -259,10 +259,13 @@ def _may_hold_rows(fields: Sequence[str], width: int, sequence_at: int, delimite
             continue
         if delimiter == "\t" or (at == sequence_at and len(text.strip().splitlines()) > 1):
             return True
-        first, *middle, last = (line.count(delimiter) for line in lines)
-        whole = all(count == width - 1 for count in middle)
-        if whole and (first, last) == (width - 1 - at, at):
-            return True
+        first, *middle, last = (line.split(delimiter) for line in lines)
+        whole = all(len(line) == width for line in middle)
+        if whole and (len(first), len(last)) == (width - at, at + 1):
+            swallowed = [line[sequence_at] for line in middle]
+            swallowed.append(first[sequence_at - at] if sequence_at > at else last[sequence_at])
+            if any(len(cell.split()) < 2 for cell in swallowed):
+                return True
     return False
 
 

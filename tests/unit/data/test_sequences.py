@@ -113,6 +113,8 @@ def test_ids_that_are_not_utf8_come_back_as_they_were() -> None:
         (b'id,note,sequence\na,"x,M\nb,z,M\nc,y",A\n', ("several_lines:2_to_4",)),
         (b'id,sequence\na,"M\nKV"\n', ("several_lines:2_to_3", "spaces_removed")),
         (b'id\tnote\tsequence\na\t"one\ntwo"\tM\n', ("several_lines:2_to_3",)),
+        (b'sequence,note,id\nM,"x,1\nMK,y",3\n', ("several_lines:2_to_3",)),
+        (b'sequence,note,id\nM,"in cells, of yeast\nand of mice, too",3\n', ()),
         (b'id,note,sequence\na,"one, two\nthree",M\n', ()),
         (b'id,note,sequence\na,"one\ntwo, three\n",M\n', ()),
         (b">a\nMK V\nLL\n", ("spaces_removed",)),
