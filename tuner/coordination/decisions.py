@@ -19,7 +19,9 @@ from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.storage.decisions import Decision, DecisionKind
 from tuner.storage.lease import COORDINATOR_KEY
 
-KEPT_WEIGHTS = 10  #: the best trials whose weights are kept
+#: The best trials whose weights are kept: more do not make a better ensemble
+#: (docs/experiments.md#2026-11-27-how-many-kept-networks-pay).
+KEPT_WEIGHTS = 10
 
 
 class Decisions:
