@@ -11,7 +11,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -147,7 +146,10 @@ class Predictor:
     def close(self) -> None:
         """Ends the process, and a prediction that it computes."""
         self._closed = True
-        self._end()
+        if self._process is not None:
+            self._process.kill()  # what waits for its answer notices
+        with self._turn:
+            self._end()
 
     def _ask(self, request: PredictionRequest) -> PredictionAnswer | _Failure:
         for _ in range(2):  # it may end by itself in this very moment
@@ -204,17 +206,21 @@ def missing_package() -> str | None:
 
 
 def _start_process(connection: Connection) -> _Process:
+    from tuner.cluster.processes import (  # noqa: PLC0415 - imports Dask, which pages do not need
+        children_deaf_to_interrupts,
+    )
+
     # Not forked: the server has threads, whose locks a copy would keep for ever.
     process = multiprocessing.get_context("spawn").Process(
         target=_main, args=(connection,), name="predictor", daemon=True
     )
-    process.start()
+    with children_deaf_to_interrupts():  # the server ends it
+        process.start()
     connection.close()  # it has its own: with ours open, it would not notice that we are gone
     return process
 
 
 def _main(connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends it
     os.environ.update(_ENVIRONMENT)
     if hasattr(os, "nice"):
         os.nice(10)  # trainings and other requests come first

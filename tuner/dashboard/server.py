@@ -200,7 +200,6 @@ class DashboardServer:
                 loop.call_soon_threadsafe(ending.set)
         self._thread.join()
         self._socket.close()
-        self._app.close()
 
     def _counted(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         with self._count:
@@ -240,6 +239,7 @@ class DashboardServer:
         last = time.monotonic() + _LAST_SECONDS
         while self._busy and time.monotonic() < last:
             await asyncio.sleep(0.02)
+        self._app.close()  # a prediction may take longer than that
         await asyncio.sleep(0.05)  # what was answered just now is being written
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(server.close_all_connections(), _CLOSE_SECONDS)

@@ -8,6 +8,7 @@ import html
 import io
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class InAThread:
         self.load = load
         self.loaded: list[str] = []
         self.started = 0
+        self.kill: Callable[[], object] = lambda: None
 
     def __call__(self, connection: Connection) -> Any:
         self.started += 1
@@ -72,7 +74,7 @@ class InAThread:
                 answer_requests(connection, load)
 
         thread = threading.Thread(target=answer, daemon=True)
-        thread.kill = lambda: None  # type: ignore[attr-defined]
+        thread.kill = self.kill  # type: ignore[attr-defined]
         thread.start()
         return thread
 
@@ -356,6 +358,25 @@ def test_one_is_answered_a_few_wait_and_the_rest_is_refused(
     may_load.set()
     first.join()
     asked.close()
+
+
+def test_the_end_of_the_server_ends_a_prediction(tuned: TunedStudy, process: InAThread) -> None:
+    loading, killed = threading.Event(), threading.Event()
+
+    def load(_: TunedStudy) -> Bundle:
+        loading.set()
+        killed.wait()
+        raise SystemExit
+
+    process.load, process.kill = load, killed.set
+    asked = Predictor(process)
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(asked.predict, request(tuned))
+        loading.wait()
+        asked.close()
+        with pytest.raises(PredictorUnavailableError, match="The server ends"):
+            waiting.result()
+    assert process.started == 1
 
 
 def test_a_prediction_that_takes_too_long_is_ended(
