@@ -159,7 +159,7 @@ def imported_modules(path: Path) -> Iterator[str]:
 # --- what git holds ---
 
 
-def test_no_file_names_a_package_registry_or_a_folder_of_one_machine() -> None:
+def test_no_file_names_a_package_registry_a_folder_of_one_machine_or_a_conflict() -> None:
     found = []
     for path in tracked_files():
         try:
@@ -169,6 +169,7 @@ def test_no_file_names_a_package_registry_or_a_folder_of_one_machine() -> None:
         for number, line in enumerate(text.splitlines(), start=1):
             hits = [host for host in REGISTRY_HOSTS if host in line]
             hits += [match.group() for match in MACHINE_PATH.finditer(line)]
+            hits += [mark for mark in ("<<<<<<< ", ">>>>>>> ") if line.startswith(mark)]
             found += [f"{path.relative_to(ROOT)}:{number}: {hit}" for hit in hits]
     assert not found
 
