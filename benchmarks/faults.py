@@ -28,7 +28,7 @@ HEAD = """# Faults
 
 Made by `.venv/bin/python benchmarks/faults.py` from real runs: each row is a test of
 `test_faults.py`, with real processes and trainings that cost nothing. Databases were away
-for {away} s; the suite takes 8 s.
+for {away} s; the suite takes 5 s.
 
 After each fault the test proves from the database: exactly the budget is finished, trial numbers
 have no gap and no trial was told twice, every curve and every reported value is that of an

@@ -38,7 +38,7 @@ from tuner.artifacts import publish
 MakePlan = Callable[..., Plan]
 
 #: How long a database is away. The suite stays quick; benchmarks/faults.py takes 60 s.
-AWAY_SECONDS = float(os.environ.get("PYTEST_TUNER_AWAY_SECONDS", "8"))
+AWAY_SECONDS = float(os.environ.get("PYTEST_TUNER_AWAY_SECONDS", "5"))
 
 #: Trials of about a second, none of them pruned, for two workers.
 LONG = {"trials": 6, "seed": 120, "hyperband": None}
@@ -390,7 +390,7 @@ def test_a_network_that_is_cut_between_coordinator_and_database(
 def test_tuner_stop_while_the_database_is_away(postgres: Postgres, tmp_path: Path) -> None:
     """`tuner stop` while PostgreSQL is stopped, and when it is back; then the same launch again."""
     # It must not be finished before a second `tuner stop` has started, on a busy machine neither.
-    mine = plan_for(postgres.database(), tmp_path, spec=LONG | {"trials": 40})
+    mine = plan_for(postgres.database(), tmp_path, spec=LONG | {"trials": 30})
     with Launch(mine) as launch:
         launch.wait_for("epoch 1 4")
         postgres.stop()

@@ -370,8 +370,8 @@ def test_a_launch_that_could_not_export_at_its_end_does_not_begin(folder: Path) 
 
 def test_kill_9_of_the_coordinator_costs_nothing_and_leaves_no_process(folder: Path) -> None:
     arguments = ("launch", "tiny.toml", "--name", "killed", "--workers", "2", "--trials", "2",
-                 "--set", "training.max_epochs=100", "--set", "training.patience=100",
-                 "--set", "hyperband.min_epochs=70")  # fmt: skip
+                 "--set", "training.max_epochs=60", "--set", "training.patience=60",
+                 "--set", "hyperband.min_epochs=40")  # fmt: skip
     process = start(folder, *arguments)
     wait_for_epochs(folder, "killed", 2, process)
     process.kill()
@@ -550,8 +550,8 @@ def test_the_service_goes_on_after_a_restart_and_takes_turns_on_one_worker(folde
 
 def test_kill_9_of_the_service_costs_nothing_and_the_next_one_goes_on(folder: Path) -> None:
     arguments = ("launch", "tiny.toml", "--name", "served", "--trials", "2", "--detach",
-                 "--set", "training.max_epochs=100", "--set", "training.patience=100",
-                 "--set", "hyperband.min_epochs=60")  # fmt: skip
+                 "--set", "training.max_epochs=60", "--set", "training.patience=60",
+                 "--set", "hyperband.min_epochs=40")  # fmt: skip
     tuner(folder, *arguments)
 
     def trials() -> list[FrozenTrial]:

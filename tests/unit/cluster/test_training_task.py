@@ -20,6 +20,7 @@ from tuner.cluster.messages import TrainingTask
 from tuner.cluster.training_task import open_from_checkpoint
 from tuner.data.development import DevelopmentData
 from tuner.errors import SetupError, TrialEndedError
+from tuner.network.training import TrainingRun
 
 
 def task_of(checkpoint: bytes | None = None) -> TrainingTask:
@@ -39,7 +40,7 @@ def task_of(checkpoint: bytes | None = None) -> TrainingTask:
 @pytest.fixture(scope="module")
 def opened():
     """Opens real trainings, on a few rows of the synthetic kind."""
-    from tuner.network.training import TensorData, TrainingRun
+    from tuner.network.training import TensorData
 
     tokens = np.random.default_rng(1).integers(1, 21, (40, 200)).astype(np.uint8)
     labels = (np.arange(40) % 2).astype(np.uint8)
@@ -59,10 +60,16 @@ def opened():
 
 
 @pytest.fixture(scope="module")
-def good(opened) -> bytes:
+def begun(opened) -> TrainingRun:
+    """A training after its first epoch."""
     run = opened(task_of())
     next(run.epochs())
-    return run.checkpoint()
+    return run
+
+
+@pytest.fixture(scope="module")
+def good(begun: TrainingRun) -> bytes:
+    return begun.checkpoint()
 
 
 def test_a_good_checkpoint_is_taken_up(opened, good: bytes) -> None:
@@ -83,13 +90,12 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_checkpoint_that_cannot_be_read_is_told_and_the_trial_begins_anew(
-    opened, good: bytes, damage: str
+    opened, begun: TrainingRun, good: bytes, damage: str
 ) -> None:
     run, unusable = open_from_checkpoint(task_of(DAMAGES[damage](good)), opened)
     assert unusable
     assert run.history == []
-    fresh = opened(task_of())
-    assert next(run.epochs()).validation_loss == next(fresh.epochs()).validation_loss
+    assert next(run.epochs()).validation_loss == begun.history[0].validation_loss
 
 
 def test_a_checkpoint_of_another_run_is_told_and_the_trial_begins_anew(opened, good: bytes) -> None:
