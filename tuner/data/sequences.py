@@ -165,7 +165,7 @@ def _fasta(file: str, lines: Iterable[str]) -> Iterator[SequenceRecord]:
     name, at, parts, spaces, letters = "", 0, list[str](), False, 0
 
     def record() -> SequenceRecord:
-        flags = (*["no_id"] * (not name), *["spaces_removed"] * spaces)
+        flags = (("no_id",) if not name else ()) + (("spaces_removed",) if spaces else ())
         return SequenceRecord(file=file, line=at, id=name, sequence="".join(parts), flags=flags)
 
     for number, line in enumerate(_lines(lines), start=1):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tuner.commands import install_command
 from tuner.errors import SetupError
 from tuner.network.keras_setup import keras, layers, memory_errors, set_keras, tf
-from tuner.network.model import build_model, load_weights, unpack_weights
+from tuner.network.model import build_model, load_weights, named_weights, unpack_weights
 from tuner.spec.architecture import ModelConfig
 
 BATCH = 512  #: sequences that the networks compute at once
@@ -88,7 +88,7 @@ def _mean(models: Sequence[keras.Model], shares: Sequence[float]) -> keras.Model
     tokens = keras.Input(models[0].input.shape[1:], dtype="uint8", name="tokens")
     each = layers.Concatenate(name="networks")(
         [
-            keras.Model(model.input, model.output, name=f"network{number}")(tokens)
+            keras.Model(model.input, model.output, name=_name(number))(tokens)
             for number, model in enumerate(models, start=1)
         ]
     )
@@ -97,6 +97,11 @@ def _mean(models: Sequence[keras.Model], shares: Sequence[float]) -> keras.Model
     model = keras.Model(tokens, mean(each))
     mean.kernel.assign(np.array(shares, np.float32)[:, np.newaxis])
     return model
+
+
+def _name(number: int) -> str:
+    """The name of a network, counted from 1, as a part of a model."""
+    return f"network{number}"
 
 
 def keras_bytes(model: keras.Model) -> bytes:
@@ -165,8 +170,9 @@ def _scratch_file(name: str) -> Iterator[Path]:
 class Predictor:
     """The probabilities of each network of a model, fast over many rows.
 
-    Rows are computed at about their own length where padding takes no part in a network: masked,
-    and without a flatten head. So the result is the same up to rounding.
+    Networks have the layers that train fastest (`tuner.network.fast_layers`). Rows are computed at
+    about their own length where padding takes no part in a network: masked, and without a flatten
+    head. So the result is the same up to rounding.
     """
 
     def __init__(
@@ -185,16 +191,24 @@ class Predictor:
             max_length: Length of a row that the model takes, residues.
             unknown: Whether the model masks unknown residues.
         """
-        self._configs = tuple(configs)
+        parts = (
+            [model]
+            if len(configs) == 1
+            else [model.get_layer(_name(number)) for number in range(1, len(configs) + 1)]
+        )
+        self._networks = [
+            (config, named_weights(part)) for config, part in zip(configs, parts, strict=True)
+        ]
         self._unknown = unknown
-        self._weights = [weight.numpy() for weight in model.weights]
         self._shares = (
-            np.ones(1, np.float32) if len(configs) == 1 else self._weights[-1][:, 0].copy()
+            np.ones(1, np.float32)
+            if len(configs) == 1
+            else model.get_layer("probability").kernel.numpy()[:, 0]
         )
         may_be_cut = all(one.masking and one.head != "flatten" for one in configs)
         quarters = range(1, _WIDTHS + 1) if may_be_cut else (_WIDTHS,)
         self._widths = sorted({-(-max_length * quarter // _WIDTHS) for quarter in quarters})
-        self._graphs = {max_length: self._graph(model, max_length)}
+        self._graphs: dict[int, Any] = {}
 
     @property
     def shares(self) -> Probabilities:
@@ -210,7 +224,7 @@ class Predictor:
         Raises:
             MemoryError: There is no room to compute them.
         """
-        found = np.empty((len(tokens), len(self._configs)), np.float32)
+        found = np.empty((len(tokens), len(self._networks)), np.float32)
         lengths = np.count_nonzero(tokens, axis=1)
         lower = -1
         for width in self._widths:
@@ -228,16 +242,14 @@ class Predictor:
 
     def _graph_of(self, width: int) -> Any:
         if width not in self._graphs:
-            model = untrained_model(self._configs, width, unknown=self._unknown)
-            for weight, value in zip(model.weights, self._weights, strict=True):
-                weight.assign(value)
-            self._graphs[width] = self._graph(model, width)
+            models = []
+            for config, weights in self._networks:
+                # As in training: the same results from the same weights, up to rounding.
+                model = build_model(config, width, fast=True, unknown=self._unknown)
+                load_weights(model, weights)
+                models.append(model)
+            self._graphs[width] = tf.function(
+                lambda tokens: tf.concat([one(tokens, training=False) for one in models], axis=1),
+                input_signature=[tf.TensorSpec([None, width], tf.uint8)],
+            )
         return self._graphs[width]
-
-    def _graph(self, model: keras.Model, width: int) -> Any:
-        each = model.output if len(self._configs) == 1 else model.get_layer("networks").output
-        networks = keras.Model(model.input, each)
-        signature = tf.TensorSpec([None, width], tf.uint8)
-        return tf.function(
-            lambda tokens: networks(tokens, training=False), input_signature=[signature]
-        )

@@ -1,4 +1,4 @@
-"""Keras' layers with the same weights and results, computed faster while a network is trained.
+"""Keras' layers with the same weights and results, computed faster in training and prediction.
 
 TensorFlow's convolutions and pooling are as fast as they can be where it computes by oneDNN
 (`tuner.network.keras_setup`). What else takes the time of a training step on a CPU is moving memory

@@ -82,8 +82,8 @@ class Tally:
         self.records += 1
         self.soluble += prediction.label == 1
         self.unpredicted += prediction.probability is None
-        # What was done is said behind a colon.
-        self.flags.update(flag.partition(":")[0] for flag in prediction.flags)
+        if prediction.flags:  # what was done is said behind a colon
+            self.flags.update(flag.partition(":")[0] for flag in prediction.flags)
 
 
 def predict_records(
