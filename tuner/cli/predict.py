@@ -108,7 +108,8 @@ def predict(
                 raise TunerError(
                     f"{record.file}:{record.line}: record {record.id!r} cannot be predicted "
                     f"({';'.join(prediction.flags)}). Correct or remove it, or leave --strict out: "
-                    "then such records have no probability. Nothing was written."
+                    "then such records have no probability."
+                    f"{' Nothing was written.' if output else ''}"
                 )
             tally.count(prediction)
             write(prediction)

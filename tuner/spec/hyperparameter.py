@@ -61,14 +61,14 @@ def whole(
     return Hyperparameter(meaning=meaning, default=default, low=low, high=high, **rest)
 
 
-def rate(meaning: str, default: float = 0.0) -> Hyperparameter:
+def rate(meaning: str, default: float = 0.0, **rest: Any) -> Hyperparameter:
     """A fraction below 1."""
-    return Hyperparameter(meaning=meaning, default=default, high=1.0, open_high=True)
+    return Hyperparameter(meaning=meaning, default=default, high=1.0, open_high=True, **rest)
 
 
-def penalty(meaning: str) -> Hyperparameter:
+def penalty(meaning: str, **rest: Any) -> Hyperparameter:
     """The factor of a penalty, which is none by default."""
-    return Hyperparameter(meaning=meaning, default=0.0)
+    return Hyperparameter(meaning=meaning, default=0.0, **rest)
 
 
 def choice(meaning: str, default: str | bool, **rest: Any) -> Hyperparameter:

@@ -114,13 +114,13 @@ DOCUMENTS: dict[int, dict[str, Mapping[str, Any]]] = {
 
 
 def with_hyperparameters_of(number: int) -> dict[str, Any]:
-    """The record of a format that has hyperparameters more than the first."""
+    """The record of a format that has hyperparameters more than the one before."""
     added = {name: one.default for name, one in KEYS.items() if 1 < one.since <= number}
-    return changed(DOCUMENTS[2]["the first"], format=number, spec__space={**SPACE, **added})
+    before = DOCUMENTS[number - 1]["the first"]
+    return changed(before, format=number, spec__space={**SPACE, **added})
 
 
-for number in {one.since for one in KEYS.values()} - DOCUMENTS.keys():
-    DOCUMENTS[number] = {"the first": with_hyperparameters_of(number)}
+DOCUMENTS[3] = {"the first": with_hyperparameters_of(3)}
 OF_FORMAT_4 = changed(
     with_hyperparameters_of(4),
     spec__data__columns={"sequence": "sequence", "label": "label"},
@@ -140,6 +140,8 @@ DOCUMENTS[4] = {
         spec__training__class_weights="balanced",
     ),
 }
+for number in range(5, FORMAT + 1):
+    DOCUMENTS.setdefault(number, {"the first": with_hyperparameters_of(number)})
 EACH = [
     pytest.param(number, document, id=f"{number}, {name}")
     for number, documents in DOCUMENTS.items()

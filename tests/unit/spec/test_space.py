@@ -26,7 +26,7 @@ from tuner.spec.architecture import (
     positions_after_blocks,
 )
 from tuner.spec.bounds import parameter_counts, tightest
-from tuner.spec.hyperparameter import ParameterValue
+from tuner.spec.hyperparameter import ParameterValue, choice, penalty, rate, whole
 from tuner.spec.mistakes import toml_value
 from tuner.spec.space import (
     BLOCK_KEYS,
@@ -589,3 +589,13 @@ def test_all_combinations_are_listed_by_the_helper_of_these_tests():
     found = [tuple(block.filters for block in c.blocks) for c in every_configuration(space)]
     expected = [*itertools.product((1, 2), repeat=1), *itertools.product((1, 2), repeat=2)]
     assert sorted(found) == sorted(expected)
+
+
+def test_every_way_to_declare_a_hyperparameter_takes_the_format_that_has_it_first() -> None:
+    declared = [
+        whole("n", 1, since=7),
+        rate("r", since=7),
+        penalty("p", since=7),
+        choice("c", True, since=7),
+    ]
+    assert [one.since for one in declared] == [7] * 4
