@@ -49,7 +49,7 @@ format: setup-dev ## format the code and fix what ruff can fix by itself
 	.venv/bin/ruff check --fix-only .
 	.venv/bin/ruff format .
 
-docs: setup-dev ## write docs/cli.md anew from the program, and copy studies/ into the package
+docs: setup-dev ## write docs/cli.md from the program, and copy studies/ into the package
 	.venv/bin/python tests/cli_page.py
 	cp studies/*.toml tuner/examples/
 

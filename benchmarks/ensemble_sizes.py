@@ -98,7 +98,7 @@ def row(
 
 
 def analyse(labels: np.ndarray) -> list[dict[str, Any]]:
-    """Ensembles of the best so many networks: of complete trials alone, and of all."""
+    """Ensembles of the best networks, by `SIZES`: of complete trials alone, and of all."""
     with np.load(RECORDED) as recorded:
         logits, losses, complete = (recorded[key] for key in ("logits", "losses", "complete"))
     probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))

@@ -75,7 +75,7 @@ def measure(
 
 @contextlib.contextmanager
 def _in_workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
-    """Submits calls to so many processes, whose threads are set as a worker's are.
+    """Submits calls to a number of processes, whose threads are set as a worker's are.
 
     Raises:
         SetupError: A call failed.

@@ -134,7 +134,7 @@ class Notifier:
     def run(self, tuned: TunedStudy, webhook: Webhook | None, run: Callable[[], Ending]) -> Ending:
         """Runs a study, and notifies of its end: "finished", why it was stopped, or an error.
 
-        That another process runs the study is no end of it.
+        If another process runs the study, that is not an end of it.
         """
         try:
             ending = run()
@@ -233,7 +233,7 @@ def _document(
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows none: a redirected POST becomes a GET, and elsewhere nobody was named."""
+    """Follows no redirect: a POST would become a GET, to a host that the user did not name."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None

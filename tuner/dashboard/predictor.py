@@ -239,7 +239,7 @@ def answer_requests(
     load_bundle: Callable[[TunedStudy], Bundle],
     idle_seconds: float = _IDLE_SECONDS,
 ) -> None:
-    """Answers until nothing is asked any more, or nobody is left to ask.
+    """Answers until no request comes any more, or the server has ended.
 
     Args:
         connection: Brings `PredictionRequest`, and takes `PredictionAnswer` or the reason.

@@ -123,7 +123,7 @@ def predict(request: Request, name: str, fasta: bytes, *, file: str = _FASTA) ->
     Raises:
         NotFound: There is no such study.
         StudyError: It has no network that can predict.
-        DataError: The text is no FASTA.
+        DataError: The text is not FASTA.
         RequestEntityTooLarge: It is too long, or holds too many sequences.
         ServiceUnavailable: TensorFlow is missing, or busy with other predictions.
     """

@@ -47,7 +47,7 @@ class LabelReader:
         found = WORDS.get(plain_word(text))
         shown = repr(shortened(text.strip()))
         if found is None:
-            self._add(WRONG_LABEL, f"{shown} is no label", shown, line, place, text)
+            self._add(WRONG_LABEL, f"{shown} is not a label", shown, line, place, text)
             return None
         vocabulary, label = found
         if self._first is None:

@@ -94,7 +94,7 @@ def file_text(file: str, content: bytes, problems: Problems) -> str | None:
     try:
         if (zero := content.find(b"\0")) >= 0:
             line = content.count(b"\n", 0, zero) + 1
-            problems.add(file, "is not text: it holds a zero byte; save it anew", line=line)
+            problems.add(file, "is not text: it holds a zero byte; save it again", line=line)
             return None
         # Programs that take a mark for text put a second one before it.
         return content.decode("utf-8").lstrip("\ufeff")
@@ -120,7 +120,7 @@ def _unpacked(file: str, content: bytes, problems: Problems) -> bytes | None:
     if len(unpacked) > MOST_UNPACKED:
         problems.add(
             file,
-            f"unpacks to more than {MOST_UNPACKED:,} bytes; if it is no mistake, unpack it "
+            f"unpacks to more than {MOST_UNPACKED:,} bytes; if it is not a mistake, unpack it "
             "(gunzip) and name the file that this makes",
         )
         return None

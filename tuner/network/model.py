@@ -10,7 +10,7 @@ zeroed after the embedding and in every block, pooling and heads leave it out, a
 moments of batch normalisation and the activity penalty. A position is real if the first residue
 of its window is ("same" padding: the centre). Keras' own masks are not used: Conv1D drops them.
 
-An unknown residue that is masked is no padding, as what follows it is real; but its position is
+An unknown residue that is masked is not padding, as what follows it is real; but its position is
 left out just so, also in a network that does not mask padding.
 
 The model is made of built-in layers and `keras.ops` alone, so a saved model loads without `tuner`.

@@ -20,6 +20,7 @@ from tuner.data.development import DevelopmentData
 from tuner.errors import StudyError, counted
 from tuner.metrics import Metrics, measure
 from tuner.results.ensemble import PICKS, Selection, mean_probability, select
+from tuner.results.export import require_ranked
 from tuner.results.kept import (
     Evaluate,
     KeptNetwork,
@@ -114,11 +115,15 @@ def choose_trial(tuned: TunedStudy, number: int, *, evaluate: Evaluate | None = 
     trial = next((one for one in tuned.trials() if one.number == number), None)
     if trial is None:
         raise StudyError(f"Study {tuned.name!r} has no trial {number}.")
-    return _single(tuned, trial, evaluate)
+    return _single(tuned, trial, read_development(tuned), evaluate)
 
 
-def _single(tuned: TunedStudy, trial: FrozenTrial, evaluate: Evaluate | None) -> Chosen:
-    development = read_development(tuned)
+def _single(
+    tuned: TunedStudy,
+    trial: FrozenTrial,
+    development: DevelopmentData,
+    evaluate: Evaluate | None,
+) -> Chosen:
     kept = evaluate_kept(tuned, trial, development, evaluate)
     return Chosen(
         networks=(kept,),
@@ -142,7 +147,8 @@ def choose_ensemble(
     Raises:
         StudyError: No weights were kept, or they do not fit their trials.
     """
-    return _read(tuned, *_ensemble(tuned, picks, evaluate), evaluate)
+    development = read_development(tuned)
+    return _read(tuned, _ensemble(tuned, development, picks, evaluate), development, evaluate)
 
 
 def choose_best(tuned: TunedStudy, *, evaluate: Evaluate | None = None) -> Chosen:
@@ -152,17 +158,13 @@ def choose_best(tuned: TunedStudy, *, evaluate: Evaluate | None = None) -> Chose
         StudyError: No trial was trained to its end yet, or no weights were kept, or they do not
             fit their trials.
     """
-    ranked = tuned.ranked()
-    if not ranked:
-        raise StudyError(
-            f"Study {tuned.name!r} has no fully trained trial yet, so there is nothing to export; "
-            "launch it again to resume it."
-        )
+    best = require_ranked(tuned)[0]
+    development = read_development(tuned)
     if len(_kept_trials(tuned)) > 1:
-        ensemble, development = _ensemble(tuned, PICKS, evaluate)
+        ensemble = _ensemble(tuned, development, PICKS, evaluate)
         if ensemble.selection.is_better:
             return _read(tuned, ensemble, development, evaluate)
-    return _single(tuned, ranked[0], evaluate)
+    return _single(tuned, best, development, evaluate)
 
 
 def choose_both(
@@ -177,10 +179,11 @@ def choose_both(
     Raises:
         StudyError: Weights were not kept, or do not fit their trials.
     """
-    single = _single(tuned, tuned.ranked()[0], evaluate)
+    development = read_development(tuned)
+    single = _single(tuned, tuned.ranked()[0], development, evaluate)
     if len(_kept_trials(tuned)) < 2:
         return single, None
-    ensemble, development = _ensemble(tuned, PICKS, evaluate)
+    ensemble = _ensemble(tuned, development, PICKS, evaluate)
     if len(ensemble.trials) < 2:
         return single, None
     return single, _read(tuned, ensemble, development, evaluate)
@@ -205,8 +208,8 @@ def _kept_trials(tuned: TunedStudy) -> tuple[FrozenTrial, ...]:
 
 
 def _ensemble(
-    tuned: TunedStudy, picks: int, evaluate: Evaluate | None
-) -> tuple[Ensemble, DevelopmentData]:
+    tuned: TunedStudy, development: DevelopmentData, picks: int, evaluate: Evaluate | None
+) -> Ensemble:
     kept = _kept_trials(tuned)
     if not kept:
         raise StudyError(
@@ -214,14 +217,13 @@ def _ensemble(
             "there is nothing to combine. If the study ran with another artifacts folder, name "
             "that one (TUNER_ARTIFACTS)."
         )
-    development = read_development(tuned)
     logits = []
     for trial in kept:
         recorded = _recorded_logits(tuned, trial, development)
         if recorded is None:
             recorded = evaluate_kept(tuned, trial, development, evaluate).logits
         logits.append(recorded)
-    return _selected(kept, logits, development, picks), development
+    return _selected(kept, logits, development, picks)
 
 
 def _selected(

@@ -76,6 +76,21 @@ class ExportedConfig:
         return {**self.document, "data": {**self.document["data"], "source": named}}
 
 
+def require_ranked(tuned: TunedStudy) -> list[FrozenTrial]:
+    """Fully trained trials, best first: at least one.
+
+    Raises:
+        StudyError: No trial was trained to its end yet.
+    """
+    ranked = tuned.ranked()
+    if not ranked:
+        raise StudyError(
+            f"Study {tuned.name!r} has no fully trained trial yet, so there is nothing to export; "
+            "launch it again to resume it."
+        )
+    return ranked
+
+
 def best_configs(
     tuned: TunedStudy, top: int = 1, *, data: Path | None = None
 ) -> tuple[ExportedConfig, ...]:
@@ -89,12 +104,7 @@ def best_configs(
     Raises:
         StudyError: No trial was trained to its end yet, or the data is not at `data`.
     """
-    ranked = tuned.ranked()
-    if not ranked:
-        raise StudyError(
-            f"Study {tuned.name!r} has no fully trained trial yet, so there is nothing to export; "
-            "launch it again to resume it."
-        )
+    ranked = require_ranked(tuned)
     files = _source_files(tuned, data)
     return tuple(
         _exported(tuned, rank, trial, files) for rank, trial in enumerate(ranked[:top], start=1)

@@ -166,7 +166,7 @@ UNMEASURED = Budget(trials=_UNMEASURED_TRIALS)
 
 
 def budget_for(survey: Survey, path: Path, time: TrainingTime, hours: float) -> Budget:
-    """The budget of a study that ends in so many hours with all workers of this machine."""
+    """The budget of a study that ends within a number of hours with all workers of this machine."""
     spec = proposed_spec(survey, path)
 
     def planned(max_epochs: int) -> Budget:
@@ -190,7 +190,7 @@ def budget_for(survey: Survey, path: Path, time: TrainingTime, hours: float) -> 
 
 
 def _round_down(number: float) -> int:
-    """To two digits: what is measured is no more exact."""
+    """To two digits: what is measured is not more exact."""
     unit = int(10 ** max(len(str(int(number))) - 2, 0))
     return int(number) // unit * unit
 

@@ -408,12 +408,12 @@ BAD_CSV: dict[str, tuple[str | bytes, list[tuple[int | None, str, str, str]]]] =
     "too few fields": ("sequence,label\nMKL\n", [(2, "", "MKL", "1 field where the header")]),
     "too many fields": ("sequence,label\nMK,1,2\n", [(2, "", "MK,1,2", "3 fields where")]),
     "label 2": ("sequence,label\nMKL,2\n", [(2, "label", "2", "write 1 (soluble) or 0")]),
-    "label in words": ("sequence,label\nMKL,maybe\n", [(2, "label", "maybe", "is no label")]),
-    "label as a float": ("sequence,label\nMKL,0.9\n", [(2, "label", "0.9", "is no label")]),
-    "label missing": ("sequence,label\nMKL,\n", [(2, "label", "", "'' is no label")]),
+    "label in words": ("sequence,label\nMKL,maybe\n", [(2, "label", "maybe", "is not a label")]),
+    "label as a float": ("sequence,label\nMKL,0.9\n", [(2, "label", "0.9", "is not a label")]),
+    "label missing": ("sequence,label\nMKL,\n", [(2, "label", "", "'' is not a label")]),
     "both wrong": (
         "sequence,label\nMKZ,3\n",
-        [(2, "sequence", "Z", "'Z'"), (2, "label", "3", "'3' is no label")],
+        [(2, "sequence", "Z", "'Z'"), (2, "label", "3", "'3' is not a label")],
     ),
     "contradicting labels": (
         f"sequence,label\nMKLV,1\n{GOOD}mklv,0\nMKLV,1\n",
