@@ -84,6 +84,12 @@ YAML = "name: good\ntrials: 3\n"
 DIGITS = "1" * 5000
 #: Rows between two lone quotes of one column, which `csv` reads as one field.
 SWALLOWED = 'sequence,note,label\nMKA,ok,0\nMKV,"open,1\nMKL,ok,0\nMKI,close",0\nMKP,ok,1\n'
+#: A split that a column names.
+PARTS = "sequence,label,part\n" + "".join(
+    f"MK{'ACDEFGHIKL'[n % 10] * (n + 1)},{n % 2},{('training', 'validation', 'test')[n % 3]}\n"
+    for n in range(30)
+)
+GIVEN = ("--set", 'data.split.rule="given"', "--set", 'data.split.column="part"', "--set")
 SPECS = (
     spec("TOML that ends too soon", GOOD + "filters = { choices = [16, 32"),
     spec("the same key twice", GOOD + "blocks = 2\n"),
@@ -105,6 +111,8 @@ SPECS = (
     spec("brackets: min_epochs", changed("[hyperband]", "[hyperband]\nmin_epochs = 20")),
     spec("fractions that leave no training rows", changed('"good.csv"\n',
          '"good.csv"\nsplit = { validation = 0.5, test = 0.5 }\n')),
+    spec("a split by a column that is not named", changed('"good.csv"\n',
+         '"good.csv"\nsplit = { rule = "given" }\n')),
     spec("known configuration out of range", GOOD + "[[known]]\nlearning_rate = 0.5\n"),
     spec("known configuration of a block that is not", GOOD + "[[known]]\nblock2.filters = 3\n"),
     spec("not a number", changed("high = 1e-2", "high = nan")),
@@ -157,6 +165,12 @@ DATA = (
     data("a sequence too long", "long.csv", CSV + "M" * 201 + ",1\nMKA,0\n"),
     data("an npz that is none", "broken.npz", b"PK\x03\x04 no"),
     data("a CSV that is no text", "binary.csv", b"\xff\xfe\x00\x01"),
+    Case(what="a split whose column has no row of a value",
+         arguments=("check", "good.toml", *GIVEN, 'data.source="parts.csv"', "--set",
+                    'data.split.test=["tset"]'), files=(("parts.csv", PARTS),)),
+    Case(what="a sequence in two parts of a split",
+         arguments=("check", "good.toml", *GIVEN, 'data.source="parts.csv"'),
+         files=(("parts.csv", PARTS + "MKV,1,test\nMKV,1,training\n"),)),
     Case(what="FASTA without a header",
          arguments=("check", "good.toml", "--set",
                     'data.source={ soluble = "a.fasta", insoluble = "b.fasta" }'),

@@ -485,7 +485,7 @@ NEVER_ONE = {  # what stands before the noun is a constant, or a count of many
     " workers died of it without a new epoch",
     " test rows (",
     " test rows (sealed), identity ",
-    " validation rows; split seed ",
+    " validation rows; split ",
     " rows trained when max_trial_seconds = ",
     " trials",
     " mistakes were found up to here; correct them first",

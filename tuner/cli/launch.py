@@ -138,7 +138,7 @@ def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
     table.add_row("data", f"{document['data']['source']}, sha256 {document['data']['sha256'][:12]}")
     table.add_row(
         "split",
-        f"seed {spec.data.split.seed}: {rows['train']} training, {rows['validation']} validation, "
+        f"{spec.data.split.in_words}: {rows['train']} training, {rows['validation']} validation, "
         f"{rows['test']} test rows (sealed), identity {document['data']['split_id'][:12]}",
     )
     table.add_row(
@@ -338,7 +338,7 @@ def _run(
             f"Study {tuned.name}: {counted(spec.trials, 'trial')} on "
             f"{counted(count, 'worker')}; data {data.source}"
             f"{' (SYNTHETIC)' if data.synthetic else ''}, {data.training_rows} training and "
-            f"{data.validation_rows} validation rows; split seed {data.split_seed}, "
+            f"{data.validation_rows} validation rows; split {spec.data.split.in_words}, "
             f"identity {data.split_id[:12]}."
         )
         with Cluster(

@@ -268,7 +268,7 @@ def spec_of_an_upload(
         except SpecError as error:
             raise _as_named(error, path, shown) from error
     source = spec.data.source
-    for file in [source] if isinstance(source, str) else [source.soluble, source.insoluble]:
+    for file in [source] if isinstance(source, str) else source.model_dump().values():
         if file not in ("solubility", "synthetic"):
             _refuse_a_foreign_file(shown, file, data_folder)
     return spec.model_copy(update={"folder": (data_folder or Path("studies")).absolute()})

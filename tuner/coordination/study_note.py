@@ -183,7 +183,7 @@ def _data(tuned: TunedStudy) -> str:
         ("source", _escaped(data.source)),
         ("rows", counted),
         ("data, sha256", f"`{data.sha256[:16]}`"),
-        ("split", f"{_escaped(split.rule)}, seed {data.split_seed}"),
+        ("split", _escaped(split.described)),
         ("split identity", f"`{data.split_id[:16]}`"),
         ("study file", f"`{record.spec_hash[:16]}`, seed {record.spec.seed}"),
         ("precision", _precision(tuned)),

@@ -91,6 +91,7 @@ def _study_page(request: Request, tuned: TunedStudy, *, said: str = "") -> Respo
 def _facts(request: Request, tuned: TunedStudy, state: StudyStatus) -> tuple[tuple[str, str], ...]:
     """What identifies a study: headings and texts."""
     data, seal = tuned.record.data, _seal_in_words(request, tuned, state)
+    split = tuned.record.spec.data.split.in_words
     rows = (
         f"{data.training_rows:,} training, {data.validation_rows:,} validation, "
         f"{data.test_rows:,} test rows ({seal})"
@@ -98,7 +99,10 @@ def _facts(request: Request, tuned: TunedStudy, state: StudyStatus) -> tuple[tup
     return (
         ("Made", f"{tuned.record.created_at[:19].replace('T', ' ')} UTC"),
         ("Data", f"{data.source}, sha256 {data.sha256[:12]}"),
-        ("Split", f"seed {data.split_seed}, identity {data.split_id[:12]}: {rows}"),
+        (
+            "Split",
+            f"{split}, identity {data.split_id[:12]}: {rows}",
+        ),
         ("Study file", tuned.record.spec_hash[:12]),
         ("Epochs", f"{state.epochs_spent:,} spent, {state.epochs_saved:,} saved by pruning"),
         ("On disk", f"{state.bytes_on_disk / 1e6:.1f} MB"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tuner.spec.spec import ColumnSettings, DataSettings, FastaPair
+    from tuner.spec.spec import DataSettings, FastaPair, SplitPart
 from tuner.data import solubility
 from tuner.data.arrays import npz_rows
 from tuner.data.problems import NO_ID, REPEATED_ID, Problems, shortened
@@ -20,6 +20,7 @@ from tuner.data.sources import data_suffix, resolved_path
 from tuner.data.synthetic import synthetic_source
 from tuner.data.tables import csv_rows
 from tuner.data.text import SequenceReader, file_text, read_bytes
+from tuner.spec.spec import SplitFiles
 
 #: A line of a FASTA file of old programs.
 _COMMENT = re.compile(r"(^|[\r\n]);")
@@ -29,13 +30,15 @@ def load_source(settings: DataSettings, folder: Path, problems: Problems) -> Sou
     """The rows of whatever `settings.source` names, each one checked by itself."""
     source = settings.source
     reader = SequenceReader(settings.unknown, problems)
+    if isinstance(source, SplitFiles):
+        return _load_split_files(source, settings, folder, reader)
     if not isinstance(source, str):
         return _load_fasta(source, folder, reader)
     if source == "synthetic":
         return synthetic_source()
     if source != "solubility":
         path = resolved_path(source, folder)
-        return _load_file(source, path, source, settings.columns, reader)
+        return _load_file(source, path, source, settings, reader)
     try:
         path = solubility.locate(folder) or solubility.download_to()
     except solubility.UnavailableError as error:
@@ -48,23 +51,15 @@ def load_source(settings: DataSettings, folder: Path, problems: Problems) -> Sou
             "proteins"
         )
         return replace(generated, warnings=(warning,))
-    return _load_file("solubility", path, str(path), settings.columns, reader)
+    return _load_file("solubility", path, str(path), settings, reader)
 
 
 def _load_file(
-    name: str, path: Path, file: str, columns: ColumnSettings, reader: SequenceReader
+    name: str, path: Path, file: str, settings: DataSettings, reader: SequenceReader
 ) -> Source:
     """One file with both labels: .npz, .csv or .tsv. `file` is its name in messages."""
-    rows: list[Row] = []
-    of_labels: list[str] = []
-    content = read_bytes(path, file, reader.problems)
+    content, rows, of_labels = _read_file(path, file, settings, reader)
     if content:
-        suffix = data_suffix(path)
-        if suffix == ".npz":
-            rows = npz_rows(file, content, reader)
-        else:
-            delimiter = "\t" if suffix.startswith(".tsv") else ","
-            rows, of_labels = csv_rows(file, content, delimiter, columns, reader)
         _check_labels(file, rows, reader.problems)
     return Source(
         name=name,
@@ -72,6 +67,49 @@ def _load_file(
         sha256=hashlib.sha256(content).hexdigest(),
         rows=tuple(rows),
         warnings=(*reader.warnings(), *of_labels),
+    )
+
+
+def _read_file(
+    path: Path, file: str, settings: DataSettings, reader: SequenceReader
+) -> tuple[bytes, list[Row], list[str]]:
+    """The bytes, rows and warnings of one file; none of each, with a problem, if it has none."""
+    content = read_bytes(path, file, reader.problems)
+    if not content:
+        return b"", [], []
+    suffix = data_suffix(path)
+    if suffix == ".npz":
+        return content, npz_rows(file, content, reader), []
+    delimiter = "\t" if suffix.startswith(".tsv") else ","
+    rows, warnings = csv_rows(file, content, delimiter, settings.columns, settings.split, reader)
+    return content, rows, warnings
+
+
+def _load_split_files(
+    files: SplitFiles, settings: DataSettings, folder: Path, reader: SequenceReader
+) -> Source:
+    """Three files, one for each part of the split."""
+    digests = b""
+    rows: list[Row] = []
+    of_labels: list[str] = []
+    named: dict[SplitPart, str] = {
+        "training": files.training,
+        "validation": files.validation,
+        "test": files.test,
+    }
+    for part, file in named.items():
+        content, its_rows, warnings = _read_file(
+            resolved_path(file, folder), file, settings, reader
+        )
+        digests += hashlib.sha256(content).digest()
+        rows += [replace(row, part=part) for row in its_rows]
+        of_labels += warnings
+    return Source(
+        name=", ".join(named.values()),
+        synthetic=False,
+        sha256=hashlib.sha256(digests).hexdigest(),
+        rows=tuple(rows),
+        warnings=(*reader.warnings(), *dict.fromkeys(of_labels)),
     )
 
 

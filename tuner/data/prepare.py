@@ -23,7 +23,7 @@ from tuner.artifacts import development_path
 from tuner.data.development import npz_bytes, split_arrays, weights_of, write_development
 from tuner.data.files import load_source
 from tuner.data.identity import DataIdentity, identity_of
-from tuner.data.problems import BOTH_LABELS, Kind, Problems, Refused, shortened
+from tuner.data.problems import BOTH_LABELS, TWO_PARTS, Kind, Problems, Refused, shortened
 from tuner.data.rows import Row, Source, Tokens, kept_in_words, truncated
 from tuner.data.sources import beside_the_study_file, file_names, warn_of_another_source
 from tuner.data.split import SplitHashes, hashes_of, split_rows
@@ -215,6 +215,11 @@ def _fit_length(
     return list(rows), []
 
 
+def _where(first: Row, row: Row) -> str:
+    """Where `first` stands, in a message about `row`."""
+    return first.place if first.file == row.file else f"{first.file}, {first.place}"
+
+
 def _without_repeats(
     rows: Sequence[Row], settings: DataSettings, problems: Problems
 ) -> tuple[list[Row], list[str]]:
@@ -226,14 +231,17 @@ def _without_repeats(
         kept = kept_in_words(settings.max_length, settings.truncate)
         what = f"sequence (its {kept} residues)"
     conflicting: set[str] = set()
+    in_two_parts: list[tuple[Row, Row]] = []
     for row in rows:
         first = first_rows.setdefault(row.sequence, row)
+        if first.part != row.part:
+            in_two_parts.append((first, row))
         if first.label == row.label:
             continue
         conflicting.add(row.sequence)
         if settings.conflicts == "drop":
             continue
-        where = first.place if first.file == row.file else f"{first.file}, {first.place}"
+        where = _where(first, row)
         problems.add_one(
             BOTH_LABELS,
             row.file,
@@ -243,6 +251,21 @@ def _without_repeats(
             line=row.line,
             key="label",
             value=str(row.label),
+        )
+    for first, row in in_two_parts:
+        if settings.conflicts == "drop" and row.sequence in conflicting:
+            continue
+        where = _where(first, row)
+        problems.add_one(
+            TWO_PARTS,
+            row.file,
+            f"{row.place} is in the {row.part} part, but the same {what} is in the {first.part} "
+            f"part in {where}",
+            place=row.place,
+            detail=f"{row.part}, but {first.part} in {where}",
+            line=row.line,
+            key=settings.split.column or "sequence",
+            value=str(row.part),
         )
     warnings = []
     if conflicting and settings.conflicts == "drop":

@@ -69,6 +69,20 @@ BOTH_LABELS = Kind(
     remedy='remove one of the two, or both; conflicts = "drop" in [data] leaves out all rows of '
     "such sequences",
 )
+NO_PART = Kind(
+    several="rows without a value in the column of the split",
+    remedy="write which part the row is in, or remove the row",
+)
+UNKNOWN_PART = Kind(
+    several="values in the column of the split that no part of [data.split] names",
+    remedy="name the value in training, validation or test of [data.split], or leave training "
+    "out, which then has all other values",
+)
+TWO_PARTS = Kind(
+    several="sequences that are in another part of the split, too",
+    remedy="remove one of the two, or write the same part for both: what a network trained on "
+    "must not judge it",
+)
 WRONG_TOKEN = Kind(several="rows with impossible tokens", remedy="write 0 to 20")
 PADDING_INSIDE = Kind(
     several="rows with padding (0) inside the sequence", remedy="padding stands at the end only"

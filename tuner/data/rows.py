@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tuner.spec.architecture import UNKNOWN_TOKEN
 
 if TYPE_CHECKING:
-    from tuner.spec.spec import Truncate, Unknown
+    from tuner.spec.spec import SplitPart, Truncate, Unknown
 
 Tokens = npt.NDArray[np.uint8]
 
@@ -129,6 +129,7 @@ class Row:
     place: str  #: for messages: "line 12", "row 3 of positives"
     whole: str | None = None  #: all of a sequence that was cut
     weight: float | None = None  #: what it counts in training, above 0; None: as much as others
+    part: SplitPart | None = None  #: of a split that the data names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,8 @@ from tuner.data.solubility import SOLUBILITY_FILE
 def source_files(settings: DataSettings, folder: Path) -> tuple[Path, ...]:
     """The files that a study file in `folder` names as its source.
 
-    One, or two of a pair (soluble, insoluble); none of "solubility" and "synthetic".
+    One, two of a pair (soluble, insoluble) or three of a split (training, validation, test); none
+    of "solubility" and "synthetic".
     """
     if settings.source in ("solubility", "synthetic"):
         return ()
@@ -29,7 +30,7 @@ def source_files(settings: DataSettings, folder: Path) -> tuple[Path, ...]:
 
 
 def source_sha256(files: Sequence[Path]) -> str:
-    """What `DataIdentity.sha256` is of these files: of the bytes, or of a pair's two digests.
+    """What `DataIdentity.sha256` is of these files: of the bytes, or of several files' digests.
 
     Raises:
         OSError: One cannot be read, or is not a regular file.
@@ -43,7 +44,7 @@ def find_source(
     """Files of this content, in the order of `source_files`; None where there are none.
 
     In each folder looked for as the study file names them, then by their last names, then under
-    any name that ends alike.
+    any names that end alike.
 
     Args:
         settings: The study file's `[data]`.
@@ -67,12 +68,9 @@ def with_files(settings: DataSettings, files: Sequence[Path]) -> DataSettings:
     paths = [str(file) for file in files]
     if isinstance(settings.source, str):
         return settings.model_copy(update={"source": paths[0]})
-    pair = settings.source.model_copy(update=dict(zip(PAIR, paths, strict=True)))
-    return settings.model_copy(update={"source": pair})
-
-
-#: The keys of a pair of FASTA files, in the order of `source_files`.
-PAIR = ("soluble", "insoluble")
+    named = settings.source.model_dump()
+    several = settings.source.model_copy(update=dict(zip(named, paths, strict=True)))
+    return settings.model_copy(update={"source": several})
 
 
 def file_names(settings: DataSettings) -> tuple[str, ...]:
@@ -80,11 +78,11 @@ def file_names(settings: DataSettings) -> tuple[str, ...]:
     source = settings.source
     if isinstance(source, str):
         return (SOLUBILITY_FILE if source == "solubility" else source,)
-    return (source.soluble, source.insoluble)
+    return tuple(source.model_dump().values())
 
 
 def _alike(folder: Path, names: Sequence[str]) -> Iterator[tuple[Path, ...]]:
-    """Files of the folder that may stand for those of these names; for two, every pair."""
+    """Files of the folder that may stand for those of these names, in every order of them."""
     suffixes = {data_suffix(PurePath(name)) for name in names}
     try:
         inside = sorted(path for path in folder.iterdir() if data_suffix(path) in suffixes)

@@ -1,4 +1,4 @@
-"""The split: by the hash of the sequences, the seed and the fractions, stratified by label.
+"""The split: by the hash of the sequences, stratified by label, or as the data names it.
 
 Why: `docs/decisions.md#when-is-a-split-too-small`.
 """
@@ -6,13 +6,15 @@ Why: `docs/decisions.md#when-is-a-split-too-small`.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tuner.spec.spec import SplitSettings
+    from tuner.spec.spec import SplitPart, SplitSettings
 from tuner.data.problems import Problems
 from tuner.data.rows import Row, Source, hash_sequence
+from tuner.errors import counted
 
 MINIMUM_ROWS = 10  # of each label: below that a split of 10 % is a coin toss
 
@@ -39,26 +41,78 @@ class Split:
 
 
 def split_rows(source: Source, settings: SplitSettings) -> Split:
-    """Splits the rows by their sequences alone.
+    """Splits the rows by the rule of the study file.
+
+    Raises:
+        DataError: A part has no rows of a label, or there are too few of it.
+    """
+    order = _order(settings.seed)
+    divide = _given if settings.rule == "given" else _at_random
+    parts = divide(source, settings)
+    # By hash over both labels: a reader that takes the rows in order meets the labels mixed.
+    return Split(**{name: tuple(sorted(rows, key=order)) for name, rows in parts.items()})
+
+
+def _order(seed: int) -> Callable[[Row], bytes]:
+    """By what rows are sorted: no file and no order of its rows decides it."""
+    return lambda row: hashlib.sha256(f"{seed}:{row.sequence}".encode()).digest()
+
+
+def _given(source: Source, settings: SplitSettings) -> dict[SplitPart, list[Row]]:
+    """The rows of each part, as the data names it."""
+    problems = Problems()
+    parts: dict[SplitPart, list[Row]] = {"training": [], "validation": [], "test": []}
+    for row in source.rows:
+        if row.part is not None:
+            parts[row.part].append(row)
+    remedy = (
+        "add such rows to its file"
+        if settings.column is None
+        else f"name other values of the column {settings.column!r} in [data.split]"
+    )
+    for part, rows in parts.items():
+        for label in (1, 0):
+            if not any(row.label == label for row in rows):
+                problems.add(
+                    source.name,
+                    f"the {part} part has no row of label {label}, of "
+                    f"{counted(len(rows), 'different row')}; each part needs both labels: {remedy}",
+                    key=settings.column or "label",
+                    value=part,
+                )
+    for label in (1, 0):
+        rows = [row for row in source.rows if row.label == label]
+        if len(rows) < MINIMUM_ROWS:
+            problems.add(
+                source.name,
+                f"too few rows of label {label}: {counted(len(rows), 'different one')}; at least "
+                f"{MINIMUM_ROWS} of each label are needed: add rows",
+                key="label",
+                value=str(label),
+            )
+    problems.raise_if_any()
+    return parts
+
+
+def _at_random(source: Source, settings: SplitSettings) -> dict[SplitPart, list[Row]]:
+    """The rows of each part, by their sequences alone.
 
     Within each label, rows are ordered by sha256("<split seed>:<sequence>"). The first `test`
     part of them is the test split, the next `validation` part the validation split, the rest
     the training split. Parts are rounded to whole rows, halves to the even number.
-
-    Raises:
-        DataError: Too few rows of a label.
     """
     problems = Problems()
-    parts: dict[str, list[Row]] = {"test": [], "validation": [], "training": []}
-
-    def order(row: Row) -> bytes:
-        return hashlib.sha256(f"{settings.seed}:{row.sequence}".encode()).digest()
-
+    parts: dict[SplitPart, list[Row]] = {"test": [], "validation": [], "training": []}
+    order = _order(settings.seed)
     for label in (1, 0):
         ordered = sorted((row for row in source.rows if row.label == label), key=order)
-        test = round(settings.test * len(ordered))
-        validation = round(settings.validation * len(ordered))
-        ends = {"test": test, "validation": test + validation, "training": len(ordered)}
+        test = round(settings.test_fraction * len(ordered))
+        validation = round(settings.validation_fraction * len(ordered))
+        ends: dict[SplitPart, int] = {
+            "test": test,
+            "validation": test + validation,
+            "training": len(ordered),
+        }
         start = 0
         counts = []
         for name, end in ends.items():
@@ -76,8 +130,7 @@ def split_rows(source: Source, settings: SplitSettings) -> Split:
                 value=str(label),
             )
     problems.raise_if_any()
-    # By hash over both labels: a reader that takes the rows in order meets the labels mixed.
-    return Split(**{name: tuple(sorted(rows, key=order)) for name, rows in parts.items()})
+    return parts
 
 
 def hashes_of(split: Split) -> SplitHashes:

@@ -24,7 +24,34 @@ _SAMPLED_ROWS = 1_000  #: by which columns are told
 _MOST = 0.9  #: of the sampled rows, which in the column of labels have one, say
 _NO_NAMES = WORDS.keys() - {"soluble", "insoluble"}  #: labels that no column of labels is called
 _NO_NAME = 20  #: letters of a sequence that no column is called
+_SPLIT_NAMES = ("split", "partition", "set", "subset", "fold", "group")  #: in lower case
+_VALIDATION_NAMES = ("validation", "valid", "val", "dev", "development")  #: likewise
+_TEST_NAMES = ("test", "testing", "holdout", "held-out")  #: likewise
+_MOST_PARTS = 20  #: values of a column that names parts or groups
 _SHORTEST = 5  #: residues; by shorter words no column of sequences is told
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitColumn:
+    """A column that looks as if it named the parts of a split, or groups."""
+
+    name: str
+    values: tuple[str, ...]  #: of the rows looked at, in the order of their names; at least 3
+
+    @property
+    def validation(self) -> str:
+        """The value that is called like the validation split, or else the last but one."""
+        return (
+            self._called(_VALIDATION_NAMES) or [one for one in self.values if one != self.test][-1]
+        )
+
+    @property
+    def test(self) -> str:
+        """The value that is called like the test split, or else the last."""
+        return self._called(_TEST_NAMES) or self.values[-1]
+
+    def _called(self, names: tuple[str, ...]) -> str | None:
+        return next((value for value in self.values if value.lower() in names), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +60,7 @@ class Survey:
 
     settings: DataSettings  #: files and columns, named from the current folder
     other_columns: tuple[str, ...]  #: of a table, those that are not read
+    split_column: SplitColumn | None  #: that may name the parts of a split
     labels: Mapping[str, frozenset[int]]  #: of each different sequence; two are a conflict
     lengths: npt.NDArray[np.int64]  #: of the different sequences, residues, rising, [n]
 
@@ -78,12 +106,15 @@ def survey(
     source: str | FastaPair
     columns = ColumnSettings()
     other: tuple[str, ...] = ()
+    split_column = None
     if len(files) == 2:
         source = FastaPair(soluble=str(files[0]), insoluble=str(files[1]))
     else:
         source = str(files[0])
         if data_suffix(files[0]) != ".npz":
-            columns, other = _columns(files[0], sequence_column, label_column, problems)
+            columns, other, split_column = _columns(
+                files[0], sequence_column, label_column, problems
+            )
             problems.raise_if_any()
     settings = DataSettings(source=source, columns=columns, unknown="mask")
     found = load_source(settings, Path(), problems)
@@ -94,6 +125,7 @@ def survey(
     return Survey(
         settings=settings,
         other_columns=other,
+        split_column=split_column,
         labels=labels,
         lengths=np.sort(np.fromiter(map(len, labels), np.int64, len(labels))),
     )
@@ -138,26 +170,43 @@ _LABELS = _Wanted(
 
 def _columns(
     path: Path, sequence_column: str | None, label_column: str | None, problems: Problems
-) -> tuple[ColumnSettings, tuple[str, ...]]:
-    """The columns of a table, and those that are left; adds a problem where one is not found."""
+) -> tuple[ColumnSettings, tuple[str, ...], SplitColumn | None]:
+    """The columns of a table, those that are left, and which of these may name a split.
+
+    Adds a problem where one is not found.
+    """
     file = str(path)
     content = read_bytes(path, file, problems)
     text = file_text(file, content, problems) if content else None
     if text is None:
-        return ColumnSettings(), ()
+        return ColumnSettings(), (), None
     header, rows = _sample(text, "\t" if data_suffix(path).startswith(".tsv") else ",")
     if len(header) < 2:  # another delimiter, or no table: who reads the rows says so
-        return ColumnSettings(), ()
+        return ColumnSettings(), (), None
     sequence = _found(_SEQUENCES, sequence_column, header, rows, file, problems)
     label = _found(_LABELS, label_column, header, rows, file, problems)
     if sequence is None or label is None:
-        return ColumnSettings(), ()
+        return ColumnSettings(), (), None
     if plain_word(label) in _NO_NAMES or (len(sequence) >= _NO_NAME and _is_sequence(sequence)):
         message = "the first line holds a row; write a line with the names of the columns before it"
         problems.add(file, message, line=1, value=",".join(header))
     read = {column_key(sequence), column_key(label)}
     other = tuple(name for name in header if column_key(name) not in read)
-    return ColumnSettings(sequence=sequence, label=label), other
+    split = _split_column(other, header, rows)
+    return ColumnSettings(sequence=sequence, label=label), other, split
+
+
+def _split_column(
+    names: Sequence[str], header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> SplitColumn | None:
+    """The first of the columns that is called like a split and has few different values."""
+    for name in names:
+        if column_key(name) in _SPLIT_NAMES:
+            at = header.index(name)
+            values = tuple(sorted({fields[at].strip() for fields in rows} - {""}))
+            if 3 <= len(values) <= _MOST_PARTS:
+                return SplitColumn(name=name, values=values)
+    return None
 
 
 def _sample(text: str, delimiter: str) -> tuple[list[str], list[list[str]]]:

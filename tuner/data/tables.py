@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tuner.data.given import PartReader
 from tuner.data.labels import WORDS, LabelReader, plain_word, read_weight
 from tuner.data.problems import (
     SEVERAL_LINES,
@@ -31,25 +32,34 @@ from tuner.errors import counted
 from tuner.spec.spec import column_key
 
 if TYPE_CHECKING:
-    from tuner.spec.spec import ColumnSettings
+    from tuner.spec.spec import ColumnSettings, SplitSettings
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 #: Python's own limit of 131,072 letters would refuse long text in a column that is ignored.
 _LONGEST_FIELD = 2**31 - 1
 #: What separates fields, and how it is called.
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "';'", "|": "'|'"}
+#: Where the study file names a column that is not one of `[data.columns]`.
+_NAMES_ANOTHER = {"part": "column in [data.split] names that of the split"}
 _REMEDIES = {",": "name it .csv", "\t": "name it .tsv"}
 
 
 def csv_rows(
-    file: str, content: bytes, delimiter: str, columns: ColumnSettings, reader: SequenceReader
+    file: str,
+    content: bytes,
+    delimiter: str,
+    columns: ColumnSettings,
+    split: SplitSettings,
+    reader: SequenceReader,
 ) -> tuple[list[Row], list[str]]:
     """Rows of a CSV or TSV file with these columns, and warnings; other columns are ignored."""
     text = file_text(file, content, reader.problems)
     if text is None:
         return [], []
-    table = _Table(file, delimiter, columns, reader)
-    return table.rows(text), table.labels.warnings()
+    table = _Table(file, delimiter, columns, split, reader)
+    rows = table.rows(text)
+    table.parts.check_names()
+    return rows, table.labels.warnings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,23 +102,35 @@ class _Table:
     """A CSV or TSV file that is read."""
 
     def __init__(
-        self, file: str, delimiter: str, columns: ColumnSettings, reader: SequenceReader
+        self,
+        file: str,
+        delimiter: str,
+        columns: ColumnSettings,
+        split: SplitSettings,
+        reader: SequenceReader,
     ) -> None:
         self._file = file
         self._delimiter = delimiter
         self._problems = reader.problems
         self._reader = reader
         self.labels = LabelReader(file, reader.problems)
+        self.parts = PartReader(file, split, reader.problems)
         #: As they are compared; the last is None where no column has weights.
         self._sequence, self._label = column_key(columns.sequence), column_key(columns.label)
         self._weight = None if columns.weight is None else column_key(columns.weight)
+        self._part = None if split.column is None else column_key(split.column)
         self._columns: list[str] = []  # all that the file has, in their order
 
     @property
     def _wanted(self) -> dict[str, str]:
         """The columns that are read, by their key in the study file."""
-        wanted = {"sequence": self._sequence, "label": self._label}
-        return wanted if self._weight is None else {**wanted, "weight": self._weight}
+        wanted = {
+            "sequence": self._sequence,
+            "label": self._label,
+            "weight": self._weight,
+            "part": self._part,
+        }
+        return {key: name for key, name in wanted.items() if name is not None}
 
     def rows(self, text: str) -> list[Row]:
         """The rows of the file's text, up to what cannot be read."""
@@ -152,9 +174,16 @@ class _Table:
         if self._weight is not None:
             given = fields[self._columns.index(self._weight)]
             weight = read_weight(given, self._file, line, place, self._problems)
+        part = None
+        if self._part is not None:
+            part = self.parts.read(fields[self._columns.index(self._part)], line, place)
         if sequence is None:
             return None
-        if label is None or (weight is None and self._weight is not None):
+        if (
+            label is None
+            or (weight is None and self._weight is not None)
+            or (part is None and self._part is not None)
+        ):
             refused = Refused(file=self._file, line=line, place=place, sequence=sequence)
             self._problems.refused.append(refused)
             return None
@@ -165,6 +194,7 @@ class _Table:
             line=line,
             place=f"line {line}",
             weight=weight,
+            part=part,
         )
 
     def _may_hold_rows(self, record: _Record) -> bool:
@@ -265,7 +295,9 @@ class _Table:
                 message = (
                     f"no column {name!r} among {listed(self._columns)}; the first "
                     f"line must name the columns, separated by {_DELIMITERS[self._delimiter]}; "
-                    f'[data] may name another one: columns = {{ {key} = "..." }}'
+                    + _NAMES_ANOTHER.get(
+                        key, f'[data] may name another one: columns = {{ {key} = "..." }}'
+                    )
                 )
             self._problems.add(self._file, message, line=line, key=key, value=header)
         return usable

@@ -187,6 +187,7 @@ def _description(
         **_reported(tuned, chosen),
         "synthetic": record.data.synthetic,
         "data": configs[0].provenance["data"],
+        "split": record.spec.data.split.described,
         "development_sha256": record.development_sha256,
         "spec_hash": record.spec_hash,
         "versions": {"trained_with": dict(record.versions), "written_with": versions()},

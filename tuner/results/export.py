@@ -19,7 +19,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.artifacts import publish, require_writable
-from tuner.data.sources import PAIR, name_from
+from tuner.data.sources import name_from
 from tuner.errors import StudyError, TunerError
 from tuner.search.attributes import DETAIL_KEY, ENDED_KEY, RESUMED_KEY, curve_of
 from tuner.search.data_source import source_files
@@ -249,7 +249,9 @@ def _source(record: StudyRecord, files: tuple[Path, ...]) -> str | dict[str, str
     if not files and isinstance(source, str):
         return source
     names = [file.name for file in files]
-    return names[0] if isinstance(source, str) else dict(zip(PAIR, names, strict=True))
+    if isinstance(source, str):
+        return names[0]
+    return dict(zip(source.model_dump(), names, strict=True))
 
 
 def _without_folders(source: str) -> str:

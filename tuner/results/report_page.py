@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from tuner.errors import counted
 from tuner.metrics import DRAWS, THRESHOLD, small_split_warnings
+from tuner.spec.spec import SplitSettings
 
 Document = Mapping[str, Any]
 
@@ -285,7 +286,7 @@ def _facts(document: Document) -> tuple[tuple[str, str], ...]:
         ("Data", data["source"] + (" (made up)" if data["synthetic"] else "")),
         ("Data, sha256", data["sha256"]),
         ("Rows", f"{rows}{data['test_rows']:,} test"),
-        ("Split", f"{split['rule']}, stratified by label, seed {data['split_seed']}"),
+        ("Split", SplitSettings.model_validate(split).described),
         ("Split identity", data["split_id"]),
         ("Budget", f"{counted(document['budget'], 'finished trial')}; there are {trials}"),
         ("Epochs", f"{epochs}; at most {spec['training']['max_epochs']} a trial"),

@@ -33,6 +33,7 @@ def check_document(spec: StudySpec, prepared: Prepared, shared: Sequence[str]) -
         "searched": list(spec.space.parameters),
         "parameter_count": parameter_counts(spec.space, spec.data.max_length),
         "data": prepared.identity.check_document(),
+        "split": spec.data.split.in_words,
         "warnings": [*prepared.all_warnings, *shared],
         "spec_hash": spec.spec_hash,
         "spec": spec.to_document(),

@@ -101,7 +101,7 @@ def _refuse_another_kind_of_file(tuned: TunedStudy, given: Path) -> None:
     if len(named) == 1 and data_suffix(given) == suffix:
         return
     what = (
-        "the folder that holds both files"
+        "the folder that holds the files"
         if len(named) > 1
         else f"a {suffix} file, or the folder that holds it"
     )

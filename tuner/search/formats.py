@@ -25,6 +25,8 @@ _NOT_WRITTEN: Mapping[str, Any] = {
     "spec.data.fallback": None,
     "spec.data.truncate": None,
     "spec.data.columns.weight": None,
+    "spec.data.split.column": None,
+    "spec.data.split.training": None,
     "spec.training.as_trial": None,
 }
 

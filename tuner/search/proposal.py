@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from tuner.commands import command
-from tuner.data.sources import PAIR, file_names, name_from
+from tuner.data.sources import file_names, name_from
 from tuner.data.survey import Survey
 from tuner.errors import counted
 from tuner.spec.architecture import KEYS, misfits
@@ -256,7 +256,10 @@ def _on_one_line(text: str) -> str:
 def _source(survey: Survey, folder: Path) -> str | dict[str, str]:
     """The study file's `data.source`."""
     names = [name_from(folder, Path(name), name) for name in file_names(survey.settings)]
-    return names[0] if len(names) == 1 else dict(zip(PAIR, names, strict=True))
+    source = survey.settings.source
+    if isinstance(source, str):
+        return names[0]
+    return dict(zip(source.model_dump(), names, strict=True))
 
 
 @cache

@@ -34,6 +34,7 @@ from tuner.spec.spec import (
     NotifySettings,
     SamplerSettings,
     Settings,
+    SplitFiles,
     SplitSettings,
     StopSettings,
     StudySpec,
@@ -90,7 +91,7 @@ _TABLES: Mapping[str, tuple[str, ...]] = {
     "": (*Settings.model_fields, "space", "known"),
     "data": tuple(DataSettings.model_fields),
     "data.split": tuple(SplitSettings.model_fields),
-    "data.source": tuple(FastaPair.model_fields),
+    "data.source": (*FastaPair.model_fields, *SplitFiles.model_fields),
     "data.columns": tuple(ColumnSettings.model_fields),
     "training": tuple(TrainingSettings.model_fields),
     "hyperband": tuple(HyperbandSettings.model_fields),
@@ -159,8 +160,9 @@ def _check_hyperband(document: Mapping[str, Any], mistakes: Sequence[Mistake]) -
 
 def _mistake(error: ErrorDetails) -> Mistake:
     path = error["loc"]
-    if path[:2] == ("data", "source") and len(path) > 2:
-        path = (*path[:2], *path[3:])  # without pydantic's tag of the union
+    for union in (("data", "source"),):
+        if path[: len(union)] == union:  # without pydantic's tag of the union
+            path = (*union, *path[len(union) + 1 :])
     # The URL of a webhook may hold a token: it is not repeated, wherever it stands.
     is_shown = error["type"] != "missing" and path[:1] != ("notify",)
     value = error["input"] if is_shown else None

@@ -110,6 +110,7 @@ def json_schema() -> dict[str, Any]:
             "pattern": r"^(solubility|synthetic|.*\.[nN][pP][zZ]|.*\.[cCtT][sS][vV](\.[gG][zZ])?)$",
         },
         {"$ref": "#/$defs/FastaPair"},
+        {"$ref": "#/$defs/SplitFiles"},
     ]
     source.pop("oneOf", None)
     return {

@@ -20,8 +20,10 @@ from pydantic import (
     Discriminator,
     Field,
     InstanceOf,
+    PlainValidator,
     Tag,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -123,6 +125,46 @@ def _check_column(name: str) -> str:
     return name
 
 
+def _check_data_path(path: str) -> str:
+    if not _check_path(path).lower().endswith(_SUFFIXES):
+        raise _wrong(
+            f"must be a path that ends in .npz, .csv, .tsv, .csv.gz or .tsv.gz, not {shown(path)}"
+        )
+    return path
+
+
+_VALUES_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"type": ["string", "integer"]},
+}
+
+
+def _checked_values(given: Any) -> list[str]:
+    """Values of a column as text; whole numbers may stand without quotes."""
+    items = given if isinstance(given, list) else [given]
+    if not items or any(type(item) not in (str, int) or not str(item).strip() for item in items):
+        raise _wrong(f'must be a list of values of the column, as in ["2"], not {shown(given)}')
+    return list(dict.fromkeys(str(item).strip() for item in items))
+
+
+def _checked_part(given: Any) -> float | list[str]:
+    if isinstance(given, list | str):
+        return _checked_values(given)
+    if type(given) not in (int, float):
+        raise _wrong(f"must be a number above 0 and below 1, not {shown(given)}")
+    if not given > 0:
+        raise _wrong(f"must be above 0, not {shown(given)}")
+    if not given < 1:
+        raise _wrong(f"must be below 1, not {shown(given)}")
+    return float(given)
+
+
+def value_key(value: str) -> str:
+    """A value of the column of parts as it is compared: upper and lower case are one."""
+    return value.strip().lower()
+
+
 def _check_provenance(table: dict[str, Any]) -> dict[str, Any]:
     """What can be stored and written again in every format; null says nothing, and is left out."""
 
@@ -144,8 +186,8 @@ def _check_provenance(table: dict[str, Any]) -> dict[str, Any]:
 
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Fraction: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 PathText: TypeAlias = Annotated[str, AfterValidator(_check_path)]
+DataPath: TypeAlias = Annotated[str, AfterValidator(_check_data_path)]
 ColumnName: TypeAlias = Annotated[str, AfterValidator(_check_column)]
 #: Where a sequence that is too long is cut, see `tuner.data.rows.truncated`.
 Truncate: TypeAlias = Literal["end", "start", "middle"]
@@ -154,30 +196,147 @@ Unknown: TypeAlias = Literal["error", "mask"]
 #: What becomes of a sequence that has both labels.
 Conflicts: TypeAlias = Literal["error", "drop"]
 ClassWeights: TypeAlias = Literal["none", "balanced"]
+#: How rows are divided.
+SplitRule: TypeAlias = Literal["random", "given"]
+SplitPart: TypeAlias = Literal["training", "validation", "test"]
+_PARTS: tuple[SplitPart, ...] = get_args(SplitPart)
+#: Values of a table's column.
+Values: TypeAlias = Annotated[
+    list[str], PlainValidator(_checked_values), WithJsonSchema(_VALUES_SCHEMA)
+]
+#: A fraction of the rows, or values of a column.
+Part: TypeAlias = Annotated[
+    float | list[str],
+    PlainValidator(_checked_part),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                _VALUES_SCHEMA,
+            ]
+        }
+    ),
+]
 
 
 class SplitSettings(Table):
     """How rows are divided into training, validation and test."""
 
-    rule: Literal["random"] = "random"
-    """by the hash of seed and sequence, stratified by label"""
+    rule: SplitRule = "random"
+    """"random": by the hash of seed and sequence, stratified by label; "given": by a column or by
+    three files"""
     seed: Seed = 0
     """another seed, another split"""
-    validation: Fraction = 0.1
-    """fraction of the rows that choose hyperparameters"""
-    test: Fraction = 0.1
-    """fraction of the rows that stay sealed until the report"""
+    validation: Part = 0.1
+    """fraction of the rows that choose hyperparameters; with rule "given" the values of `column`"""
+    test: Part = 0.1
+    """fraction of the rows that stay sealed until the report; with "given" values of `column`"""
+    column: ColumnName | None = None
+    """of a table, with rule "given": its values say which part a row is in"""
+    training: Values | None = None
+    """values of `column` whose rows are trained on; left out: all that are not named otherwise"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_defaults_of_the_rule(cls, table: Any) -> Any:
+        if not isinstance(table, Mapping):
+            return table
+        given = {key: value for key, value in table.items() if value is not None}
+        defaults = _DEFAULTS_OF_RULE.get(str(table.get("rule")), {})
+        return {**defaults, **given}
 
     @model_validator(mode="after")
-    def _leave_training_rows(self) -> SplitSettings:
-        if self.validation + self.test >= 1:
+    def _check_keys_of_the_rule(self) -> SplitSettings:
+        for key, rule in _KEYS_OF_RULE.items():
+            if getattr(self, key) is not None and self.rule != rule:
+                raise _wrong(
+                    f'{key} is a key of rule = "{rule}", and rule is {shown(self.rule)}; leave it '
+                    "out, or write the rule",
+                    key,
+                )
+        if self.rule == "given":
+            self._check_values()
+        else:
+            self._check_fractions()
+        return self
+
+    def _check_values(self) -> None:
+        seen: dict[str, str] = {}
+        for key in ("validation", "test", "training"):
+            values = getattr(self, key)
+            if isinstance(values, float):
+                raise _wrong(
+                    f'{key} = {values:g} is a fraction, but with rule = "given" it names values of '
+                    f'the column, as in {key} = ["{key}"]',
+                    key,
+                )
+            for value in values or ():
+                first = seen.setdefault(value_key(value), key)
+                if first != key:
+                    raise _wrong(
+                        f"{shown(value)} is named by {first} and by {key}; name it once", first, key
+                    )
+
+    def _check_fractions(self) -> None:
+        for key in ("validation", "test"):
+            if not isinstance(getattr(self, key), float):
+                raise _wrong(
+                    f'{key} names values of a column, which takes rule = "given" and '
+                    f'column = "..."; with rule = "{self.rule}" it is a fraction, as in '
+                    f"{key} = 0.1",
+                    key,
+                )
+        if self.validation_fraction + self.test_fraction >= 1:
             raise _wrong(
                 f"validation = {self.validation} and test = {self.test} leave nothing to train on; "
                 "their sum must be below 1",
                 "validation",
                 "test",
             )
-        return self
+
+    @property
+    def validation_fraction(self) -> float:
+        """Of all rows; not of rule "given"."""
+        return self.validation if isinstance(self.validation, float) else 0.0
+
+    @property
+    def test_fraction(self) -> float:
+        """Of all rows; not of rule "given"."""
+        return self.test if isinstance(self.test, float) else 0.0
+
+    def part_of(self, value: str) -> SplitPart | None:
+        """The part that a value of `column` names; None where it names none."""
+        key = value_key(value)
+        for part in _PARTS:
+            named = getattr(self, part)
+            if not isinstance(named, float | None) and key in map(value_key, named):
+                return part
+        return "training" if self.training is None else None
+
+    @property
+    def described(self) -> str:
+        """The split with its rule: "random, seed 1", "by column 'partition'"."""
+        return f"random, {self.in_words}" if self.rule == "random" else self.in_words
+
+    @property
+    def in_words(self) -> str:
+        """The split as it is shown: "seed 1", "by column 'partition'"."""
+        if self.rule == "given":
+            words = "as three files" if self.column is None else f"by column {self.column!r}"
+        else:
+            words = f"seed {self.seed}"
+        return words
+
+
+#: What a rule's keys are by default.
+_DEFAULTS_OF_RULE: Mapping[str, Mapping[str, Any]] = {
+    "given": {"validation": ["validation"], "test": ["test"]},
+}
+#: Keys that one rule alone has.
+_KEYS_OF_RULE = {
+    "column": "given",
+    "training": "given",
+}
 
 
 class FastaPair(Table):
@@ -187,6 +346,17 @@ class FastaPair(Table):
     """path of the soluble sequences"""
     insoluble: PathText
     """path of the insoluble sequences"""
+
+
+class SplitFiles(Table):
+    """Three files, one for each part of the split."""
+
+    training: DataPath
+    """path of the rows that fit weights (.npz .csv .tsv .csv.gz .tsv.gz)"""
+    validation: DataPath
+    """path of the rows that choose hyperparameters"""
+    test: DataPath
+    """path of the rows that stay sealed until the report"""
 
 
 class ColumnSettings(Table):
@@ -220,7 +390,23 @@ def column_key(name: str) -> str:
 
 
 def _source_kind(value: object) -> str:
+    if isinstance(value, SplitFiles):
+        return "files"
+    if isinstance(value, Mapping) and not value.keys() & FastaPair.model_fields.keys():
+        return "files" if value.keys() & SplitFiles.model_fields.keys() else "pair"
     return "pair" if isinstance(value, Mapping | FastaPair) else "text"
+
+
+def is_table(path: str) -> bool:
+    """Whether a file of this name has columns."""
+    return path.lower().endswith(_TABLES)
+
+
+def _has_columns(source: str | FastaPair | SplitFiles) -> bool:
+    """Whether every file of a source is a table."""
+    if isinstance(source, SplitFiles):
+        return all(map(is_table, (source.training, source.validation, source.test)))
+    return isinstance(source, str) and is_table(source)
 
 
 class DataSettings(Table):
@@ -228,10 +414,12 @@ class DataSettings(Table):
 
     source: Annotated[
         Annotated[str, AfterValidator(_check_source), Tag("text")]
-        | Annotated[FastaPair, Tag("pair")],
+        | Annotated[FastaPair, Tag("pair")]
+        | Annotated[SplitFiles, Tag("files")],
         Discriminator(_source_kind),
     ]
-    """"solubility", "synthetic", a path (.npz .csv .tsv .csv.gz .tsv.gz), or two FASTA files"""
+    """"solubility", "synthetic", a path (.npz .csv .tsv .csv.gz .tsv.gz), two FASTA files, or
+    three files of a given split"""
     fallback: Literal["synthetic"] | None = None
     """what to use, loudly, where "solubility" cannot be had"""
     max_length: int = Field(default=200, ge=1, le=100_000)
@@ -244,7 +432,7 @@ class DataSettings(Table):
     """sequences that have both labels: "error", or "drop" to leave all rows of them out"""
     columns: ColumnSettings = ColumnSettings()
     """of a CSV or TSV file"""
-    split: SplitSettings = SplitSettings()
+    split: SplitSettings = Field(default=SplitSettings(), validate_default=True)
 
     @field_validator("columns")
     @classmethod
@@ -252,10 +440,43 @@ class DataSettings(Table):
         cls, columns: ColumnSettings, info: ValidationInfo
     ) -> ColumnSettings:
         source = info.data.get("source", _TABLES[0])  # a wrong source is told itself
-        is_table = isinstance(source, str) and source.lower().endswith(_TABLES)
-        if columns != ColumnSettings() and not is_table:
+        if columns != ColumnSettings() and not _has_columns(source):
             raise _wrong("are those of a .csv or .tsv file, and source is another; leave them out")
         return columns
+
+    @field_validator("split")
+    @classmethod
+    def _split_what_the_source_has(
+        cls, split: SplitSettings, info: ValidationInfo
+    ) -> SplitSettings:
+        source = info.data.get("source")  # None: wrong, which is told itself
+        columns = info.data.get("columns", ColumnSettings())
+        if source is None:
+            return split
+        if isinstance(source, SplitFiles):
+            if split.rule != "given":
+                raise _wrong(
+                    'source names three files, which are the split; write rule = "given" in '
+                    "[data.split]"
+                )
+            if split.column is not None:
+                raise _wrong("has a column, but source names a file for each part; leave it out")
+        elif split.rule == "given" and split.column is None:
+            raise _wrong(
+                'has rule = "given" and no column; write column = "...", whose values are '
+                "training, validation and test, or name three files: source = "
+                '{ training = "a.csv", validation = "b.csv", test = "c.csv" }'
+            )
+        for name in filter(None, [split.column]):
+            if not _has_columns(source):
+                raise _wrong(
+                    f"names the column {shown(name)}, and source is no .csv or .tsv file; name one"
+                )
+            for key in ("sequence", "label", "weight"):
+                other = getattr(columns, key)
+                if other is not None and column_key(other) == column_key(name):
+                    raise _wrong(f"column {shown(name)} is that of {key}; name another column")
+        return split
 
 
 class TrainingSettings(Table):

@@ -129,6 +129,17 @@ def test_a_table_as_it_comes_gets_a_study_file_that_check_accepts(file: str) -> 
     assert "# Not read: sid, partition." in Path("mine.toml").read_text()
 
 
+def test_a_column_that_may_name_a_split_is_offered_in_a_comment() -> None:
+    write_table("mine.csv", [(one, at // 4 % 2) for at, (one, _) in enumerate(some_rows())])
+    init("mine.csv")
+    text = Path("mine.toml").read_text()
+    offered = next(line for line in text.splitlines() if line.startswith("# split = "))
+    assert 'validation = ["2"], test = ["3"]' in offered
+    random = next(line for line in text.splitlines() if line.startswith("split = "))
+    Path("mine.toml").write_text(text.replace(random, offered.removeprefix("# ")))
+    assert checked("mine.toml").data.split.column == "partition"
+
+
 def test_two_fasta_files_and_an_npz_file_are_sources_too() -> None:
     for name, label in (("soluble", 1), ("insoluble", 0)):
         records = [
