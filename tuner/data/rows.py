@@ -70,19 +70,20 @@ def encode(sequences: Sequence[str], max_length: int, unknown: Unknown = "error"
     Raises:
         ValueError: A sequence is longer than `max_length` or holds something else.
     """
-    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
-    if lengths.max(initial=0) > max_length:
-        raise ValueError(f"{lengths.max()} residues do not fit into max_length = {max_length}")
-    text = "".join(sequences)
+    longest = max(map(len, sequences), default=0)
+    if longest > max_length:
+        raise ValueError(f"{longest} residues do not fit into max_length = {max_length}")
+    text = "".join([sequence.ljust(max_length, "\0") for sequence in sequences])
     if not text.isascii():
         foreign = next(letter for letter in text if not letter.isascii())
         raise ValueError(f"{foreign!r} is not one of {alphabet_of(unknown)}")
-    codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
-    flat = _token_of_code(unknown)[codes]
-    if not flat.all():
-        raise ValueError(f"{chr(codes[flat.argmin()])!r} is not one of {alphabet_of(unknown)}")
-    tokens = np.zeros((len(sequences), max_length), dtype=np.uint8)
-    tokens[np.arange(max_length) < lengths[:, np.newaxis]] = flat
+    tokens_of_codes = _tokens_of_codes(unknown)
+    encoded = bytearray(text, "ascii").translate(tokens_of_codes)
+    tokens = np.frombuffer(encoded, np.uint8).reshape(len(sequences), max_length)
+    if np.count_nonzero(tokens) < sum(map(len, sequences)):
+        letters = "".join(sequences)
+        wrong = next(letter for letter in letters if not tokens_of_codes[ord(letter)])
+        raise ValueError(f"{wrong!r} is not one of {alphabet_of(unknown)}")
     return tokens
 
 
@@ -91,13 +92,14 @@ def find_unknown(sequences: Sequence[str]) -> Iterator[tuple[int, list[int]]]:
 
     Both count from 0. Lower case counts as upper case.
     """
-    codes = np.frombuffer("".join(sequences).encode("ascii", "replace"), dtype=np.uint8)
-    unknown = np.flatnonzero(_token_of_code("error")[codes] == 0)
-    if len(unknown):
-        ends = np.cumsum([len(sequence) for sequence in sequences])
-        rows, first = np.unique(np.searchsorted(ends, unknown, "right"), return_index=True)
-        for row, positions in zip(rows.tolist(), np.split(unknown, first[1:]), strict=True):
-            yield row, (positions - (ends[row] - len(sequences[row]))).tolist()
+    tokens = "".join(sequences).encode("ascii", "replace").translate(_tokens_of_codes("error"))
+    if 0 not in tokens:
+        return
+    unknown = np.flatnonzero(np.frombuffer(tokens, np.uint8) == 0)
+    ends = np.cumsum([len(sequence) for sequence in sequences])
+    rows, first = np.unique(np.searchsorted(ends, unknown, "right"), return_index=True)
+    for row, positions in zip(rows.tolist(), np.split(unknown, first[1:]), strict=True):
+        yield row, (positions - (ends[row] - len(sequences[row]))).tolist()
 
 
 def decode_tokens(tokens: Tokens) -> list[str]:
@@ -107,15 +109,15 @@ def decode_tokens(tokens: Tokens) -> list[str]:
 
 
 @functools.cache
-def _token_of_code(unknown: Unknown) -> Tokens:
-    """Token of each ASCII code, uint8 [256]; 0 where it has none."""
-    table = np.zeros(256, dtype=np.uint8)
+def _tokens_of_codes(unknown: Unknown) -> bytes:
+    """The token of each of 256 codes of letters; 0 for those that have none."""
+    table = bytearray(256)
     for token, residue in enumerate(RESIDUES, start=1):
         table[ord(residue)] = table[ord(residue.lower())] = token
     if unknown == "mask":
         for letter in UNKNOWN_RESIDUES:
             table[ord(letter)] = table[ord(letter.lower())] = UNKNOWN_TOKEN
-    return table
+    return bytes(table)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

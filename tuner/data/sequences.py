@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
-import hashlib
 import io
 import itertools
 import re
@@ -38,6 +37,7 @@ SEQUENCE_COLUMN = "sequence"
 #: few megabytes may hold a line of gigabytes. The longest protein known has 50,000 residues.
 LONGEST_RECORD = 2**24
 _SAMPLE_BYTES = 65_536  #: of a file's beginning, from which its format is told
+_BLOCK = 65_536  #: letters that are read at once
 _SPACE = re.compile(r"\s+")
 
 
@@ -77,11 +77,14 @@ def read_sequences(
         with contextlib.ExitStack() as opened:
             raw = stream or opened.enter_context(Path(place).open("rb"))
             text = opened.enter_context(_as_text(file, raw, opened))
-            lines, first = _begun(file, _limited(file, text))
+            lines = _limited(file, text)
+            begun, first = _begun(file, lines)
             if first.startswith(">"):
-                yield from _fasta(file, lines)
+                yield from _fasta(file, begun, text)
             else:
-                yield from _table(file, lines, first, sequence_column, id_column, usual_columns)
+                everything = itertools.chain(begun, lines)
+                columns = (sequence_column, id_column, usual_columns)
+                yield from _table(file, everything, first, *columns)
     except (OSError, EOFError, zlib.error) as error:
         damaged = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
         reason = reason_of(error)
@@ -143,53 +146,73 @@ def _too_long(file: str, what: str, line: int) -> DataError:
     )
 
 
-def _begun(file: str, text: Iterable[str]) -> tuple[Iterator[str], str]:
-    """The lines of a file with their ends, and the first that is not blank, stripped.
+def _begun(file: str, lines: Iterator[str]) -> tuple[list[str], str]:
+    """The lines up to the first that is not blank, and that one, stripped.
 
     Comments, lines that begin with ; or #, stand before it only in FASTA.
 
     Raises:
         DataError: There is none.
     """
-    lines, before, first = iter(text), list[str](), ""
+    begun, first = list[str](), ""
     for line in lines:
+        begun.append(line)
         first = first or line.strip()
         if line.strip() and not line.startswith((";", "#")):
-            is_fasta = line.startswith(">")
-            return itertools.chain(before, [line], lines), line.strip() if is_fasta else first
-        before.append(line)
+            return begun, line.strip() if line.startswith(">") else first
     raise _error(file, "holds no records; write >NAME lines (FASTA), or a header line (CSV, TSV)")
 
 
-def _fasta(file: str, lines: Iterable[str]) -> Iterator[SequenceRecord]:
-    name, at, parts, spaces, letters = "", 0, list[str](), False, 0
+def _fasta(file: str, begun: Sequence[str], text: io.TextIOBase) -> Iterator[SequenceRecord]:
+    """The records of a file, of which `begun` was read: the first ">" line and those before it."""
+    for at, record in _split(file, begun, text):
+        header, _, body = record.partition("\n")
+        words, sequence = header.split(None, 1), body.replace("\n", "")
+        if words and sequence.isalpha():
+            yield SequenceRecord(file, at, words[0], sequence)
+        else:
+            yield from _with_other_lines(file, at, f">{record}".split("\n"))
+
+
+def _split(file: str, begun: Sequence[str], text: io.TextIOBase) -> Iterator[tuple[int, str]]:
+    """The line of each record, and its text from the name to where the next begins.
+
+    Raises:
+        DataError: One is too long.
+    """
+    ends = io.IncrementalNewlineDecoder(None, translate=True)  # of whatever kind, "\n" here
+    at, rest, block = len(begun), "", begun[-1].lstrip()[1:]
+    while block:
+        rest += ends.decode(block)
+        *whole, rest = rest.split("\n>")
+        for record in whole:
+            yield at, record
+            at += record.count("\n") + 1
+        if len(rest) >= LONGEST_RECORD:
+            name = next(iter(rest[:_BLOCK].split()), "")
+            raise _too_long(file, f"the record {shortened(name)!r}", at)
+        block = text.read(_BLOCK)
+    yield at, rest + ends.decode("", final=True)
+
+
+def _with_other_lines(file: str, at: int, lines: Iterable[str]) -> Iterator[SequenceRecord]:
+    """A record whose lines hold more than letters, and those that begin with a space and a >."""
+    name, parts, spaces = "", list[str](), False
 
     def record() -> SequenceRecord:
         flags = (("no_id",) if not name else ()) + (("spaces_removed",) if spaces else ())
         return SequenceRecord(file=file, line=at, id=name, sequence="".join(parts), flags=flags)
 
-    for number, line in enumerate(_lines(lines), start=1):
+    for number, line in enumerate(map(str.strip, lines), start=at):
         if line.startswith(">"):
-            if at:
+            if number > at:
                 yield record()
-            name, at, spaces, letters = next(iter(line[1:].split()), ""), number, False, 0
+            name, at, spaces = next(iter(line[1:].split()), ""), number, False
             parts.clear()
-        elif at and not line.startswith((";", "#")):
+        elif not line.startswith((";", "#")):
             parts.append(line if line.isalpha() else _SPACE.sub("", line))
             spaces = spaces or len(parts[-1]) < len(line)
-            letters += len(line)
-            if letters >= LONGEST_RECORD:
-                raise _too_long(file, f"the record {shortened(name)!r}", at)
     yield record()
-
-
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
-    """Lines without their ends, of whatever kind these are."""
-    for chunk in chunks:
-        if "\r" in chunk.rstrip("\r\n"):  # a file of old Macintoshes
-            yield from map(str.strip, chunk.split("\r"))
-        else:
-            yield chunk.strip()
 
 
 def _table(
@@ -309,26 +332,23 @@ class SeenIds:
     """
 
     def __init__(self) -> None:
-        self._known: list[npt.NDArray[np.uint64]] = []  # sorted; each shorter than the one before
+        self._known: list[npt.NDArray[np.int64]] = []  # sorted; each shorter than the one before
 
     def add(self, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Adds ids; returns which of them, [n], stand before, in this call or an earlier one."""
-        hashes = np.frombuffer(
-            b"".join(
-                hashlib.blake2b(one.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-                for one in ids
-            ),
-            dtype=np.uint64,
-        )
-        found = np.zeros(len(hashes), bool)
+        hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
+        order = np.argsort(hashes, kind="stable")
+        ordered = hashes[order]
+        found = np.zeros(len(ids), bool)
+        found[1:] = ordered[1:] == ordered[:-1]
+        new = ordered[~found]
         for known in self._known:
-            at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-            found |= known[at] == hashes
-        new, first = np.unique(hashes, return_index=True)
-        repeated = np.ones(len(hashes), bool)
-        repeated[first] = False
+            at = np.minimum(np.searchsorted(known, ordered), len(known) - 1)
+            found |= known[at] == ordered
         while self._known and len(self._known[-1]) <= len(new):
             new = np.union1d(self._known.pop(), new)
         if len(new):
             self._known.append(new)
-        return found | repeated
+        repeated = np.empty_like(found)
+        repeated[order] = found
+        return repeated

@@ -6,7 +6,7 @@ import csv
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TextIO, TypeAlias
@@ -23,7 +23,7 @@ from tuner.data.rows import (
     truncated,
 )
 from tuner.data.sequences import SeenIds, SequenceRecord
-from tuner.data.text import NUCLEOTIDE_LENGTH, ONLY_NUCLEOTIDES, cleaned
+from tuner.data.text import NUCLEOTIDE_LENGTH, NUCLEOTIDES, ONLY_NUCLEOTIDES, cleaned
 from tuner.results.bundle import Bundle
 
 COLUMNS = ("id", "probability", "label", "spread", "flags")
@@ -31,6 +31,7 @@ COLUMNS = ("id", "probability", "label", "spread", "flags")
 CHUNK = 8_192
 #: From this many residues on, a sequence of the letters of DNA and RNA alone is flagged.
 _NUCLEOTIDES = 30
+_NUCLEOTIDE_LETTERS = NUCLEOTIDES + NUCLEOTIDES.lower()
 
 #: What begins the flags of records that are no good whatever their sequence.
 _REFUSED = ("wrong_number_of_fields", "several_lines")
@@ -123,13 +124,13 @@ class _Chunk:
 
 def _prepared(records: list[SequenceRecord], bundle: Bundle, seen: SeenIds) -> _Chunk:
     flags = [record.flags for record in records]
-    sequences = []
-    for at, record in enumerate(records):
-        sequence, more = _checked(record, bundle)
-        sequences.append(sequence)
-        if more:
-            flags[at] += more
-    for at, positions in find_unknown(sequences):
+    sequences = [record.sequence for record in records]
+    unusual = _unusual(records, sequences, bundle)
+    for at in unusual:
+        sequences[at], more = _checked(records[at], bundle)
+        flags[at] += more
+    for number, positions in find_unknown([sequences[at] for at in unusual]):
+        at = unusual[number]
         if _can_be_masked(sequences[at], positions, bundle):
             flags[at] += (f"unknown_residues:{len(positions)}_masked",)
         else:
@@ -145,6 +146,19 @@ def _prepared(records: list[SequenceRecord], bundle: Bundle, seen: SeenIds) -> _
         predicted=[bool(sequence) for sequence in sequences],
         tokens=bundle.encode(usable),
     )
+
+
+def _unusual(
+    records: Sequence[SequenceRecord], sequences: Sequence[str], bundle: Bundle
+) -> list[int]:
+    """The records to look at one by one: others have nothing but residues, and nothing to say."""
+    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+    unusual = (lengths < max(bundle.min_length, 1)) | (lengths > bundle.max_length)
+    unusual[[at for at, record in enumerate(records) if record.flags]] = True
+    unusual[[at for at, _ in find_unknown(sequences)]] = True
+    unusual[[at for at, one in enumerate(sequences) if not one.strip(_NUCLEOTIDE_LETTERS)]] = True
+    found: list[int] = np.flatnonzero(unusual).tolist()
+    return found
 
 
 def _can_be_masked(sequence: str, positions: list[int], bundle: Bundle) -> bool:

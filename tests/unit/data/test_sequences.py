@@ -74,7 +74,8 @@ def test_a_column_of_the_training_is_found_behind_the_usual_one() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b">a\n" + b"A" * 999, "stdin:2: the line has more than 99 letters"),
+        (b">a\n" + b"A" * 999, "stdin:1: the record 'a' has more than 99 letters"),
+        (b">" + b"A" * 999, "stdin:1: the line has more than 99 letters"),
         (b">a\nM\n>b\n" + b"AAAAAAAAA\n" * 12, "stdin:3: the record 'b' has more than 99 letters"),
         (b'sequence\nM\n"' + b"A\n" * 99, "stdin:3: cannot be read as ','-separated text from"),
     ],
