@@ -39,6 +39,11 @@ ARTIFACT_PREFIXES = (ARTIFACT_PREFIX, f"dashboard:{ARTIFACT_PREFIX}")
 _ATTACHED = uuid.UUID("6b1f1c5e-5d0e-4c57-9a35-0f8f0f4c1e02")  #: names the ids that are ours
 
 
+def clusters_path(root: Path, key: str) -> Path:
+    """Where the clusters of a set of sequences are kept."""
+    return root / "clusters" / f"{key}.npz"
+
+
 @dataclass(frozen=True, slots=True)
 class StudyArtifacts:
     """The files of one study."""

@@ -114,7 +114,9 @@ def _load(
     from tuner.spec.reader import load_spec
 
     spec = load_spec(path, overrides)
-    prepared = prepare(spec.data, folder=spec.folder, artifacts=artifacts, sha256=spec.data_sha256)
+    prepared = prepare(
+        spec.data, folder=spec.folder, artifacts=artifacts, sha256=spec.data_sha256, say=print_note
+    )
     for warning in prepared.all_warnings:
         if warning in prepared.loud:
             print_warning(warning)

@@ -1,10 +1,11 @@
-"""Rows of NPZ files, whose members are checked before they are unpacked."""
+"""NPZ files: written alike everywhere, and checked before they are unpacked; their rows."""
 
 from __future__ import annotations
 
 import io
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,20 @@ def read_member(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
     except Exception as error:  # zipfile, zlib, NumPy and tokenize (!), each in its own words
         raise DamagedError(shortened(str(error) or type(error).__name__)) from error
     return array
+
+
+def npz_bytes(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """An npz file whose bytes depend on the arrays alone: no clock, no platform, no zlib."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
+            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system = 3  # zipfile writes that of the running system
+            info.external_attr = 0o600 << 16
+            archive.writestr(info, member.getvalue())
+    return content.getvalue()
 
 
 def npz_rows(file: str, content: bytes, reader: SequenceReader) -> list[Row]:

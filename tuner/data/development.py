@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,20 +114,6 @@ def balanced_weights(
     shares = np.where(soluble, own[soluble].sum(), own[~soluble].sum())
     balanced: npt.NDArray[np.float32] = (own * own.sum() / (2 * shares)).astype(np.float32)
     return balanced
-
-
-def npz_bytes(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """An npz file whose bytes depend on the arrays alone: no clock, no platform, no zlib."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
-            member = io.BytesIO()
-            np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
-            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            info.create_system = 3  # zipfile writes that of the running system
-            info.external_attr = 0o600 << 16
-            archive.writestr(info, member.getvalue())
-    return content.getvalue()
 
 
 def write_development(path: Path, content: bytes) -> None:

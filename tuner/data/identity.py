@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tuner.spec.spec import DataSettings
+from tuner.data.homology import Clusters
 from tuner.data.rows import Source
 from tuner.data.split import Split
 
@@ -26,14 +27,18 @@ class DataIdentity:
     training_rows: int
     validation_rows: int  #: rows that choose hyperparameters
     test_rows: int  #: rows that are sealed until the report
+    clusters: int | None = None  #: of similar sequences, of rule "homology"
+    mmseqs: str | None = None  #: the version of MMseqs2 that found them
 
     def to_document(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def check_document(self) -> dict[str, Any]:
         """The same for whoever checks a study file: `tuner check --json` and the dashboard."""
+        clusters = {} if self.clusters is None else {"clusters": self.clusters}
         return {
+            **clusters,
             "source": self.source,
             "synthetic": self.synthetic,
             "sha256": self.sha256,
@@ -51,7 +56,9 @@ class DataIdentity:
         return cls(**document)
 
 
-def identity_of(source: Source, split: Split, settings: DataSettings) -> DataIdentity:
+def identity_of(
+    source: Source, split: Split, settings: DataSettings, clusters: Clusters | None = None
+) -> DataIdentity:
     """The identity of rows and their split."""
     # Without the seed, so that it names the set of test sequences, however they were chosen.
     hashes = sorted(hashlib.sha256(row.sequence.encode()).hexdigest() for row in split.test)
@@ -65,4 +72,6 @@ def identity_of(source: Source, split: Split, settings: DataSettings) -> DataIde
         training_rows=len(split.training),
         validation_rows=len(split.validation),
         test_rows=len(split.test),
+        clusters=None if clusters is None else clusters.count,
+        mmseqs=None if clusters is None else clusters.version,
     )

@@ -12,7 +12,7 @@ on those rows alone: not on the file, its format or the order of its rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +20,23 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from tuner.artifacts import development_path
-from tuner.data.development import npz_bytes, split_arrays, weights_of, write_development
+from tuner.data.arrays import npz_bytes
+from tuner.data.development import split_arrays, weights_of, write_development
 from tuner.data.files import load_source
+from tuner.data.homology import Clusters, cluster
 from tuner.data.identity import DataIdentity, identity_of
 from tuner.data.problems import BOTH_LABELS, TWO_PARTS, Kind, Problems, Refused, shortened
 from tuner.data.rows import Row, Source, Tokens, kept_in_words, truncated
 from tuner.data.sources import beside_the_study_file, file_names, warn_of_another_source
-from tuner.data.split import SplitHashes, hashes_of, split_rows
+from tuner.data.split import Split, SplitHashes, hashes_of, split_rows
 from tuner.data.text import NUCLEOTIDE_LENGTH, NUCLEOTIDES, ONLY_NUCLEOTIDES
 from tuner.errors import counted
 from tuner.metrics import small_split_warnings
 
 if TYPE_CHECKING:
-    from tuner.spec.spec import DataSettings
+    from tuner.spec.spec import DataSettings, SplitSettings
+
+_FAR = 0.1  #: of what was asked for, by which a part may miss it without a word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +68,12 @@ class HeldOutRows:
 
 
 def prepare(
-    settings: DataSettings, *, folder: Path, artifacts: Path, sha256: str | None = None
+    settings: DataSettings,
+    *,
+    folder: Path,
+    artifacts: Path,
+    sha256: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Prepared:
     """Reads the source once, checks and splits it, and writes the development file.
 
@@ -75,6 +84,7 @@ def prepare(
         sha256: Of the source, where the study file tells it (an exported one does): a source that
             is missing is then looked for in `folder` under any name, and one of another content
             is warned of.
+        say: Hears of what takes long.
 
     Raises:
         DataError: The source cannot be used; lists every problem found.
@@ -84,7 +94,8 @@ def prepare(
     source = _read_source(there or settings, folder)
     if there is not None:
         source = replace(source, name=", ".join(file_names(settings)))
-    split = split_rows(source, settings.split)
+    clusters = _clusters(source, settings.split, artifacts, say)
+    split = split_rows(source, settings.split, clusters)
     training_tokens, training_labels = split_arrays(split.training, settings.max_length)
     validation_tokens, validation_labels = split_arrays(split.validation, settings.max_length)
     arrays: dict[str, npt.NDArray[Any]] = {
@@ -101,27 +112,36 @@ def prepare(
     development_file = development_path(artifacts, development_sha256)
     write_development(development_file, content)
     return Prepared(
-        identity=identity_of(source, split, settings),
+        identity=identity_of(source, split, settings, clusters),
         development_file=development_file,
         development_sha256=development_sha256,
-        warnings=(*source.warnings, *warn_of_another_source(there, source, sha256)),
+        warnings=(
+            *source.warnings,
+            *warn_of_another_source(there, source, sha256),
+            *([] if clusters is None else _warn_of_fractions(split, settings.split)),
+        ),
         loud=source.loud,
         hashes=hashes_of(split),
     )
 
 
-def read_hashes(settings: DataSettings, *, folder: Path) -> tuple[DataIdentity, SplitHashes]:
-    """Which sequences a source has in which split; nothing is written.
+def read_hashes(
+    settings: DataSettings, *, folder: Path, artifacts: Path | None = None
+) -> tuple[DataIdentity, SplitHashes]:
+    """Which sequences a source has in which split; no rows are written.
 
     Raises:
         DataError: The source cannot be used; lists every problem found.
     """
     source = _read_source(settings, folder)
-    split = split_rows(source, settings.split)
-    return identity_of(source, split, settings), hashes_of(split)
+    clusters = _clusters(source, settings.split, artifacts)
+    split = split_rows(source, settings.split, clusters)
+    return identity_of(source, split, settings, clusters), hashes_of(split)
 
 
-def read_held_out(settings: DataSettings, *, folder: Path) -> tuple[DataIdentity, HeldOutRows]:
+def read_held_out(
+    settings: DataSettings, *, folder: Path, artifacts: Path | None = None
+) -> tuple[DataIdentity, HeldOutRows]:
     """The test rows, read from the source again. Only `tuner.results.heldout` may call this.
 
     The caller compares the identity with the study's: the source may have changed since.
@@ -130,10 +150,44 @@ def read_held_out(settings: DataSettings, *, folder: Path) -> tuple[DataIdentity
         DataError: The source cannot be used; lists every problem found.
     """
     source = _read_source(settings, folder)
-    split = split_rows(source, settings.split)
+    clusters = _clusters(source, settings.split, artifacts)
+    split = split_rows(source, settings.split, clusters)
     tokens, labels = split_arrays(split.test, settings.max_length)
     rows = HeldOutRows(tokens=tokens, labels=labels, hashes=hashes_of(split).test)
-    return identity_of(source, split, settings), rows
+    return identity_of(source, split, settings, clusters), rows
+
+
+def _clusters(
+    source: Source,
+    settings: SplitSettings,
+    artifacts: Path | None,
+    say: Callable[[str], None] | None = None,
+) -> Clusters | None:
+    """The clusters of the source's sequences, test rows among them; None of another rule."""
+    if settings.identity is None or settings.coverage is None:
+        return None
+    return cluster(
+        [row.sequence for row in source.rows],
+        identity=settings.identity,
+        coverage=settings.coverage,
+        artifacts=artifacts,
+        say=say,
+    )
+
+
+def _warn_of_fractions(split: Split, settings: SplitSettings) -> Iterator[str]:
+    """Says where large clusters keep a part away from what was asked."""
+    rows = len(split.training) + len(split.validation) + len(split.test)
+    for part, asked in (
+        ("validation", settings.validation_fraction),
+        ("test", settings.test_fraction),
+    ):
+        found = len(getattr(split, part)) / rows
+        if abs(found - asked) > _FAR * asked:
+            yield (
+                f"the {part} part has {100 * found:.1f} % of the rows, {100 * asked:g} % were "
+                "asked for: clusters of similar sequences stay whole"
+            )
 
 
 # --- rows and problems ---------------------------------------------------------------------------

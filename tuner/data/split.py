@@ -6,12 +6,14 @@ Why: `docs/decisions.md#when-is-a-split-too-small`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tuner.spec.spec import SplitPart, SplitSettings
+from tuner.data.groups import divide_groups
+from tuner.data.homology import Clusters
 from tuner.data.problems import Problems
 from tuner.data.rows import Row, Source, hash_sequence
 from tuner.errors import counted
@@ -40,15 +42,24 @@ class Split:
     test: tuple[Row, ...]  #: sealed until the report
 
 
-def split_rows(source: Source, settings: SplitSettings) -> Split:
+def split_rows(source: Source, settings: SplitSettings, clusters: Clusters | None = None) -> Split:
     """Splits the rows by the rule of the study file.
+
+    Args:
+        source: The rows.
+        settings: The rule.
+        clusters: Of the rows, in their order; for rule "homology".
 
     Raises:
         DataError: A part has no rows of a label, or there are too few of it.
     """
     order = _order(settings.seed)
-    divide = _given if settings.rule == "given" else _at_random
-    parts = divide(source, settings)
+    if clusters is not None:
+        parts = _by_clusters(source, settings, clusters)
+    elif settings.rule == "given":
+        parts = _given(source, settings)
+    else:
+        parts = _at_random(source, settings)
     # By hash over both labels: a reader that takes the rows in order meets the labels mixed.
     return Split(**{name: tuple(sorted(rows, key=order)) for name, rows in parts.items()})
 
@@ -60,7 +71,6 @@ def _order(seed: int) -> Callable[[Row], bytes]:
 
 def _given(source: Source, settings: SplitSettings) -> dict[SplitPart, list[Row]]:
     """The rows of each part, as the data names it."""
-    problems = Problems()
     parts: dict[SplitPart, list[Row]] = {"training": [], "validation": [], "test": []}
     for row in source.rows:
         if row.part is not None:
@@ -70,6 +80,37 @@ def _given(source: Source, settings: SplitSettings) -> dict[SplitPart, list[Row]
         if settings.column is None
         else f"name other values of the column {settings.column!r} in [data.split]"
     )
+    _require_labels(source, parts, settings.column or "label", remedy)
+    return parts
+
+
+def _by_clusters(
+    source: Source, settings: SplitSettings, clusters: Clusters
+) -> dict[SplitPart, list[Row]]:
+    """The rows of each part, no cluster in two of them."""
+    shares: dict[SplitPart, float] = {
+        "test": settings.test_fraction,
+        "validation": settings.validation_fraction,
+        "training": 1 - settings.test_fraction - settings.validation_fraction,
+    }
+    parts = divide_groups(source.rows, clusters.numbers, shares, _order(settings.seed))
+    remedy = (
+        f"the rows make {counted(clusters.count, 'cluster')}; add rows, or raise identity in "
+        "[data.split] for more clusters"
+    )
+    _require_labels(source, parts, "label", remedy)
+    return parts
+
+
+def _require_labels(
+    source: Source, parts: Mapping[SplitPart, Sequence[Row]], key: str, remedy: str
+) -> None:
+    """Each part has to have both labels, and the data ten rows of each.
+
+    Raises:
+        DataError: It has not.
+    """
+    problems = Problems()
     for part, rows in parts.items():
         for label in (1, 0):
             if not any(row.label == label for row in rows):
@@ -77,7 +118,7 @@ def _given(source: Source, settings: SplitSettings) -> dict[SplitPart, list[Row]
                     source.name,
                     f"the {part} part has no row of label {label}, of "
                     f"{counted(len(rows), 'different row')}; each part needs both labels: {remedy}",
-                    key=settings.column or "label",
+                    key=key,
                     value=part,
                 )
     for label in (1, 0):
@@ -91,7 +132,6 @@ def _given(source: Source, settings: SplitSettings) -> dict[SplitPart, list[Row]
                 value=str(label),
             )
     problems.raise_if_any()
-    return parts
 
 
 def _at_random(source: Source, settings: SplitSettings) -> dict[SplitPart, list[Row]]:

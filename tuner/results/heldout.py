@@ -98,7 +98,11 @@ def open_test_split(
         split_id=record.data.split_id,
         ensemble=ensemble,
     )
-    identity, rows = read_held_out(settings or _settings(tuned), folder=record.spec.folder)
+    identity, rows = read_held_out(
+        settings or _settings(tuned),
+        folder=record.spec.folder,
+        artifacts=tuned.artifacts.folder.parent,
+    )
     _require_same(tuned, identity)
     # For studies of an earlier version, which did not keep it when they were launched.
     tuned.storage.splits.add(identity.split_id, rows.hashes)

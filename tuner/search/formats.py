@@ -27,6 +27,10 @@ _NOT_WRITTEN: Mapping[str, Any] = {
     "spec.data.columns.weight": None,
     "spec.data.split.column": None,
     "spec.data.split.training": None,
+    "spec.data.split.identity": None,
+    "spec.data.split.coverage": None,
+    "data.clusters": None,
+    "data.mmseqs": None,
     "spec.training.as_trial": None,
 }
 

@@ -172,7 +172,8 @@ def _enter_earlier_studies(storage: Storage, spec: StudySpec, prepared: Prepared
         its = {"source": spec.data.source, "max_length": data["max_length"]}
         try:
             stored = DataSettings.model_validate(settings).model_copy(update=its)
-            identity, hashes = read_hashes(stored, folder=spec.folder)
+            artifacts = prepared.development_file.parent.parent
+            identity, hashes = read_hashes(stored, folder=spec.folder, artifacts=artifacts)
         except (DataError, ValidationError):
             continue  # cannot be read so today: it is entered when it is launched itself
         if identity.split_id == data["split_id"]:

@@ -197,7 +197,7 @@ Unknown: TypeAlias = Literal["error", "mask"]
 Conflicts: TypeAlias = Literal["error", "drop"]
 ClassWeights: TypeAlias = Literal["none", "balanced"]
 #: How rows are divided.
-SplitRule: TypeAlias = Literal["random", "given"]
+SplitRule: TypeAlias = Literal["random", "given", "homology"]
 SplitPart: TypeAlias = Literal["training", "validation", "test"]
 _PARTS: tuple[SplitPart, ...] = get_args(SplitPart)
 #: Values of a table's column.
@@ -224,7 +224,7 @@ class SplitSettings(Table):
 
     rule: SplitRule = "random"
     """"random": by the hash of seed and sequence, stratified by label; "given": by a column or by
-    three files"""
+    three files; "homology": as random, with similar sequences in one part"""
     seed: Seed = 0
     """another seed, another split"""
     validation: Part = 0.1
@@ -235,6 +235,10 @@ class SplitSettings(Table):
     """of a table, with rule "given": its values say which part a row is in"""
     training: Values | None = None
     """values of `column` whose rows are trained on; left out: all that are not named otherwise"""
+    identity: Annotated[float, Field(ge=0, le=1)] | None = None
+    """with rule "homology", 0.3 by default: share of residues that similar sequences have alike"""
+    coverage: Annotated[float, Field(gt=0, le=1)] | None = None
+    """with rule "homology", 0.8 by default: of both sequences, that their alignment covers"""
 
     @model_validator(mode="before")
     @classmethod
@@ -323,6 +327,11 @@ class SplitSettings(Table):
         """The split as it is shown: "seed 1", "by column 'partition'"."""
         if self.rule == "given":
             words = "as three files" if self.column is None else f"by column {self.column!r}"
+        elif self.rule == "homology":
+            words = (
+                f"by homology (identity {self.identity:g}, coverage {self.coverage:g}), "
+                f"seed {self.seed}"
+            )
         else:
             words = f"seed {self.seed}"
         return words
@@ -331,11 +340,14 @@ class SplitSettings(Table):
 #: What a rule's keys are by default.
 _DEFAULTS_OF_RULE: Mapping[str, Mapping[str, Any]] = {
     "given": {"validation": ["validation"], "test": ["test"]},
+    "homology": {"identity": 0.3, "coverage": 0.8},
 }
 #: Keys that one rule alone has.
 _KEYS_OF_RULE = {
     "column": "given",
     "training": "given",
+    "identity": "homology",
+    "coverage": "homology",
 }
 
 

@@ -61,7 +61,7 @@ def test_the_ledger_row_stands_before_a_test_row_is_read(
 ) -> None:
     seen = []
 
-    def read(settings: object, *, folder: Path) -> NoReturn:
+    def read(*_: object, **__: object) -> NoReturn:
         # As another process sees it: committed, not merely begun.
         with Storage(tuned.storage.url) as other:
             seen.extend(other.ledger.entries())
