@@ -14,7 +14,7 @@ from tuner.storage.storage import Storage
 from tuner.storage.tables import metadata
 from tuner.storage.url import parse_url
 
-VERSIONS = (1, 2, 3, 4, 5)
+VERSIONS = (1, 2, 3, 4, 5, 6)
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "tuner_lease": [
@@ -82,7 +82,7 @@ def tables_of(version: int) -> sa.MetaData:
         sa.Column("renewed_at", sa.Float if version == 1 else sa.Double, nullable=False),
         sa.Column("stop_requested", sa.Boolean, nullable=False),
     )
-    sa.Table(
+    ledger = sa.Table(
         "tuner_ledger",
         old,
         sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
@@ -147,6 +147,8 @@ def tables_of(version: int) -> sa.MetaData:
             old,
             sa.Column("version_num", sa.String(32), primary_key=True),
         )
+    if version >= 6:
+        ledger.append_column(sa.Column("ensemble", sa.Text, nullable=True))
     return old
 
 

@@ -184,6 +184,34 @@ def development_path(root: Path, sha256: str) -> Path:
     return root / "development" / f"{sha256}.npz"
 
 
+def kept_heads_folder(root: Path) -> Path:
+    """Where the heads of ledgers are kept, a file for each ledger."""
+    return root / "ledger"
+
+
+def kept_heads_path(root: Path, ledger: str) -> Path:
+    """The heads of one ledger, by its identity: a line for each entry, only ever added to."""
+    return kept_heads_folder(root) / f"{ledger}.jsonl"
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Adds lines at the end of a file, on the disk when it returns.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    make_folder(path.parent)
+    mode = new_file_mode(path.parent) or 0o600
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode)
+    with os.fdopen(descriptor, "r+b") as file:
+        # A line that was cut off by a crash stays one of its own.
+        end = file.seek(0, os.SEEK_END)
+        cut_off = end > 0 and (file.seek(end - 1), file.read(1))[1] != b"\n"
+        file.write(b"\n" * cut_off + "".join(f"{line}\n" for line in lines).encode())
+        file.flush()
+        os.fsync(descriptor)
+
+
 def _remove(path: Path) -> None:
     """Removes a file that is not needed any more; one that stays costs room, and no study."""
     with contextlib.suppress(OSError):

@@ -16,6 +16,12 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
+def ordinal(number: int) -> str:
+    """A place in words: "1st", "2nd", "11th"."""
+    teens = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if teens else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
+
+
 def is_outage(error: BaseException) -> bool:
     """Whether the system failed to read or write: nothing is said about what stands in a file.
 

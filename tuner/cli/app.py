@@ -17,6 +17,9 @@ storage_app = typer.Typer(
 )
 
 
+ledger_app = typer.Typer(no_args_is_help=True, help="Proves that the record of openings is whole.")
+
+
 dashboard_app = typer.Typer(
     invoke_without_command=True, epilog="Example: tuner dashboard --port 8080"
 )

@@ -10,15 +10,16 @@ from typing import Annotated, NoReturn
 import typer
 
 from tuner import __version__, logs
-from tuner.cli.app import app, dashboard_app, data_app, storage_app
+from tuner.cli.app import app, dashboard_app, data_app, ledger_app, storage_app
 from tuner.cli.terminal import complain, logger
 from tuner.errors import TunerError
 
 # Each registers its verbs; the order is that of `tuner --help`.
-from tuner.cli import init, launch, studies, export, predict, serve  # isort: skip  # noqa: F401
+from tuner.cli import init, launch, studies, ledger, export, predict, serve  # isort: skip  # noqa: F401
 
 
 app.add_typer(data_app, name="data")
+app.add_typer(ledger_app, name="ledger")
 app.add_typer(storage_app, name="storage")
 app.add_typer(dashboard_app, name="dashboard")
 

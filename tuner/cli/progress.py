@@ -17,7 +17,7 @@ from rich.text import Text
 
 from tuner import logs
 from tuner.coordination.words import describe_end, duration
-from tuner.errors import counted
+from tuner.errors import counted, ordinal
 from tuner.every import Every
 from tuner.search.attributes import ENDED_KEY
 from tuner.search.status import StudyStatus, status
@@ -194,6 +194,11 @@ def status_details(one: StudyStatus) -> Table:
     if one.brackets:
         table.add_row("brackets", " / ".join(map(str, one.brackets)) + " trials")
     table.add_row("epochs", f"{one.epochs_spent} spent, {one.epochs_saved} saved by pruning")
+    if one.openings:
+        opened = f"opened for a report: the {ordinal(one.look)} look at it"
+        table.add_row("test split", opened)
+        if reason := one.openings[-1].reason:
+            table.add_row("", Text(f"opened again because: {reason}"))
     table.add_row("workers", str(one.workers))
     table.add_row("disk", megabytes(one.bytes_on_disk))
     if one.best is not None:

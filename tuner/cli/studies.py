@@ -138,6 +138,17 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
     ] = None,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again",
+            help="Open test rows that were opened before; every report then says so permanently.",
+        ),
+    ] = False,
+    reason: Annotated[
+        str | None,
+        typer.Option(metavar="WHY", help="Why they are opened again; with --again."),
+    ] = None,
     data: SourcePath = None,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
@@ -147,13 +158,41 @@ def report(
     from tuner.results.report import write_report
 
     with open_storage(storage) as opened:
-        written = write_report(opened, name, artifacts_root=artifacts, output=output, data=data)
+        written = write_report(
+            opened,
+            name,
+            artifacts_root=artifacts,
+            output=output,
+            data=data,
+            again=_reason(again=again, reason=reason),
+        )
     if as_json:
         print_json(written.to_document())
         return
     if written.synthetic:
         warn_of_synthetic_data()
     typer.echo(written.summary())
+
+
+_MAX_REASON = 500  #: characters
+
+
+def _reason(*, again: bool, reason: str | None) -> str | None:
+    """The reason for opening a test split again, in one line; None for a first look."""
+    from tuner.storage.audit import one_line
+
+    if not again:
+        if reason is not None:
+            raise typer.BadParameter("--reason says why rows are opened again; it needs --again.")
+        return None
+    said = one_line(reason or "")
+    if not said:
+        raise typer.BadParameter(
+            'To open test rows again, say why: --again --reason "WHY". It is kept permanently.'
+        )
+    if len(said) > _MAX_REASON:
+        raise typer.BadParameter(f"--reason is too long: {len(said)}, at most {_MAX_REASON}.")
+    return said
 
 
 @data_app.command("fetch", epilog="Example: tuner data fetch")
@@ -166,10 +205,11 @@ def data_fetch() -> None:
 
 @storage_app.command("init", epilog="Example: tuner storage init --storage postgresql://lab@db/lab")
 def storage_init(storage: StorageUrl = DEFAULT_STORAGE_URL) -> None:
-    """Creates the schema, or upgrades an older one; if it is current, does nothing."""
+    """Creates the schema, or upgrades an older one; sets up what of it is missing."""
     from tuner.storage.storage import Storage
 
     with Storage(storage, patience_seconds=60.0, say=print_note, upgrade=True) as opened:
+        opened.ledger.protect()
         typer.echo(f"{opened.masked_url} is ready.")
 
 

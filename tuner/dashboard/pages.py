@@ -26,7 +26,15 @@ from tuner.dashboard.http import ROOT
 from tuner.dashboard.login import headers_of
 from tuner.dashboard.predictor import PredictionAnswer, missing_package
 from tuner.dashboard.web import Request, Routes, download, page, study_path, to_page
-from tuner.errors import DataError, Problem, SpecError, StorageError, StudyError, TunerError
+from tuner.errors import (
+    DataError,
+    Problem,
+    SpecError,
+    StorageError,
+    StudyError,
+    TunerError,
+    ordinal,
+)
 from tuner.results.export import Format, best_configs, render
 from tuner.results.prediction import writer_of
 from tuner.search.check import brackets_in_words
@@ -112,7 +120,8 @@ def _facts(request: Request, tuned: TunedStudy, state: StudyStatus) -> tuple[tup
 def _seal_in_words(request: Request, tuned: TunedStudy, state: StudyStatus) -> str:
     """Whether the study's test split was opened, and by whom."""
     if state.state == "reported":
-        return "opened for the report"
+        again = f": the {ordinal(state.look)} look at it" if state.look > 1 else ""
+        return f"opened for the report{again}"
     opened = [
         entry
         for entry in request.site.storage.ledger.entries()

@@ -199,7 +199,7 @@ def _description(
 def _reported(tuned: TunedStudy, chosen: Chosen) -> dict[str, Any]:
     """The figures on the test split, if the study's report evaluated these very networks."""
     members = tuple(zip(chosen.trials, chosen.shares, strict=True))
-    for entry in tuned.storage.ledger.entries(study_key=tuned.key):
+    for entry in reversed(tuned.storage.ledger.entries(study_key=tuned.key)):
         if entry.report is None:
             continue
         test = None
@@ -213,6 +213,9 @@ def _reported(tuned: TunedStudy, chosen: Chosen) -> dict[str, Any]:
                 "opened_at": entry.opened_at,
                 "opened_by": entry.opened_by,
                 "split_id": entry.split_id,
+                "look": entry.look,
+                "reason": entry.reason,
+                "hash": entry.hash,
             }
             return {"test": test, "ledger": ledger}
     return {"test": None, "ledger": None}

@@ -16,13 +16,15 @@ from optuna.trial import FrozenTrial
 
 from tuner.data import solubility
 from tuner.data.identity import DataIdentity
-from tuner.data.prepare import HeldOutRows, read_held_out
+from tuner.data.prepare import HeldOutRows, read_hashes, read_held_out
 from tuner.data.sources import source_sha256, with_files
 from tuner.errors import StudyError
+from tuner.results.seal import Look, keep_heads
 from tuner.search.data_source import source_files
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import DataSettings
 from tuner.storage.ledger import EnsembleMember
+from tuner.storage.splits import sequences_hash
 
 
 def check_source(tuned: TunedStudy, given: Path | None = None) -> DataSettings:
@@ -62,6 +64,24 @@ def check_source(tuned: TunedStudy, given: Path | None = None) -> DataSettings:
     return with_files(settings, files)
 
 
+def know_sequences(tuned: TunedStudy, settings: DataSettings) -> None:
+    """Stores which sequences the split holds, where a study's launch did not; no label is read.
+
+    So that earlier openings of most of these rows are found before they are opened again.
+
+    Raises:
+        DataError: The source cannot be read.
+        StudyError: It is no longer the study's.
+    """
+    if tuned.record.data.split_id in tuned.storage.splits.all():
+        return
+    identity, hashes = read_hashes(
+        settings, folder=tuned.record.spec.folder, artifacts=tuned.artifacts.folder.parent
+    )
+    _require_same(tuned, identity)
+    tuned.storage.splits.add(identity.split_id, hashes.test)
+
+
 def open_test_split(
     tuned: TunedStudy,
     *,
@@ -69,6 +89,8 @@ def open_test_split(
     config_hash: str,
     ensemble: Sequence[EnsembleMember] = (),
     settings: DataSettings | None = None,
+    looks: Sequence[Look] | None = None,
+    reason: str | None = None,
 ) -> tuple[int, HeldOutRows]:
     """Writes the ledger row, then reads the test rows.
 
@@ -78,6 +100,9 @@ def open_test_split(
         config_hash: The sha256 of its configuration.
         ensemble: The networks that will be evaluated together beside it, chosen before.
         settings: What `check_source` found; as the study file has them where that was not asked.
+        looks: The earlier openings of these rows, none of which may be added meanwhile; None: not
+            compared.
+        reason: Why they are opened again, if they are.
 
     Returns:
         The ledger entry's id, and the rows.
@@ -85,8 +110,12 @@ def open_test_split(
     Raises:
         DataError: The source cannot be read. The opening stays in the ledger.
         StudyError: The source is no longer the study's. The opening stays in the ledger.
+        OpenedMeanwhileError: There are more openings than `looks`. Nothing was opened.
+        OSError: The head of the ledger cannot be kept. The opening stays in the ledger.
     """
     record = tuned.record
+    known = tuned.storage.splits.all().get(record.data.split_id)
+    here = [look for look in looks or () if look.ledger is None]
     entry = tuned.storage.ledger.open(
         opened_at=datetime.now(UTC).isoformat(timespec="seconds"),
         opened_by=_who(),
@@ -97,7 +126,13 @@ def open_test_split(
         spec_hash=record.spec_hash,
         split_id=record.data.split_id,
         ensemble=ensemble,
+        sequences_sha256=None if known is None else sequences_hash(known),
+        reason=reason,
+        same_splits={look.split_id for look in here},
+        known_looks=None if looks is None else len(here),
+        looks_elsewhere=len(looks or ()) - len(here),
     )
+    keep_heads(tuned.storage.ledger, tuned.artifacts.folder.parent)
     identity, rows = read_held_out(
         settings or _settings(tuned),
         folder=record.spec.folder,

@@ -21,12 +21,12 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.artifacts import publish, require_writable
+from tuner.artifacts import kept_heads_folder, publish, require_writable
 from tuner.coordination.study_note import attach_page
 from tuner.data.prepare import HeldOutRows
-from tuner.errors import LeaseLostError, StudyError, TunerError, counted, reason_of
+from tuner.errors import LeaseLostError, StudyError, TunerError, counted, ordinal, reason_of
 from tuner.metrics import measure, roc_curve
-from tuner.results import heldout, report_page
+from tuner.results import heldout, report_page, seal
 from tuner.results.choice import Chosen, choose_both, predict_together
 from tuner.results.export import config_hash
 from tuner.results.kept import Evaluate, KeptNetwork
@@ -37,7 +37,7 @@ from tuner.search.status import status as status_of
 from tuner.search.study import load
 from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.storage.lease import LEASE_SECONDS
-from tuner.storage.ledger import EnsembleMember
+from tuner.storage.ledger import EnsembleMember, OpenedMeanwhileError
 from tuner.storage.storage import Storage
 
 JSON_FILE, HTML_FILE = "report.json", "report.html"
@@ -79,10 +79,13 @@ class Report:
         return "\n".join(lines)
 
     def _opening(self) -> str:
-        entry = self.document["ledger"]["entry"]
+        ledger = self.document["ledger"]
+        entry, look = ledger["entry"], ledger["look"]
         if self.opened_now:
+            again = f", the {ordinal(look)} look at these rows" if look > 1 else ""
             return (
-                f"The test split was opened: ledger entry {entry}. The study takes no more trials."
+                f"The test split was opened: ledger entry {entry}{again}. The study takes no more "
+                "trials."
             )
         return f"Nothing was opened: this is the report recorded in ledger entry {entry}."
 
@@ -95,11 +98,13 @@ def write_report(
     output: Path | None = None,
     data: Path | None = None,
     evaluate: Evaluate | None = None,
+    again: str | None = None,
 ) -> Report:
     """Evaluates the winner of a finished study on the test split and writes the report.
 
     A second call shows the recorded report and opens nothing; only the count of openings is
-    read anew. An opening whose evaluation never ended counts, and the next call opens again.
+    read anew. An opening whose evaluation never ended counts, and the next call opens again. Rows
+    that were opened before, by whatever study, are opened again only with a reason.
 
     Args:
         storage: Where the study is.
@@ -109,10 +114,12 @@ def write_report(
         data: Where the study's data is now, if not where its study file names it: a file, or the
             folder that holds it.
         evaluate: Predicts with trained weights; `tuner.network.predict.logits` by default.
+        again: Opens the test split again, for this reason: it is shown with every report.
 
     Raises:
         StudyError: There is no such study, it is running or not finished, its winner cannot be
-            evaluated, its data changed, or another process took it over meanwhile.
+            evaluated, its data changed, its test rows were opened before, or another process took
+            it over meanwhile.
         DataError: The source cannot be used.
         TunerError: The files cannot be written.
     """
@@ -120,8 +127,8 @@ def write_report(
     folder = output or tuned.artifacts.report_folder
     _require_writable(folder)
     recorded, opened_now = _recorded_report(tuned), False
-    if recorded is None:
-        recorded, opened_now = _open_and_evaluate(tuned, evaluate, data)
+    if recorded is None or again is not None:
+        recorded, opened_now = _open_and_evaluate(tuned, evaluate, data, again)
     document = _with_the_ledger_of_now(tuned, recorded)
     document["warnings"] = list(report_page.warnings(document))
     page = report_page.render(document)
@@ -146,13 +153,13 @@ def write_report(
 
 
 def _recorded_report(tuned: TunedStudy) -> dict[str, Any] | None:
-    """What an earlier call recorded for this very study."""
+    """What the last call recorded for this very study."""
     reports = [entry.report for entry in tuned.storage.ledger.entries(study_key=tuned.key)]
-    return next((report for report in reports if report is not None), None)
+    return next((report for report in reversed(reports) if report is not None), None)
 
 
 def _open_and_evaluate(
-    tuned: TunedStudy, evaluate: Evaluate | None, data: Path | None
+    tuned: TunedStudy, evaluate: Evaluate | None, data: Path | None, again: str | None
 ) -> tuple[dict[str, Any], bool]:
     """Opens the split, and records what the winner is worth on it.
 
@@ -164,15 +171,18 @@ def _open_and_evaluate(
     # While this process holds the lease no coordinator starts, and no second report opens.
     with tuned.storage.lease.held(tuned.id):
         recorded = _recorded_report(tuned)
-        if recorded is not None:
+        if recorded is not None and again is None:
             return recorded, False
         _require_finished(tuned)
+        source = heldout.check_source(tuned, data)
+        heldout.know_sequences(tuned, source)
+        looks = seal.looks_before(tuned)
+        reason = seal.again_reason(tuned, looks, again)
         winner = _winner(tuned)
         with _nothing_is_opened():
             # The rehearsal, with rows that are not sealed: weights that do not give the loss for
             # which they were chosen would waste the one opening.
             single, ensemble = choose_both(tuned, evaluate=evaluate)
-        source = heldout.check_source(tuned, data)
         try:
             entry, rows = heldout.open_test_split(
                 tuned,
@@ -180,7 +190,21 @@ def _open_and_evaluate(
                 config_hash=config_hash(single.networks[0].config),
                 ensemble=_members(ensemble),
                 settings=source,
+                looks=looks,
+                reason=reason,
             )
+        except OpenedMeanwhileError as error:
+            raise StudyError(
+                f"Study {tuned.name!r}: {error}. Nothing was opened here; report again, which says "
+                "who did."
+            ) from error
+        except OSError as error:
+            place = kept_heads_folder(tuned.artifacts.folder.parent)
+            raise StudyError(
+                f"{error.filename or place}: the head of the ledger cannot be kept "
+                f"({reason_of(error)}). The opening stands in the ledger, and no test row was "
+                "read; once that is solved, report again."
+            ) from error
         except LeaseLostError as error:
             raise StudyError(
                 f"{_lost(tuned)} Nothing was opened; report again once it is finished."
@@ -209,6 +233,8 @@ def _open_and_evaluate(
         document = dict(json.loads(json.dumps(document, allow_nan=False)))
         try:
             tuned.storage.ledger.record_report(entry, document)
+            with contextlib.suppress(OSError):  # the opening's head is kept: this is more
+                seal.keep_heads(tuned.storage.ledger, tuned.artifacts.folder.parent)
         except LeaseLostError as error:
             raise StudyError(
                 f"{_lost(tuned)} The test split was opened (ledger entry {entry}), but what was "
@@ -330,8 +356,16 @@ def _with_the_ledger_of_now(tuned: TunedStudy, recorded: Mapping[str, Any]) -> d
     """The recorded report with all openings of its test rows up to now, by whatever study."""
     data = tuned.record.data
     rows = overlap.openings(tuned.storage, data.split_id)
+    entry = recorded["ledger"]["entry"]
+    its_entry = next((row for row, _ in rows if row.id == entry), None)
+    chain = tuned.storage.ledger.chain()
     ledger = {
-        "entry": recorded["ledger"]["entry"],
+        "entry": entry,
+        "entry_hash": its_entry and its_entry.hash,
+        "look": its_entry.look if its_entry else 1,
+        "reason": its_entry and its_entry.reason,
+        "head": dataclasses.asdict(chain.head),
+        "problems": list(seal.verify(tuned.storage, tuned.artifacts.folder.parent).problems),
         "openings": len(rows),
         "test_rows": data.test_rows,
         "rows": [
@@ -342,6 +376,8 @@ def _with_the_ledger_of_now(tuned: TunedStudy, recorded: Mapping[str, Any]) -> d
                 "study": row.study,
                 "trial": row.trial,
                 "ensemble": [member.trial for member in row.ensemble],
+                "look": row.look,
+                "reason": row.reason,
                 "evaluated": row.report is not None,
                 "shared_rows": data.test_rows if row.split_id == data.split_id else shared,
             }

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tuner.errors import counted
+from tuner.errors import counted, ordinal
 from tuner.metrics import DRAWS, THRESHOLD, small_split_warnings
 from tuner.spec.spec import SplitSettings
 
@@ -192,6 +192,18 @@ def ledger_warnings(document: Document) -> tuple[str, ...]:
     """What the ledger's count of openings means; nothing where there is only this one."""
     ledger = document["ledger"]
     warnings = []
+    if ledger.get("problems"):
+        first, *rest = ledger["problems"]
+        more = f" ({counted(len(rest), 'more problem')})" if rest else ""
+        warnings.append(
+            f"Warning: the ledger of this storage is not whole, so its count of openings proves "
+            f"nothing: {first}{more} `tuner ledger verify` says all."
+        )
+    if ledger.get("look", 1) > 1:
+        warnings.append(
+            f"Warning: these figures are of the {ordinal(ledger['look'])} look at this test split. "
+            f"The reason that was given: {ledger['reason']}."
+        )
     if ledger["openings"] > 1:
         warnings.append(
             f"Warning: {_openings_in_words(ledger)} Each look at it that led to another study "
@@ -249,6 +261,7 @@ def render(document: Document) -> str:
     template = files("tuner.results").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         report=document,
+        look=ordinal(document["ledger"]["look"]),
         headline=headline(document),
         ensemble=ensemble_in_words(document),
         metrics=metric_rows(document),

@@ -16,6 +16,7 @@ from tuner.search.attributes import (
 )
 from tuner.search.study import attached_files
 from tuner.search.tuned_study import FINISHED, TunedStudy
+from tuner.storage.ledger import LedgerEntry
 from tuner.train import ACCURACY_KEY, PARAMETERS_KEY, ROC_AUC_KEY
 
 State = Literal["queued", "running", "stopped", "finished", "reported"]
@@ -39,6 +40,12 @@ class StudyStatus:
     bytes_on_disk: int  #: of its artifacts
     error: str | None  #: why the service gave it up
     ended_early: str | None  #: why it ended before the budget that was asked for
+    openings: tuple[LedgerEntry, ...]  #: of its test split by its own reports; () while sealed
+
+    @property
+    def look(self) -> int:
+        """The number of its last look at its test rows, by whatever study; 0 while sealed."""
+        return self.openings[-1].look if self.openings else 0
 
     @property
     def finished_trials(self) -> int:
@@ -78,6 +85,11 @@ class StudyStatus:
             "bytes_on_disk": self.bytes_on_disk,
             "error": self.error,
             "ended_early": self.ended_early,
+            "ledger": {
+                "entries": [entry.id for entry in self.openings],
+                "look": self.look,
+                "reason": self.openings[-1].reason if self.openings else None,
+            },
         }
 
 
@@ -94,10 +106,12 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
     for trial in trials:
         counts[trial.state.name] += 1
     finished = sum(counts[state.name] for state in FINISHED)
+    # Who drives it holds its lease: no report opens meanwhile, and none did before.
+    openings = () if driven else tuned.storage.ledger.entries(study_key=tuned.key)
     state: State
     if driven:
         state = "running"
-    elif tuned.storage.ledger.entries(study_key=tuned.key):
+    elif openings:
         state = "reported"
     elif (lease := tuned.storage.leases.of(tuned.id)) is not None and lease.is_live:
         state = "running"
@@ -129,6 +143,7 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
         ),
         error=attributes.get(ERROR_KEY),
         ended_early=attributes.get(ENDED_EARLY_KEY),
+        openings=openings,
     )
 
 

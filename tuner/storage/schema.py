@@ -20,7 +20,7 @@ from optuna.storages import RDBStorage
 from tuner.artifacts import new_file_mode
 from tuner.commands import command
 from tuner.errors import StorageError, StorageMissingError
-from tuner.storage import audit, decisions, development, lease, ledger, queue, splits
+from tuner.storage import audit, chain, decisions, development, lease, ledger, queue, splits
 from tuner.storage.engine import closed_engine, engine_arguments
 from tuner.storage.private_optuna import models
 from tuner.storage.tables import (
@@ -33,7 +33,7 @@ from tuner.storage.tables import (
 from tuner.storage.url import is_sqlite, shown
 
 #: The last revision in `tuner.storage.migrations`, known without an import of Alembic.
-REVISION = "0006"
+REVISION = "0007"
 #: What `tuner_schema` says from 0005 on: a tuner that counts there knows 4 at most, and refuses it.
 LAST_COUNT = 5
 
@@ -42,7 +42,9 @@ _TABLES = [
     revisions,
     schema,
     lease.table,
+    chain.identities,
     ledger.table,
+    ledger.reports,
     decisions.table,
     queue.table,
     development.table,
@@ -237,6 +239,8 @@ def _change(connection: sa.Connection, found: Found) -> None:
         metadata.create_all(connection, _TABLES)
         connection.execute(schema.insert().values(version=LAST_COUNT))
         connection.execute(revisions.insert().values(version_num=REVISION))
+        chain.name_ledger(connection)
+        chain.protect(connection)
 
 
 def _create_optunas_tables(url: sa.URL) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+from collections.abc import Collection, Iterable
 
 import sqlalchemy as sa
 
@@ -19,6 +20,11 @@ table = sa.Table(
     sa.Column("split_id", sa.String(64), primary_key=True),
     sa.Column("sequences", sa.LargeBinary, nullable=False),  # sorted SHA-256, 32 bytes each
 )
+
+
+def sequences_hash(hashes: Iterable[bytes]) -> str:
+    """The SHA-256 of which sequences a split holds, as they are stored."""
+    return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
 
 
 class Splits:

@@ -61,11 +61,19 @@ def tuned(storage: Storage, tmp_path: Path) -> TunedStudy:
 
 
 def reported(
-    tuned: TunedStudy, output: Path | None = None, evaluate: Evaluate | None = predict
+    tuned: TunedStudy,
+    output: Path | None = None,
+    evaluate: Evaluate | None = predict,
+    again: str | None = None,
 ) -> Report:
     root = tuned.artifacts.folder.parent
     return write_report(
-        tuned.storage, tuned.name, artifacts_root=root, output=output, evaluate=evaluate
+        tuned.storage,
+        tuned.name,
+        artifacts_root=root,
+        output=output,
+        evaluate=evaluate,
+        again=again,
     )
 
 
@@ -263,12 +271,15 @@ def test_openings_by_other_studies_are_counted_and_warned_about_in_a_report_show
     tuned: TunedStudy, tmp_path: Path
 ) -> None:
     assert not report_page.ledger_warnings(reported(tuned).document)
-    reported(finished_study(tuned.storage, tmp_path, name="rival", seed=1))
+    rival = finished_study(tuned.storage, tmp_path, name="rival", seed=1)
+    reported(rival, again="another search")
     again = reported(tuned).document["ledger"]
     assert (again["entry"], again["openings"]) == (1, 2)
     assert [row["study"] for row in again["rows"]] == ["demo", "rival"]
     (warning,) = report_page.ledger_warnings({"ledger": again})
     assert "this test split was opened 2 times" in warning
+    look, _ = report_page.ledger_warnings(reported(rival).document)
+    assert "2nd look at this test split. The reason that was given: another search." in look
 
 
 def test_the_report_of_a_deleted_study_is_not_that_of_the_next_one_with_its_id(
@@ -278,7 +289,9 @@ def test_the_report_of_a_deleted_study_is_not_that_of_the_next_one_with_its_id(
     optuna.delete_study(study_name="demo", storage=tuned.storage.optuna)
     again = finished_study(tuned.storage, tmp_path)
     assert again.id == tuned.id  # SQLite gives the id again: what this test is about
-    written = reported(again)
+    with pytest.raises(StudyError, match=r"was opened before: entry 1 .*--again --reason"):
+        reported(again)
+    written = reported(again, again="the first study was deleted")
     assert written.opened_now
     assert written.document["ledger"]["openings"] == 2
 
@@ -490,14 +503,13 @@ def test_the_page_says_how_each_interval_was_made(tuned: TunedStudy) -> None:
 
 
 def test_a_report_that_an_earlier_version_recorded_is_shown_again(tuned: TunedStudy) -> None:
-    reported(tuned)
-    (entry,) = tuned.storage.ledger.entries()
-    old = json.loads(json.dumps(entry.report))
+    document = reported(tuned).document
+    old = {key: value for key, value in document.items() if key not in ("ensemble", "ledger")}
     for part in ("test", "validation"):
-        del old[part]["method"]
-    del old["ensemble"]
+        old[part] = {key: value for key, value in old[part].items() if key != "method"}
     tuned.storage.lease.take(tuned.id)
-    tuned.storage.ledger.record_report(entry.id, old)
+    entry = heldout.open_test_split(tuned, trial=tuned.ranked()[0], config_hash="c" * 64)[0]
+    tuned.storage.ledger.record_report(entry, {**old, "ledger": {"entry": entry}})
     tuned.storage.lease.release()
     again = reported(tuned, evaluate=fail)
     assert "percentiles of a bootstrap" in Page(again).text
@@ -814,7 +826,7 @@ def test_the_page_shows_what_was_done_and_found(tuned: TunedStudy) -> None:
         "learning_rate 0.01",
         "This split was opened once in this storage.",
         "Whoever holds the source file can read the test rows",
-        "deleting the storage deletes its count of openings",
+        "deletes the count of openings",
     ):
         assert shown in text
     assert "SYNTHETIC" not in text
@@ -842,7 +854,8 @@ def test_names_from_the_storage_are_text_and_no_html(tuned: TunedStudy) -> None:
         spec_hash="",
         split_id=tuned.record.data.split_id,
     )
-    page = Page(reported(tuned))
+    page = Page(reported(tuned, again="<b>why</b>"))
+    assert "<b>why</b>" in page.text
     assert "<script>alert(1)</script>" in page.text
     assert "<img src=x onerror=alert(1)>" in page.text
     assert "alert(1)" not in page.scripts

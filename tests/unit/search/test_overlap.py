@@ -19,6 +19,7 @@ from tuner.data.prepare import Prepared, prepare
 from tuner.data.rows import RESIDUES, encode, hash_sequence
 from tuner.data.split import split_rows
 from tuner.data.synthetic import synthetic_sequences
+from tuner.errors import StudyError
 from tuner.results import report_page
 from tuner.results.report import write_report
 from tuner.search import overlap, study
@@ -327,9 +328,11 @@ def finish(tuned: TunedStudy) -> None:
     kept.write_bytes(weights)
 
 
-def reported(tuned: TunedStudy) -> dict[str, Any]:
+def reported(tuned: TunedStudy, again: str | None = None) -> dict[str, Any]:
     root = tuned.artifacts.folder.parent
-    written = write_report(tuned.storage, tuned.name, artifacts_root=root, evaluate=predict)
+    written = write_report(
+        tuned.storage, tuned.name, artifacts_root=root, evaluate=predict, again=again
+    )
     return written.to_document() | {"summary": written.summary()}
 
 
@@ -346,7 +349,9 @@ def test_a_report_counts_the_openings_of_its_rows_by_whatever_split(
         finish(tuned)
     assert reported(first)["ledger"]["openings"] == 1
     assert reported(strange)["ledger"]["openings"] == 1
-    document = reported(second)
+    with pytest.raises(StudyError, match=r"was opened before: entry 1 .* 39 of its rows"):
+        reported(second)
+    document = reported(second, again="one row less")
     shared = len(sequences_of(first)["test"] & sequences_of(second)["test"])
     own = second.record.data.test_rows
     assert document["ledger"]["openings"] == 2

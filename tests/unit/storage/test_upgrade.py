@@ -68,7 +68,14 @@ def test_an_earlier_version_is_upgraded_and_keeps_its_rows(
             if name == "tuner_lease" and version == 1:
                 added = {"batches": 0}
             if name == "tuner_ledger":
-                added = {"ensemble": None}
+                reports = {row["id"]: row["report"] for row in rows if row["report"]}
+                its_reports = {row["entry"]: row["report"] for row in after["tuner_ledger_report"]}
+                assert its_reports == reports
+                kept = [{key: row[key] for key in row if key != "report"} for row in kept]
+                found = [{key: row[key] for key in kept[0]} for row in after[name]]
+                assert found == kept
+                assert all(row["chained_at"] for row in after[name])
+                continue
             assert after[name] == [row | added for row in kept]
     assert after["tuner_alembic_version"] == [{"version_num": schema.REVISION}]
 
@@ -164,7 +171,7 @@ def test_a_later_version_is_refused_by_all(empty_database_url: str) -> None:
     before = state_of(empty_database_url)
     assert check_storage(empty_database_url).schema == "newer"
     for arguments in ({}, {"create": False}, {"upgrade": True}):
-        with pytest.raises(StorageError, match=r"a newer tuner .*0099, this one knows 0006"):
+        with pytest.raises(StorageError, match=r"a newer tuner .*0099, this one knows 0007"):
             Storage(empty_database_url, **arguments)
     assert state_of(empty_database_url) == before
 
