@@ -54,8 +54,8 @@ docs: setup-dev ## write docs/cli.md from the program, and copy studies/ into th
 	cp studies/*.toml tuner/examples/
 
 lock: ## write locks/ anew from pyproject.toml (needs uv; LOCK_FLAGS=--upgrade takes newer versions)
-	$(UV_LOCK) pyproject.toml --extra cpu $(LOCK_FLAGS) -o locks/cpu.txt
-	$(UV_LOCK) pyproject.toml --extra gpu -c locks/cpu.txt $(LOCK_FLAGS) -o locks/gpu.txt
+	$(UV_LOCK) pyproject.toml --extra cpu --extra audit $(LOCK_FLAGS) -o locks/cpu.txt
+	$(UV_LOCK) pyproject.toml --extra gpu --extra audit -c locks/cpu.txt $(LOCK_FLAGS) -o locks/gpu.txt
 	$(UV_LOCK) --group dev -c locks/cpu.txt $(LOCK_FLAGS) -o locks/dev.txt
 	$(UV_LOCK) --group compare -c locks/cpu.txt $(LOCK_FLAGS) -o locks/compare.txt
 

@@ -67,7 +67,7 @@ def declared(table: str) -> list[Requirement]:
         "gpu": project["optional-dependencies"]["gpu"],
         **{
             extra: project["optional-dependencies"][extra]
-            for extra in ("onnx", "mlflow", "tensorboard")
+            for extra in ("audit", "onnx", "mlflow", "tensorboard")
         },
         **PYPROJECT["dependency-groups"],
         "build": PYPROJECT["build-system"]["requires"],
@@ -137,9 +137,10 @@ def test_every_package_that_is_imported_is_declared() -> None:
         "dask": "distributed",
         "pydantic_core": "pydantic",
         "mlflow": "mlflow-skinny",
+        "sklearn": "scikit-learn",
     }
     names = {canonicalize_name(wanted.name) for wanted in declared("runtime") + declared("cpu")}
-    for extra in ("onnx", "mlflow", "tensorboard"):
+    for extra in ("audit", "onnx", "mlflow", "tensorboard"):
         names |= {canonicalize_name(wanted.name) for wanted in declared(extra)}
     for path in sorted((ROOT / "tuner").rglob("*.py")):
         for module in imported_modules(path):

@@ -9,7 +9,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tunes the network that predicts protein solubility; the test split stays sealed.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Downloads the data set.")
+data_app = typer.Typer(no_args_is_help=True, help="Audits data, and downloads the data set.")
 
 
 storage_app = typer.Typer(

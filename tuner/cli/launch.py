@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STORAGE_URL
-from tuner.errors import ProblemsError, SetupError, StorageMissingError, StudyError, counted
+from tuner.commands import command
+from tuner.errors import (
+    DataError,
+    ProblemsError,
+    SetupError,
+    StorageMissingError,
+    StudyError,
+    counted,
+)
 
 if TYPE_CHECKING:
     from tuner.cluster.connection import Connection
     from tuner.coordination.coordinator import Ending
+    from tuner.data.audit.report import ShortAudit
     from tuner.data.prepare import Prepared
     from tuner.results.choice import Ensemble
     from tuner.search.status import StudyStatus
@@ -82,11 +91,12 @@ def check(
             raise
         print_json(invalid_document(spec_path.name, error))
         raise typer.Exit(1) from None
-    document = check_document(spec, prepared, _shared_rows(storage, spec, prepared))
+    twins = _near_twins(spec, prepared, artifacts)
+    document = check_document(spec, prepared, _shared_rows(storage, spec, prepared), twins)
     if as_json:
         print_json(document)
     else:
-        _print_check(spec, document)
+        _print_check(spec, document, twins)
 
 
 def _shared_rows(storage: str, spec: StudySpec, prepared: Prepared) -> tuple[str, ...]:
@@ -105,6 +115,19 @@ def _shared_rows(storage: str, spec: StudySpec, prepared: Prepared) -> tuple[str
     for warning in shared:
         print_warning(warning)
     return shared
+
+
+def _near_twins(spec: StudySpec, prepared: Prepared, artifacts: Path) -> ShortAudit | None:
+    """The audit in short, where it can be had in seconds and says something."""
+    from tuner.data.audit.report import short_audit
+
+    if prepared.identity.synthetic:
+        return None
+    try:
+        return short_audit(spec.data, prepared.identity, folder=spec.folder, artifacts=artifacts)
+    except (SetupError, DataError) as error:
+        print_note(f"Near-twins were not counted. {error}")
+        return None
 
 
 def _load(
@@ -127,7 +150,7 @@ def _load(
     return spec, prepared
 
 
-def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
+def _print_check(spec: StudySpec, document: dict[str, Any], twins: ShortAudit | None) -> None:
     import tomli_w
     from rich.table import Table
 
@@ -143,6 +166,8 @@ def _print_check(spec: StudySpec, document: dict[str, Any]) -> None:
         f"{spec.data.split.in_words}: {rows['train']} training, {rows['validation']} validation, "
         f"{rows['test']} test rows (sealed), identity {document['data']['split_id'][:12]}",
     )
+    if twins is not None:
+        table.add_row("near-twins", twins.in_words())
     table.add_row(
         "trials", f"{spec.trials}, at most {counted(spec.training.max_epochs, 'epoch')} each"
     )
@@ -225,6 +250,8 @@ def launch(
 
     given = [*(overrides or []), *overrides_for(name, trials)]
     spec, prepared = _load(spec_path, given, artifacts)
+    if (twins := _near_twins(spec, prepared, artifacts)) is not None:
+        print_note(f"{twins.in_words()}; see `{command('data', 'audit', spec_path)}`.")
     from tuner.coordination.webhook import Notifier, webhook_of
     from tuner.search.overlap import enter
     from tuner.search.status import status

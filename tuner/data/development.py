@@ -15,7 +15,7 @@ from tuner.artifacts import publish
 from tuner.data.arrays import DamagedError, opened_archive, read_member
 from tuner.data.problems import Problems
 from tuner.data.rows import Row, Tokens, decode_tokens, encode, hash_sequence
-from tuner.data.split import SplitHashes
+from tuner.data.split import Split, SplitHashes
 from tuner.data.text import read_bytes
 from tuner.errors import TunerError
 
@@ -30,6 +30,32 @@ class DevelopmentData:
     validation_labels: Tokens  #: [validation rows]
     #: What each training row counts, float32 [training rows], in the mean 1; None: all the same.
     training_weights: npt.NDArray[np.float32] | None = None
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What the development file holds, by name."""
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "training_tokens": self.training_tokens,
+            "training_labels": self.training_labels,
+            "validation_tokens": self.validation_tokens,
+            "validation_labels": self.validation_labels,
+        }
+        # Not where there are none: the same rows make the same file as in every earlier version.
+        if self.training_weights is not None:
+            arrays["training_weights"] = self.training_weights
+        return arrays
+
+
+def development_of(split: Split, max_length: int) -> DevelopmentData:
+    """The training and validation rows of a split, as arrays of this width."""
+    training_tokens, training_labels = split_arrays(split.training, max_length)
+    validation_tokens, validation_labels = split_arrays(split.validation, max_length)
+    return DevelopmentData(
+        training_tokens=training_tokens,
+        training_labels=training_labels,
+        validation_tokens=validation_tokens,
+        validation_labels=validation_labels,
+        training_weights=weights_of(split.training),
+    )
 
 
 def development_hashes(development: DevelopmentData) -> SplitHashes:

@@ -30,6 +30,11 @@ class DataIdentity:
     clusters: int | None = None  #: of similar sequences, of rule "homology"
     mmseqs: str | None = None  #: the version of MMseqs2 that found them
 
+    @property
+    def rows(self) -> int:
+        """Of all three splits."""
+        return self.training_rows + self.validation_rows + self.test_rows
+
     def to_document(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {key: value for key, value in asdict(self).items() if value is not None}

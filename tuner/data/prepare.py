@@ -15,13 +15,16 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from tuner.artifacts import development_path
 from tuner.data.arrays import npz_bytes
-from tuner.data.development import split_arrays, weights_of, write_development
+from tuner.data.development import (
+    DevelopmentData,
+    development_of,
+    split_arrays,
+    write_development,
+)
 from tuner.data.files import load_source
 from tuner.data.homology import Clusters, cluster
 from tuner.data.identity import DataIdentity, identity_of
@@ -67,6 +70,15 @@ class HeldOutRows:
     hashes: frozenset[bytes] = frozenset()  #: of their sequences, see `SplitHashes`
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRows:
+    """What the audit of a source may see: of the test split the sequences, and no label."""
+
+    development: DevelopmentData  #: training and validation rows
+    test_tokens: Tokens  #: [test rows, max_length]
+    left_out: int  #: rows whose sequence is there already, or has both labels
+
+
 def prepare(
     settings: DataSettings,
     *,
@@ -96,18 +108,7 @@ def prepare(
         source = replace(source, name=", ".join(file_names(settings)))
     clusters = _clusters(source, settings.split, artifacts, say)
     split = split_rows(source, settings.split, clusters)
-    training_tokens, training_labels = split_arrays(split.training, settings.max_length)
-    validation_tokens, validation_labels = split_arrays(split.validation, settings.max_length)
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "training_tokens": training_tokens,
-        "training_labels": training_labels,
-        "validation_tokens": validation_tokens,
-        "validation_labels": validation_labels,
-    }
-    # Not where there are none: the same rows make the same file as in every earlier version.
-    if (weights := weights_of(split.training)) is not None:
-        arrays["training_weights"] = weights
-    content = npz_bytes(arrays)
+    content = npz_bytes(development_of(split, settings.max_length).arrays())
     development_sha256 = hashlib.sha256(content).hexdigest()
     development_file = development_path(artifacts, development_sha256)
     write_development(development_file, content)
@@ -137,6 +138,27 @@ def read_hashes(
     clusters = _clusters(source, settings.split, artifacts)
     split = split_rows(source, settings.split, clusters)
     return identity_of(source, split, settings, clusters), hashes_of(split)
+
+
+def read_for_audit(
+    settings: DataSettings,
+    *,
+    folder: Path,
+    artifacts: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> tuple[DataIdentity, AuditRows]:
+    """The rows of a source as the audit may see them; none are written.
+
+    Raises:
+        DataError: The source cannot be used; lists every problem found.
+    """
+    source = _read_source(settings, folder)
+    clusters = _clusters(source, settings.split, artifacts, say)
+    split = split_rows(source, settings.split, clusters)
+    development = development_of(split, settings.max_length)
+    test_tokens, _ = split_arrays(split.test, settings.max_length)
+    rows = AuditRows(development=development, test_tokens=test_tokens, left_out=source.left_out)
+    return identity_of(source, split, settings, clusters), rows
 
 
 def read_held_out(
@@ -208,6 +230,7 @@ def _read_source(settings: DataSettings, folder: Path) -> Source:
         rows=tuple(rows),
         warnings=(*loud, *source.warnings, *warnings, *repeated),
         loud=tuple(loud),
+        left_out=len(source.rows) - len(rows),
     )
 
 

@@ -144,3 +144,5 @@ class Source:
     rows: tuple[Row, ...]  #: in the order of the files
     warnings: tuple[str, ...]  #: one sentence each
     loud: tuple[str, ...] = ()  #: those of `warnings` that put every result in doubt
+    #: Rows that were left out since their sequence is there already, or has both labels.
+    left_out: int = 0

@@ -6,19 +6,26 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
+from tuner.data.audit.report import ShortAudit
 from tuner.data.prepare import Prepared
 from tuner.errors import ProblemsError, counted
 from tuner.spec.bounds import parameter_counts
 from tuner.spec.spec import StudySpec
 
 
-def check_document(spec: StudySpec, prepared: Prepared, shared: Sequence[str]) -> dict[str, Any]:
+def check_document(
+    spec: StudySpec,
+    prepared: Prepared,
+    shared: Sequence[str],
+    twins: ShortAudit | None = None,
+) -> dict[str, Any]:
     """What the study of a valid study file would do, ready for JSON.
 
     Args:
         spec: The study file.
         prepared: Its data.
         shared: Warnings about rows that other studies keep sealed.
+        twins: Near-twins among its rows, where they were counted.
     """
     return {
         "study": spec.name,
@@ -34,6 +41,7 @@ def check_document(spec: StudySpec, prepared: Prepared, shared: Sequence[str]) -
         "parameter_count": parameter_counts(spec.space, spec.data.max_length),
         "data": prepared.identity.check_document(),
         "split": spec.data.split.in_words,
+        "near_twins": None if twins is None else twins.to_document(),
         "warnings": [*prepared.all_warnings, *shared],
         "spec_hash": spec.spec_hash,
         "spec": spec.to_document(),
