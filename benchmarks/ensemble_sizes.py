@@ -49,8 +49,8 @@ def record(spec: Any, data: DevelopmentData, timeout: float) -> None:
     from tuner.network.training import (
         TensorData,
         TrainingRun,
-        _unpacked,
         configure_tensorflow,
+        unpacked,
     )
 
     configure_tensorflow(1)
@@ -62,7 +62,7 @@ def record(spec: Any, data: DevelopmentData, timeout: float) -> None:
             yield from run.epochs()
         finally:
             with contextlib.suppress(KeyError):  # it ended before its first epoch
-                logits[job.trial] = _unpacked(run.best_weights())[VALIDATION_LOGITS]
+                logits[job.trial] = unpacked(run.best_weights())[VALIDATION_LOGITS]
 
     def save(study: optuna.Study, _: Any) -> None:
         trials = [one for one in study.get_trials() if one.number in logits]

@@ -239,7 +239,8 @@ def count(tuned: TunedStudy) -> dict[str, Any]:
 def train_again(tuned: TunedStudy, folder: Path, most: int) -> dict[str, Any]:
     """Trains resumed trials from their beginning, in this process, and compares the curves."""
     from tuner.artifacts import development_path
-    from tuner.network.training import LocalTraining, configure_tensorflow
+    from tuner.network.fold_runs import LocalTraining
+    from tuner.network.training import configure_tensorflow
 
     configure_tensorflow(1)
     record = tuned.record

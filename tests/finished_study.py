@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import ModelConfig
 from tuner.spec.reader import spec_from_document
 from tuner.storage.storage import Storage
-from tuner.train import VALIDATION_LOGITS
+from tuner.train import VALIDATION_LOGITS, weights_of_folds
 
 SPACE = {"blocks": 2, "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
 LEARNING_RATE = FloatDistribution(1e-4, 1e-1, log=True)
@@ -147,19 +148,32 @@ def study_with_networks(storage: Storage, folder: Path, **changes: Any) -> Tuned
     }
     tuned, development = _created(storage, folder, document | changes)
     labels, tokens = development.validation_labels, development.validation_tokens
+    folds = development.folds
+    fold_of = np.zeros(len(labels)) if folds is None else folds
     config = tuned.record.spec.space.resolve({"learning_rate": 0.01})
     for number in range(3):
         noise = np.random.default_rng(15 + number)  # the three predict better together
-        model = build_model(config, tokens.shape[1], seed=number)
-        file = io.BytesIO()
-        weights = named_weights(model).items()
-        kept = {name: one + noise.normal(0, 0.5, one.shape) for name, one in weights}
-        np.savez(file, **kept)
-        predicted = logits(config, file.getvalue(), tokens)
-        loss = float(cross_entropy(labels, predicted).mean())
-        tell(tuned, loss, 0.01, epochs=9)
-        file = io.BytesIO()
-        np.savez(file, **kept, **{VALIDATION_LOGITS: predicted.astype(np.float32)})
+        networks: list[bytes] = []
+        predicted, losses = np.zeros(len(labels)), []
+        for fold in sorted(set(fold_of.tolist())):
+            inside = fold_of == fold
+            model = build_model(config, tokens.shape[1], seed=number)
+            weights = named_weights(model).items()
+            kept = {name: one + noise.normal(0, 0.5, one.shape) for name, one in weights}
+            networks.append(_npz(kept))
+            predicted[inside] = logits(config, networks[-1], tokens[inside])
+            losses.append(cross_entropy(labels, predicted)[inside].mean())
+        tell(tuned, float(np.mean(losses)), 0.01, epochs=9)
+        recorded = predicted.astype(np.float32)
+        content = _npz({**kept, VALIDATION_LOGITS: recorded})
+        if folds is not None:
+            content = weights_of_folds(networks, recorded)
         tuned.artifacts.weights(number).parent.mkdir(parents=True, exist_ok=True)
-        tuned.artifacts.weights(number).write_bytes(file.getvalue())
+        tuned.artifacts.weights(number).write_bytes(content)
     return tuned
+
+
+def _npz(arrays: Mapping[str, Any]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()

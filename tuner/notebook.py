@@ -63,7 +63,7 @@ def local_objective(spec: StudySpec, *, artifacts: str | Path = DEFAULT_ROOT) ->
     Raises:
         DataError: With all problems of the data.
     """
-    from tuner.network.training import LocalTraining  # noqa: PLC0415 - TensorFlow takes seconds
+    from tuner.network.fold_runs import LocalTraining  # noqa: PLC0415 - TensorFlow takes seconds
 
     prepared = prepare(
         spec.data, folder=spec.folder, artifacts=Path(artifacts), sha256=spec.data_sha256

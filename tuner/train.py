@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from tuner.spec.architecture import ModelConfig
 from tuner.spec.precision import Precision
@@ -17,12 +21,46 @@ PARAMETERS_KEY = "parameters"  # of the network
 BEST_EPOCH_KEY = "best_epoch"  # the first with the lowest validation loss
 ACCURACY_KEY = "validation_accuracy"  # of the best epoch, 0..1
 ROC_AUC_KEY = "validation_roc_auc"  # of the best epoch, 0..1
+FOLD_LOSSES_KEY = "fold_losses"  # of the best epoch, a list: nats
 EPOCHS_KEY = "epochs"  # trained
 SECONDS_KEY = "training_seconds"  # of all epochs
 
 #: In a file of trained weights, the logits of the validation rows that they give, float32 [m];
 #: files of earlier versions have none.
 VALIDATION_LOGITS = "validation_logits"
+
+
+def fold_key(fold: int) -> str:
+    """What a fold's network is called in a file of several."""
+    return f"fold{fold}"
+
+
+def weights_of_folds(weights: Sequence[bytes], logits: npt.NDArray[np.float32]) -> bytes:
+    """The trained networks of all folds in one npz file.
+
+    Args:
+        weights: The npz file of each fold's network.
+        logits: Of each development row, by the network that did not train on it, [n].
+    """
+    file = io.BytesIO()
+    arrays: dict[str, Any] = {
+        fold_key(fold): np.frombuffer(one, np.uint8) for fold, one in enumerate(weights)
+    }
+    arrays[VALIDATION_LOGITS] = logits
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def networks_in(weights: bytes) -> tuple[bytes, ...]:
+    """The npz files of the networks in kept weights: one for each fold; itself where it is one.
+
+    Raises:
+        ValueError, OSError, EOFError, zipfile.BadZipFile: It is damaged.
+    """
+    with np.load(io.BytesIO(weights), allow_pickle=False) as arrays:
+        names = [fold_key(fold) for fold in range(len(arrays.files))]
+        found = tuple(arrays[name].tobytes() for name in names if name in arrays.files)
+    return found or (weights,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +93,8 @@ class EpochResult:
     #: Area under the ROC curve, 0..1; None where all rows have one label, and in curves of earlier
     #: versions.
     validation_roc_auc: float | None = None
+    #: The validation loss of each fold, whose mean is `validation_loss`; None without folds.
+    fold_losses: tuple[float, ...] | None = None
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self:
@@ -70,6 +110,8 @@ class EpochResult:
             if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
         }
         known = {one.name: document[one.name] for one in fields if one.name in document}
+        if known.get("fold_losses") is not None:
+            known["fold_losses"] = tuple(known["fold_losses"])  # JSON has lists
         return cls(**missing | known)
 
 
@@ -87,10 +129,32 @@ _POSITIONS = (
 def curve_document(curve: Iterable[EpochResult]) -> dict[str, list[Any]]:
     """A learning curve as plain values: for each field, by its name, the values of all epochs."""
     epochs = list(curve)
-    return {
+    document = {
         field.name: [getattr(epoch, field.name) for epoch in epochs]
         for field in dataclasses.fields(EpochResult)
     }
+    if not any(document["fold_losses"]):
+        del document["fold_losses"]
+    return document
+
+
+def mean_of_folds(epochs: Sequence[EpochResult]) -> EpochResult:
+    """An epoch of all folds, in the mean; its seconds are those of all together."""
+
+    def mean(values: Iterable[float]) -> float:
+        return math.fsum(values) / len(epochs)
+
+    areas = [one.validation_roc_auc for one in epochs if one.validation_roc_auc is not None]
+    return EpochResult(
+        epoch=epochs[0].epoch,
+        training_loss=mean(one.training_loss for one in epochs),
+        training_accuracy=mean(one.training_accuracy for one in epochs),
+        validation_loss=mean(one.validation_loss for one in epochs),
+        validation_accuracy=mean(one.validation_accuracy for one in epochs),
+        validation_roc_auc=mean(areas) if len(areas) == len(epochs) else None,
+        seconds=math.fsum(one.seconds for one in epochs),
+        fold_losses=tuple(one.validation_loss for one in epochs),
+    )
 
 
 def curve_from_document(
@@ -106,13 +170,18 @@ def curve_from_document(
     return tuple(map(EpochResult.from_document, rows))
 
 
+def best_epoch_of(curve: Sequence[EpochResult]) -> EpochResult | None:
+    """The first epoch with the lowest validation loss; None of no epoch."""
+    return min(curve, key=lambda epoch: epoch.validation_loss, default=None)
+
+
 def figures_of(curve: Sequence[EpochResult]) -> dict[str, float]:
     """What a training reached and cost, as attributes of its trial; what is unknown is left out."""
     figures: dict[str, float | None] = {
         EPOCHS_KEY: len(curve),
         SECONDS_KEY: sum(epoch.seconds for epoch in curve),
     }
-    best = min(curve, key=lambda epoch: epoch.validation_loss, default=None)
+    best = best_epoch_of(curve)
     if best is not None:
         figures[BEST_EPOCH_KEY] = best.epoch
         figures[ACCURACY_KEY] = best.validation_accuracy

@@ -173,7 +173,10 @@ def _print_check(spec: StudySpec, document: dict[str, Any], twins: ShortAudit | 
     )
     for number, words in enumerate(brackets_in_words(spec)):
         table.add_row(f"bracket {number}", words)
-    table.add_row("epochs", f"about {document['planned_epochs']} planned, {full} without pruning")
+    epochs = f"about {document['planned_epochs']} planned, {full} without pruning"
+    if folds := document["data"].get("folds"):
+        epochs += f", each of {counted(folds, 'fold')}"
+    table.add_row("epochs", epochs)
     table.add_row(
         "parameters",
         f"{count['min']:,} to {count['max']:,} in a network, median {count['median']:,} (of "

@@ -119,7 +119,8 @@ def _timed(
     configs: Sequence[ModelConfig], lengths: npt.NDArray[np.int64], max_length: int
 ) -> list[tuple[float, float]]:
     """Seconds that each network takes before its epochs, and for the second of two."""
-    from tuner.network.training import LocalTraining, configure_tensorflow  # noqa: PLC0415
+    from tuner.network.fold_runs import LocalTraining  # noqa: PLC0415
+    from tuner.network.training import configure_tensorflow  # noqa: PLC0415
 
     configure_tensorflow(threads=1)
     train = LocalTraining(_random_rows(lengths, max_length))

@@ -216,14 +216,14 @@ class _Permits:
 def open_training_run(task: TrainingTask) -> Run:
     """The real thing: TensorFlow is imported here, on a worker, and never by a coordinator."""
     try:
-        from tuner.network.training import TrainingRun
+        from tuner.network.fold_runs import open_run
     except ImportError as error:  # half an installation
         raise SetupError(
             f"{error}. Uninstall TensorFlow and Keras, then install the extra cpu, "
             f"`{install_command('cpu')}`, or gpu, `{install_command('gpu')}`."
         ) from error
 
-    return TrainingRun(_development_data(task), task.job, checkpoint=task.checkpoint)
+    return open_run(_development_data(task), task.job, checkpoint=task.checkpoint)
 
 
 _DATA: dict[str, Any] = {}
@@ -232,13 +232,14 @@ _DATA: dict[str, Any] = {}
 def _development_data(task: TrainingTask) -> Any:
     """The development rows as tensors, made once for each worker process."""
     from tuner.data.development import load_development
-    from tuner.network.training import TensorData, configure_tensorflow
+    from tuner.network.fold_runs import tensors_of
+    from tuner.network.training import configure_tensorflow
 
     sha256 = task.development_sha256
     if sha256 not in _DATA:
         configure_tensorflow(int(os.environ.get(THREADS_VARIABLE, task.threads)))
         _DATA.clear()
-        _DATA[sha256] = TensorData(load_development(find_development_file(task), sha256))
+        _DATA[sha256] = tensors_of(load_development(find_development_file(task), sha256))
     return _DATA[sha256]
 
 

@@ -262,7 +262,7 @@ def _answer(
         bundle = _bundle(request, bundles, load_bundle)
         return PredictionAnswer(
             study=bundle.name,
-            trials=tuple(member.trial for member in bundle.members),
+            trials=tuple(dict.fromkeys(member.trial for member in bundle.members)),
             synthetic=bundle.synthetic,
             predictions=tuple(predict_records(bundle, request.records)),
         )

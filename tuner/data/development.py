@@ -22,7 +22,11 @@ from tuner.errors import TunerError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevelopmentData:
-    """The rows that training and the choice of hyperparameters may see."""
+    """The rows that training and the choice of hyperparameters may see.
+
+    With folds, training and validation rows are the same: all development rows. What fits
+    something to the one and measures it on the other has to go by `of_fold`.
+    """
 
     training_tokens: Tokens  #: [training rows, max_length]
     training_labels: Tokens  #: [training rows]; 1 is soluble, 0 insoluble
@@ -30,15 +34,38 @@ class DevelopmentData:
     validation_labels: Tokens  #: [validation rows]
     #: What each training row counts, float32 [training rows], in the mean 1; None: all the same.
     training_weights: npt.NDArray[np.float32] | None = None
+    folds: npt.NDArray[np.uint8] | None = None  #: of each row, from 0, [n]; None without folds
+
+    @property
+    def fold_count(self) -> int:
+        """The number of folds; 0 without."""
+        return 0 if self.folds is None else int(self.folds.max()) + 1
+
+    def of_fold(self, fold: int) -> DevelopmentData:
+        """The rows of one fold as validation rows, and all others as training rows."""
+        if self.folds is None:
+            raise ValueError("these rows have no folds")
+        inside = self.folds == fold
+        weights = self.training_weights
+        return DevelopmentData(
+            training_tokens=self.training_tokens[~inside],
+            training_labels=self.training_labels[~inside],
+            validation_tokens=self.training_tokens[inside],
+            validation_labels=self.training_labels[inside],
+            training_weights=None if weights is None else mean_1(weights[~inside]),
+        )
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What the development file holds, by name."""
         arrays: dict[str, npt.NDArray[Any]] = {
             "training_tokens": self.training_tokens,
             "training_labels": self.training_labels,
-            "validation_tokens": self.validation_tokens,
-            "validation_labels": self.validation_labels,
         }
+        if self.folds is None:
+            arrays["validation_tokens"] = self.validation_tokens
+            arrays["validation_labels"] = self.validation_labels
+        else:
+            arrays["folds"] = self.folds
         # Not where there are none: the same rows make the same file as in every earlier version.
         if self.training_weights is not None:
             arrays["training_weights"] = self.training_weights
@@ -48,13 +75,16 @@ class DevelopmentData:
 def development_of(split: Split, max_length: int) -> DevelopmentData:
     """The training and validation rows of a split, as arrays of this width."""
     training_tokens, training_labels = split_arrays(split.training, max_length)
-    validation_tokens, validation_labels = split_arrays(split.validation, max_length)
+    validation_tokens, validation_labels = training_tokens, training_labels
+    if split.folds is None:
+        validation_tokens, validation_labels = split_arrays(split.validation, max_length)
     return DevelopmentData(
         training_tokens=training_tokens,
         training_labels=training_labels,
         validation_tokens=validation_tokens,
         validation_labels=validation_labels,
         training_weights=weights_of(split.training),
+        folds=None if split.folds is None else np.array(split.folds, np.uint8),
     )
 
 
@@ -64,6 +94,8 @@ def development_hashes(development: DevelopmentData) -> SplitHashes:
         frozenset(hash_sequence(sequence) for sequence in decode_tokens(tokens))
         for tokens in (development.training_tokens, development.validation_tokens)
     )
+    if development.folds is not None:
+        validation = frozenset()  # each row is trained on, too
     return SplitHashes(training=training, validation=validation, test=frozenset())
 
 
@@ -89,14 +121,22 @@ def load_development(path: Path, sha256: str | None = None) -> DevelopmentData:
         problems.raise_if_any()
     try:
         with opened_archive(content) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            training = [read_member(archive, f"training_{what}") for what in ("tokens", "labels")]
+            validation = training
+            if "folds" not in names:
+                validation = [
+                    read_member(archive, f"validation_{what}") for what in ("tokens", "labels")
+                ]
             development = DevelopmentData(
-                training_tokens=read_member(archive, "training_tokens"),
-                training_labels=read_member(archive, "training_labels"),
-                validation_tokens=read_member(archive, "validation_tokens"),
-                validation_labels=read_member(archive, "validation_labels"),
+                training_tokens=training[0],
+                training_labels=training[1],
+                validation_tokens=validation[0],
+                validation_labels=validation[1],
                 training_weights=read_member(archive, "training_weights")
-                if "training_weights.npy" in archive.namelist()
+                if "training_weights" in names
                 else None,
+                folds=read_member(archive, "folds") if "folds" in names else None,
             )
     except (KeyError, DamagedError) as error:
         if isinstance(error.__cause__, MemoryError):
@@ -119,9 +159,13 @@ def weights_of(rows: Sequence[Row]) -> npt.NDArray[np.float32] | None:
     if not given:
         return None
     # The largest first, so that the sum of large ones is no overflow.
-    weights = np.array(given) / max(given)
-    mean_1: npt.NDArray[np.float32] = (weights / weights.mean()).astype(np.float32)
-    return mean_1
+    return mean_1(np.array(given) / max(given))
+
+
+def mean_1(weights: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+    """Weights in the mean 1, float32 [n]."""
+    found: npt.NDArray[np.float32] = (weights / weights.mean()).astype(np.float32)
+    return found
 
 
 def balanced_weights(

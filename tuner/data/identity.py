@@ -24,9 +24,10 @@ class DataIdentity:
     split_id: str  #: sha256 of the sorted sequence hashes of the test rows
     split_seed: int
     max_length: int  #: residues; the width of the token arrays
-    training_rows: int
-    validation_rows: int  #: rows that choose hyperparameters
+    training_rows: int  #: with folds, of a network in the mean over the folds
+    validation_rows: int  #: rows that choose hyperparameters; with folds, likewise
     test_rows: int  #: rows that are sealed until the report
+    folds: int | None = None  #: of cross-validation
     clusters: int | None = None  #: of similar sequences, of rule "homology"
     mmseqs: str | None = None  #: the version of MMseqs2 that found them
 
@@ -41,9 +42,9 @@ class DataIdentity:
 
     def check_document(self) -> dict[str, Any]:
         """The same for whoever checks a study file: `tuner check --json` and the dashboard."""
-        clusters = {} if self.clusters is None else {"clusters": self.clusters}
+        others = {"folds": self.folds, "clusters": self.clusters}
         return {
-            **clusters,
+            **{key: value for key, value in others.items() if value is not None},
             "source": self.source,
             "synthetic": self.synthetic,
             "sha256": self.sha256,
@@ -67,6 +68,9 @@ def identity_of(
     """The identity of rows and their split."""
     # Without the seed, so that it names the set of test sequences, however they were chosen.
     hashes = sorted(hashlib.sha256(row.sequence.encode()).hexdigest() for row in split.test)
+    folds = None if split.folds is None else len(set(split.folds))
+    development = len(split.training) + len(split.validation)
+    validation = len(split.validation) if folds is None else round(development / folds)
     return DataIdentity(
         source=source.name,
         synthetic=source.synthetic,
@@ -74,9 +78,10 @@ def identity_of(
         split_id=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
         split_seed=settings.split.seed,
         max_length=settings.max_length,
-        training_rows=len(split.training),
-        validation_rows=len(split.validation),
+        training_rows=development - validation,
+        validation_rows=validation,
         test_rows=len(split.test),
+        folds=folds,
         clusters=None if clusters is None else clusters.count,
         mmseqs=None if clusters is None else clusters.version,
     )

@@ -28,7 +28,15 @@ from tuner.data.development import (
 from tuner.data.files import load_source
 from tuner.data.homology import Clusters, cluster
 from tuner.data.identity import DataIdentity, identity_of
-from tuner.data.problems import BOTH_LABELS, TWO_PARTS, Kind, Problems, Refused, shortened
+from tuner.data.problems import (
+    BOTH_LABELS,
+    TWO_PARTS,
+    TWO_PARTS_CUT,
+    Kind,
+    Problems,
+    Refused,
+    shortened,
+)
 from tuner.data.rows import Row, Source, Tokens, kept_in_words, truncated
 from tuner.data.sources import beside_the_study_file, file_names, warn_of_another_source
 from tuner.data.split import Split, SplitHashes, hashes_of, split_rows
@@ -149,6 +157,8 @@ def read_for_audit(
 ) -> tuple[DataIdentity, AuditRows]:
     """The rows of a source as the audit may see them; none are written.
 
+    With folds, its validation rows are those of the first fold, and its training rows all others.
+
     Raises:
         DataError: The source cannot be used; lists every problem found.
     """
@@ -156,6 +166,8 @@ def read_for_audit(
     clusters = _clusters(source, settings.split, artifacts, say)
     split = split_rows(source, settings.split, clusters)
     development = development_of(split, settings.max_length)
+    if split.folds is not None:
+        development = development.of_fold(0)
     test_tokens, _ = split_arrays(split.test, settings.max_length)
     rows = AuditRows(development=development, test_tokens=test_tokens, left_out=source.left_out)
     return identity_of(source, split, settings, clusters), rows
@@ -311,7 +323,9 @@ def _without_repeats(
     in_two_parts: list[tuple[Row, Row]] = []
     for row in rows:
         first = first_rows.setdefault(row.sequence, row)
-        if first.part != row.part:
+        # With folds, a row that is kept once is in one fold, whatever part it was said to be in.
+        judged = settings.split.folds is None or "test" in (first.part, row.part)
+        if first.part != row.part and judged:
             in_two_parts.append((first, row))
         if first.label == row.label:
             continue
@@ -334,7 +348,7 @@ def _without_repeats(
             continue
         where = _where(first, row)
         problems.add_one(
-            TWO_PARTS,
+            TWO_PARTS if settings.truncate is None else TWO_PARTS_CUT,
             row.file,
             f"{row.place} is in the {row.part} part, but the same {what} is in the {first.part} "
             f"part in {where}",

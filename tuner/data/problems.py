@@ -73,6 +73,10 @@ NO_PART = Kind(
     several="rows without a value in the column of the split",
     remedy="write which part the row is in, or remove the row",
 )
+NO_FOLD = Kind(
+    several="rows without a value in the column of the folds",
+    remedy="write which fold the row is in, or remove the row",
+)
 UNKNOWN_PART = Kind(
     several="values in the column of the split that no part of [data.split] names",
     remedy="name the value in training, validation or test of [data.split], or leave training "
@@ -82,6 +86,11 @@ TWO_PARTS = Kind(
     several="sequences that are in another part of the split, too",
     remedy="remove one of the two, or write the same part for both: what a network trained on "
     "must not judge it",
+)
+TWO_PARTS_CUT = Kind(
+    several="sequences that, cut to max_length, are in another part of the split, too",
+    remedy="raise max_length, remove one of the two, or write the same part for both: what a "
+    "network trained on must not judge it",
 )
 WRONG_TOKEN = Kind(several="rows with impossible tokens", remedy="write 0 to 20")
 PADDING_INSIDE = Kind(

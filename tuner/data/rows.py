@@ -132,6 +132,7 @@ class Row:
     whole: str | None = None  #: all of a sequence that was cut
     weight: float | None = None  #: what it counts in training, above 0; None: as much as others
     part: SplitPart | None = None  #: of a split that the data names
+    fold: str | None = None  #: the value of the column of folds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,15 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 if TYPE_CHECKING:
-    from tuner.spec.spec import SplitPart, SplitSettings
+    from tuner.spec.spec import SplitSettings
+from tuner.data.folds import fold_numbers
 from tuner.data.groups import divide_groups
 from tuner.data.homology import Clusters
 from tuner.data.problems import Problems
 from tuner.data.rows import Row, Source, hash_sequence
 from tuner.errors import counted
+from tuner.spec.spec import SplitPart
 
 MINIMUM_ROWS = 10  # of each label: below that a split of 10 % is a coin toss
 
@@ -37,9 +39,10 @@ class SplitHashes:
 class Split:
     """The rows of each split, in the order of their hashes."""
 
-    training: tuple[Row, ...]  #: fit weights
-    validation: tuple[Row, ...]  #: choose hyperparameters
+    training: tuple[Row, ...]  #: fit weights; with folds all development rows
+    validation: tuple[Row, ...]  #: choose hyperparameters; with folds none
     test: tuple[Row, ...]  #: sealed until the report
+    folds: tuple[int, ...] | None = None  #: the fold of each training row, from 0, [n]
 
 
 def split_rows(source: Source, settings: SplitSettings, clusters: Clusters | None = None) -> Split:
@@ -61,7 +64,22 @@ def split_rows(source: Source, settings: SplitSettings, clusters: Clusters | Non
     else:
         parts = _at_random(source, settings)
     # By hash over both labels: a reader that takes the rows in order meets the labels mixed.
-    return Split(**{name: tuple(sorted(rows, key=order)) for name, rows in parts.items()})
+    training, validation, test = (
+        tuple(sorted(parts[part], key=order)) for part in get_args(SplitPart)
+    )
+    if settings.folds is None:
+        return Split(training=training, validation=validation, test=test)
+    development = tuple(sorted((*training, *validation), key=order))
+    its_clusters = None
+    if clusters is not None:
+        cluster_of = dict(zip(_sequences(source.rows), clusters.numbers, strict=True))
+        its_clusters = [cluster_of[row.sequence] for row in development]
+    folds = fold_numbers(source.name, development, settings, its_clusters, order)
+    return Split(training=development, validation=(), test=test, folds=folds)
+
+
+def _sequences(rows: Sequence[Row]) -> list[str]:
+    return [row.sequence for row in rows]
 
 
 def _order(seed: int) -> Callable[[Row], bytes]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tuner.data.given import PartReader
 from tuner.data.labels import WORDS, LabelReader, plain_word, read_weight
 from tuner.data.problems import (
+    NO_FOLD,
     SEVERAL_LINES,
     SEVERAL_LINES_TSV,
     WRONG_FIELDS,
@@ -40,7 +41,10 @@ _LONGEST_FIELD = 2**31 - 1
 #: What separates fields, and how it is called.
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "';'", "|": "'|'"}
 #: Where the study file names a column that is not one of `[data.columns]`.
-_NAMES_ANOTHER = {"part": "column in [data.split] names that of the split"}
+_NAMES_ANOTHER = {
+    "part": "column in [data.split] names that of the split",
+    "fold": "folds in [data.split] names that of the folds",
+}
 _REMEDIES = {",": "name it .csv", "\t": "name it .tsv"}
 
 
@@ -118,7 +122,10 @@ class _Table:
         #: As they are compared; the last is None where no column has weights.
         self._sequence, self._label = column_key(columns.sequence), column_key(columns.label)
         self._weight = None if columns.weight is None else column_key(columns.weight)
-        self._part = None if split.column is None else column_key(split.column)
+        named = split.column_names
+        self._part, self._fold = (
+            None if key not in named else column_key(named[key]) for key in ("part", "fold")
+        )
         self._columns: list[str] = []  # all that the file has, in their order
 
     @property
@@ -129,6 +136,7 @@ class _Table:
             "label": self._label,
             "weight": self._weight,
             "part": self._part,
+            "fold": self._fold,
         }
         return {key: name for key, name in wanted.items() if name is not None}
 
@@ -177,12 +185,16 @@ class _Table:
         part = None
         if self._part is not None:
             part = self.parts.read(fields[self._columns.index(self._part)], line, place)
+        fold = None
+        if self._fold is not None:
+            fold = self._read_fold(fields[self._columns.index(self._fold)], line, place)
         if sequence is None:
             return None
         if (
             label is None
             or (weight is None and self._weight is not None)
             or (part is None and self._part is not None)
+            or (fold is None and self._fold is not None)
         ):
             refused = Refused(file=self._file, line=line, place=place, sequence=sequence)
             self._problems.refused.append(refused)
@@ -195,7 +207,22 @@ class _Table:
             place=f"line {line}",
             weight=weight,
             part=part,
+            fold=fold,
         )
+
+    def _read_fold(self, text: str, line: int, place: str) -> str | None:
+        """The name of a fold; None, with a problem added, where there is none."""
+        if text.strip():
+            return text.strip()
+        self._problems.add_one(
+            NO_FOLD,
+            self._file,
+            f"no value in the column {self._fold!r}",
+            place=place,
+            line=line,
+            key=str(self._fold),
+        )
+        return None
 
     def _may_hold_rows(self, record: _Record) -> bool:
         """Whether a record of several lines may have swallowed rows; adds the problem.

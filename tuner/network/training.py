@@ -8,12 +8,13 @@ Why: `docs/decisions.md#why-are-the-optimisers-updates-our-own`.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
 import time
 import zipfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tuner.data.development import DevelopmentData, balanced_weights
+from tuner.data.development import DevelopmentData, balanced_weights, mean_1
 from tuner.errors import TrialEndedError
 from tuner.metrics import area_under_curve
 from tuner.network.keras_setup import memory_errors
@@ -37,7 +38,7 @@ from tuner.network.model import (
 )
 from tuner.spec.architecture import UNKNOWN_TOKEN, ModelConfig
 from tuner.spec.spec import TrainingSettings
-from tuner.train import VALIDATION_LOGITS, EpochResult, TrainingJob
+from tuner.train import VALIDATION_LOGITS, EpochResult, TrainingJob, best_epoch_of
 
 STEPS_A_CALL = 64  # between two looks at the clock; in between, no Python runs
 VALIDATION_BATCH = 512  # sequences; large enough for the kernels, small enough for the cache
@@ -59,14 +60,31 @@ class TensorData:
             self.validation_tokens = tf.constant(data.validation_tokens, tf.uint8)
             self.validation_labels = tf.constant(data.validation_labels, tf.float32)
         self.training_weights = data.training_weights
+        #: Of the training rows, those that are trained on; None: all. Others are of the fold.
+        self.rows: npt.NDArray[np.int64] | None = None
         self.has_unknown = any(
             bool((tokens == UNKNOWN_TOKEN).any())
             for tokens in (data.training_tokens, data.validation_tokens)
         )
 
+    @classmethod
+    def of_folds(cls, data: DevelopmentData) -> list[TensorData]:
+        """The rows of each fold to validate on, and the others to train on; one copy serves all."""
+        whole = cls(data)
+        found = []
+        for fold in range(data.fold_count):
+            its = data.of_fold(fold)
+            tensors = copy.copy(whole)
+            with memory_errors():
+                tensors.validation_tokens = tf.constant(its.validation_tokens, tf.uint8)
+                tensors.validation_labels = tf.constant(its.validation_labels, tf.float32)
+            tensors.rows = np.flatnonzero(data.folds != fold)
+            found.append(tensors)
+        return found
+
     @property
     def training_rows(self) -> int:
-        return int(self.training_tokens.shape[0])
+        return int(self.training_tokens.shape[0]) if self.rows is None else len(self.rows)
 
     @property
     def max_length(self) -> int:
@@ -85,7 +103,12 @@ class TrainingRun:
     history: list[EpochResult]  #: all epochs so far, those before the checkpoint included
 
     def __init__(
-        self, data: TensorData, job: TrainingJob, *, checkpoint: bytes | None = None
+        self,
+        data: TensorData,
+        job: TrainingJob,
+        *,
+        checkpoint: bytes | None = None,
+        fold: int | None = None,
     ) -> None:
         """Builds the network; takes up `checkpoint`, one of the same run, where there is one.
 
@@ -93,6 +116,7 @@ class TrainingRun:
             data: What to train and validate on.
             job: What to train, and how; the caller stops it at rungs.
             checkpoint: What `checkpoint` returned.
+            fold: Of cross-validation, from 0: each has weights and chance of its own.
 
         Raises:
             TrialEndedError: The network does not fit into memory.
@@ -103,10 +127,12 @@ class TrainingRun:
         self._validation_labels = data.validation_labels.numpy().astype(np.uint8)  # [m]
         self._job = job
         self._config = job.config
-        self._seeds = (job.seed, job.seeded_as)
+        self._fold = fold
+        self._seeds = (job.seed, job.seeded_as, *([] if fold is None else [fold]))
         # What the trial before leaves: its graphs are cycles, 10 MB if they are not collected, and
         # TensorFlow caches 36 kB for each of Keras' variables.
-        keras.utils.clear_session(free_memory=True)
+        if not fold:  # those of other folds are of this trial
+            keras.utils.clear_session(free_memory=True)
         with _out_of_memory_ends_the_trial("building the network"):
             self._model = build_model(
                 job.config,
@@ -132,12 +158,7 @@ class TrainingRun:
     @property
     def finished(self) -> bool:
         """No epoch is left: `max_epochs` is reached, or patience ran out."""
-        epochs = len(self.history)
-        waited = epochs - self._best_epoch
-        settings = self._job.settings
-        return epochs >= settings.max_epochs or (
-            settings.patience is not None and waited >= settings.patience
-        )
+        return is_finished(self.history, self._job.settings)
 
     def epochs(self) -> Iterator[EpochResult]:
         """Trains; yields each new epoch as it completes.
@@ -146,24 +167,49 @@ class TrainingRun:
             TrialEndedError: The trial cannot go on: diverged, out of memory, over time.
         """
         while not self.finished:
-            with _out_of_memory_ends_the_trial(f"epoch {len(self.history) + 1}"):
-                result, logits = self._epoch(len(self.history) + 1)
-            if result.validation_loss < self._best_loss:
+            best = min((result.validation_loss for result in self.history), default=math.inf)
+            result, logits = self.train_epoch()
+            if result.validation_loss < best:
                 self._best_weights = named_weights(self._model)
                 self._best_logits = {VALIDATION_LOGITS: logits}
-            self.history.append(result)
             yield result
+
+    def train_epoch(
+        self, *, spent: float | None = None
+    ) -> tuple[EpochResult, npt.NDArray[np.float32]]:
+        """Trains one epoch more, whether or not patience ran out, and enters it in `history`.
+
+        Args:
+            spent: Seconds that the trial took so far; those of `history` if left out.
+
+        Returns:
+            The epoch, and the logits of the validation rows, float32 [m].
+
+        Raises:
+            TrialEndedError: See `epochs`.
+        """
+        number = len(self.history) + 1
+        if spent is None:
+            spent = sum(past.seconds for past in self.history)
+        with _out_of_memory_ends_the_trial(f"epoch {number}"):
+            result, logits = self._epoch(number, spent)
+        self.history.append(result)
+        return result, logits
+
+    def packed_weights(self) -> bytes:
+        """The weights of the last epoch, as npz: name -> array."""
+        return packed(named_weights(self._model))
 
     def best_weights(self) -> bytes:
         """The weights of the epoch with the lowest validation loss, as npz: name -> array.
 
         Beside them the logits that they give to the validation rows: `VALIDATION_LOGITS`.
         """
-        return _packed(self._best_weights | self._best_logits)
+        return packed(self._best_weights | self._best_logits)
 
     def checkpoint(self) -> bytes:
         """All that the rest of the training depends on, as npz; valid after any epoch."""
-        return _packed(
+        return packed(
             {f"weights/{name}": array for name, array in named_weights(self._model).items()}
             | {f"best/{name}": array for name, array in self._best_weights.items()}
             | self._best_logits
@@ -176,10 +222,11 @@ class TrainingRun:
 
     # One epoch.
 
-    def _epoch(self, epoch: int) -> tuple[EpochResult, npt.NDArray[np.float32]]:
+    def _epoch(self, epoch: int, spent: float) -> tuple[EpochResult, npt.NDArray[np.float32]]:
         """Trains epoch `epoch` (from 1) and validates: result, logits of the validation rows."""
         started = time.monotonic()
-        training_loss, training_accuracy = self._train_epoch(epoch, self._deadline(started))
+        deadline = started + self._job.settings.max_trial_seconds - spent
+        training_loss, training_accuracy = self._train_epoch(epoch, deadline)
         validation_loss, validation_accuracy, weights_finite, logits = (
             x.numpy() for x in self._validate()
         )
@@ -197,16 +244,13 @@ class TrainingRun:
         )
         return result, logits
 
-    def _deadline(self, now: float) -> float:
-        return (
-            now + self._job.settings.max_trial_seconds - sum(past.seconds for past in self.history)
-        )
-
     def _train_epoch(self, epoch: int, deadline: float) -> tuple[float, float]:
         """One pass over the training rows, newly shuffled; mean loss and accuracy."""
         self._seed_dropout(epoch)
         rows = self._data.training_rows
         shuffled = np.random.default_rng([*self._seeds, epoch]).permutation(rows)
+        if self._data.rows is not None:
+            shuffled = self._data.rows[shuffled]
         loss_sum = right = 0.0
         rows_a_call = STEPS_A_CALL * self._config.batch_size
         for start in range(0, rows, rows_a_call):
@@ -313,23 +357,15 @@ class TrainingRun:
             seed = _derived_seed(*self._seeds, epoch, number)
             dropout.seed_generator.state.assign([seed, 0])
 
-    # Best epoch, weights and checkpoints.
-
-    @property
-    def _best_epoch(self) -> int:
-        """The first epoch with the lowest validation loss; 0 before the first epoch."""
-        if not self.history:
-            return 0
-        return min(self.history, key=lambda result: result.validation_loss).epoch
-
-    @property
-    def _best_loss(self) -> float:
-        return min((result.validation_loss for result in self.history), default=math.inf)
+    # Checkpoints.
 
     def _identity(self) -> str:
         """What a checkpoint must share with the run that takes it up."""
+        # Not where there is none, so that a run without folds takes up none with.
+        fold = {} if self._fold is None else {"fold": self._fold}
         return json.dumps(
-            {
+            fold
+            | {
                 "config": asdict(self._job.config),
                 "seed": self._job.seed,
                 "trial": self._job.seeded_as,
@@ -341,7 +377,7 @@ class TrainingRun:
         )
 
     def _resume(self, checkpoint: bytes) -> None:
-        saved = _unpacked(checkpoint)
+        saved = unpacked(checkpoint)
         if not _is_the_same_run(json.loads(str(saved["run"])), json.loads(self._identity())):
             raise ValueError(
                 f"the checkpoint is of another run: {saved['run']}; this one is {self._identity()}"
@@ -372,15 +408,13 @@ def _is_the_same_run(saved: Any, own: Any) -> bool:
     return bool(saved == own)
 
 
-class LocalTraining:
-    """`Train` in this process."""
-
-    def __init__(self, data: DevelopmentData) -> None:
-        self._data = TensorData(data)
-
-    def __call__(self, job: TrainingJob) -> Generator[EpochResult, None, None]:
-        """See `tuner.train.Train`. Nothing runs ahead of the caller, so rungs do not matter."""
-        yield from TrainingRun(self._data, job).epochs()
+def is_finished(history: Sequence[EpochResult], settings: TrainingSettings) -> bool:
+    """No epoch is left: `max_epochs` is reached, or patience ran out."""
+    best = best_epoch_of(history)
+    waited = 0 if best is None else len(history) - best.epoch
+    return len(history) >= settings.max_epochs or (
+        settings.patience is not None and waited >= settings.patience
+    )
 
 
 def configure_tensorflow(threads: int) -> None:
@@ -462,10 +496,21 @@ class _Optimizer:
 
 
 def _row_weights(data: TensorData, settings: TrainingSettings) -> Any:
-    """What each training row counts, float32 [n], in the mean 1; None where all count the same."""
+    """What each training row counts, float32 [n]; None where all count the same.
+
+    In the mean over the rows that are trained on it is 1; other rows count nothing.
+    """
     weights = data.training_weights
+    labels = data.training_labels.numpy()
+    if data.rows is not None:
+        labels = labels[data.rows]
+        weights = None if weights is None else mean_1(weights[data.rows])
     if settings.class_weights == "balanced":
-        weights = balanced_weights(data.training_labels.numpy(), weights)
+        weights = balanced_weights(labels, weights)
+    if weights is not None and data.rows is not None:
+        of_all = np.zeros(len(data.training_labels), np.float32)
+        of_all[data.rows] = weights
+        weights = of_all
     return None if weights is None else tf.constant(weights, tf.float32)
 
 
@@ -489,16 +534,22 @@ def _out_of_memory_ends_the_trial(where: str) -> Iterator[None]:
         raise TrialEndedError("out_of_memory", f"{where}: {reason}") from error
 
 
-def _packed(arrays: Mapping[str, Any]) -> bytes:
+def packed(arrays: Mapping[str, Any]) -> bytes:
+    """An npz file of arrays."""
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
 
 
-def _unpacked(packed: bytes) -> dict[str, Any]:
+def unpacked(content: bytes) -> dict[str, Any]:
+    """The arrays of an npz file, every member checked.
+
+    Raises:
+        ValueError: It is damaged.
+    """
     # First of all: an array's damaged head may ask for more memory than there is.
-    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"{damaged} in it is damaged")
-    with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return dict(arrays)

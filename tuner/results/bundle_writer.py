@@ -40,6 +40,7 @@ from tuner.results.export import ExportedConfig, config_of_trial, render
 from tuner.search.record import versions
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import parameter_count
+from tuner.train import networks_in
 
 PROBES = 5  #: sequences whose probabilities are kept, so that a reader can tell a wrong network
 
@@ -117,8 +118,10 @@ def _contents(
 
     max_length, unknown = tuned.record.data.max_length, tuned.record.spec.data.unknown
     networks = [
-        combined.TrainedNetwork.unpacked(one.config, one.weights, share)
+        combined.TrainedNetwork.unpacked(one.config, weights, share / len(its))
         for one, share in zip(chosen.networks, chosen.shares, strict=True)
+        for its in [networks_in(one.weights)]
+        for weights in its
     ]
     model = combined.combined_model(networks, max_length, unknown=unknown == "mask")
     probes = decode_tokens(chosen.development.validation_tokens[:PROBES])
@@ -151,6 +154,7 @@ def _description(
 ) -> dict[str, Any]:
     record, selection = tuned.record, chosen.selection
     development = chosen.development
+    folds = development.fold_count
     cross_fitted = None if selection is None else selection.cross_fitted
     return {
         "format": FORMAT,
@@ -159,7 +163,8 @@ def _description(
         "networks": [
             {
                 "trial": config.trial,
-                "share": share,
+                **({"fold": fold + 1} if folds else {}),
+                "share": share / max(folds, 1),
                 "study_file": _study_file(config),
                 "train_again": command("launch", _study_file(config)),
                 "validation_loss": config.validation_loss,
@@ -171,6 +176,7 @@ def _description(
                 "config_hash": config.provenance["config_hash"],
             }
             for config, share in zip(configs, chosen.shares, strict=True)
+            for fold in range(max(folds, 1))
         ],
         "alphabet": alphabet_of(record.spec.data.unknown),
         "unknown": record.spec.data.unknown,

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 from tuner.data.development import DevelopmentData
 from tuner.errors import StudyError, counted
 from tuner.metrics import Metrics, measure
-from tuner.results.ensemble import PICKS, Selection, mean_probability, select
+from tuner.results.ensemble import PICKS, Selection, mean_logits, probability, select
 from tuner.results.export import require_ranked
 from tuner.results.kept import (
     Evaluate,
@@ -232,7 +232,7 @@ def _selected(
     development: DevelopmentData,
     picks: int,
 ) -> Ensemble:
-    probabilities = np.stack([_probability(one) for one in logits])
+    probabilities = np.stack([probability(one) for one in logits])
     selection = select(probabilities, development.validation_labels, picks=picks)
     return Ensemble(candidates=candidates, selection=selection)
 
@@ -260,20 +260,6 @@ def _read(
     )
 
 
-def mean_logits(logits: list[Logits], shares: tuple[float, ...]) -> Logits:
-    """The logits of the weighted mean of networks' probabilities.
-
-    Args:
-        logits: Of each network, float64 [n].
-        shares: Of each network in the mean, 0..1; they add up to 1.
-
-    Returns:
-        float64 [n].
-    """
-    probabilities = np.stack([_probability(one) for one in logits])
-    return _logit(mean_probability(probabilities, list(enumerate(shares))))
-
-
 def _recorded_logits(
     tuned: TunedStudy, trial: FrozenTrial, development: DevelopmentData
 ) -> Logits | None:
@@ -288,15 +274,3 @@ def _recorded_logits(
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # of an earlier version; `evaluate_kept` says what is wrong with a damaged one
     return found if found.shape == development.validation_labels.shape else None
-
-
-def _probability(logits: Logits) -> Logits:
-    # Not 1 / (1 + exp(-x)), which overflows at a logit of -710.
-    found: Logits = np.exp(-np.logaddexp(0, -logits))
-    return found
-
-
-def _logit(probability: Logits) -> Logits:
-    bounded = np.clip(probability, 2.0**-53, 1 - 2.0**-53)
-    found: Logits = np.log(bounded) - np.log1p(-bounded)
-    return found

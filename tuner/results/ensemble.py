@@ -164,3 +164,30 @@ def mean_probability(probabilities: Floats, members: Sequence[tuple[int, float]]
         "k,km->m", [share for _, share in members], probabilities[[index for index, _ in members]]
     )
     return mean
+
+
+def mean_logits(logits: Sequence[Floats], shares: Sequence[float]) -> Floats:
+    """The logits of the weighted mean of networks' probabilities.
+
+    Args:
+        logits: Of each network, float64 [n].
+        shares: Of each network in the mean, 0..1; they add up to 1.
+
+    Returns:
+        float64 [n].
+    """
+    probabilities = np.stack([probability(one) for one in logits])
+    return _logit(mean_probability(probabilities, list(enumerate(shares))))
+
+
+def probability(logits: Floats) -> Floats:
+    """Probabilities of logits, [n]."""
+    # Not 1 / (1 + exp(-x)), which overflows at a logit of -710.
+    found: Floats = np.exp(-np.logaddexp(0, -logits))
+    return found
+
+
+def _logit(probabilities: Floats) -> Floats:
+    bounded = np.clip(probabilities, 2.0**-53, 1 - 2.0**-53)
+    found: Floats = np.log(bounded) - np.log1p(-bounded)
+    return found

@@ -170,6 +170,7 @@ def _exported(
         "validation_loss": loss,
         "validation_accuracy": None if best is None else best.validation_accuracy,
         "validation_roc_auc": None if best is None else best.validation_roc_auc,
+        "fold_losses": None if best is None or best.fold_losses is None else [*best.fold_losses],
         "best_epoch": None if best is None else best.epoch,
         "state": trial.state.name,
         "epochs": trial.last_step or 0,

@@ -12,12 +12,14 @@ import numpy.typing as npt
 from optuna.trial import FrozenTrial
 
 from tuner.data.development import DevelopmentData, load_development
-from tuner.errors import StudyError, is_outage, reason_of
-from tuner.metrics import Metrics, measure
+from tuner.errors import StudyError, counted, is_outage, reason_of
+from tuner.metrics import Metrics, cross_entropy, measure
+from tuner.results.ensemble import mean_logits
 from tuner.search.development import study_development
 from tuner.search.record import versions
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import ModelConfig
+from tuner.train import networks_in
 
 #: (configuration, its trained weights, uint8 tokens [n, max_length]) -> logits [n]
 Evaluate: TypeAlias = Callable[[ModelConfig, bytes, npt.NDArray[np.uint8]], npt.NDArray[np.float64]]
@@ -28,9 +30,16 @@ Evaluate: TypeAlias = Callable[[ModelConfig, bytes, npt.NDArray[np.uint8]], npt.
 _LOSS_TOLERANCE = {"float32": 0.002, "bfloat16": 0.02}
 
 
+_ZIP = b"PK"  #: begins an npz file
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptNetwork:
-    """The trained network of a trial, with what it is worth on the validation rows."""
+    """The trained network of a trial, with what it is worth on the validation rows.
+
+    With folds these are its networks, which predict together; each row is validated by the one
+    that did not train on it.
+    """
 
     trial: FrozenTrial
     config: ModelConfig
@@ -94,8 +103,9 @@ def evaluate_kept(
     config = tuned.record.spec.space.resolve(trial.params)
     path = tuned.artifacts.weights(trial.number)
     try:
-        logits = predict_logits(evaluate, config, weights, development.validation_tokens)
+        logits = _validation_logits(evaluate, config, weights, development)
         metrics = measure(development.validation_labels, logits)
+        loss = _validation_loss(metrics.loss, logits, development)
     except (ValueError, KeyError, EOFError, OSError, MemoryError, zipfile.BadZipFile) as error:
         if is_outage(error):
             raise StudyError(
@@ -110,9 +120,9 @@ def evaluate_kept(
     recorded = min(trial.intermediate_values.values(), default=0.0)
     recorded = recorded if trial.value is None else trial.value
     tolerance = _LOSS_TOLERANCE[tuned.precision_of(config)] * max(1.0, 2 * recorded)
-    if abs(metrics.loss - recorded) > tolerance:
+    if abs(loss - recorded) > tolerance:
         raise StudyError(
-            f"{path}: these weights have a validation loss of {metrics.loss:.4f}, but trial "
+            f"{path}: these weights have a validation loss of {loss:.4f}, but trial "
             f"{trial.number} is recorded with {recorded:.4f}. Are they another trial's, or "
             f"are the versions others than those of the study ({_changed_versions(tuned)})?"
         )
@@ -125,7 +135,55 @@ def predict_logits(
     weights: bytes,
     tokens: npt.NDArray[np.uint8],
 ) -> npt.NDArray[np.float64]:
-    """The logits of tokens [n, max_length], float64 [n]; see `evaluate_kept`."""
+    """The logits of tokens [n, max_length], float64 [n]; see `evaluate_kept`.
+
+    The networks of several folds predict together: of the mean of their probabilities.
+    """
+    networks = networks_in(weights) if weights.startswith(_ZIP) else (weights,)
+    found = [_of_network(evaluate, config, one, tokens) for one in networks]
+    return found[0] if len(found) == 1 else mean_logits(found, [1 / len(found)] * len(found))
+
+
+def _validation_logits(
+    evaluate: Evaluate | None, config: ModelConfig, weights: bytes, development: DevelopmentData
+) -> npt.NDArray[np.float64]:
+    """The logits of the validation rows, [m]; with folds by the network that did not train on each.
+
+    Raises:
+        ValueError: The weights are of another number of folds.
+    """
+    if development.folds is None:
+        return predict_logits(evaluate, config, weights, development.validation_tokens)
+    networks = networks_in(weights)
+    if len(networks) != development.fold_count:
+        raise ValueError(
+            f"{counted(len(networks), 'network')} of {counted(development.fold_count, 'fold')}"
+        )
+    logits = np.zeros(len(development.folds))
+    for fold, network in enumerate(networks):
+        inside = development.folds == fold
+        tokens = development.validation_tokens[inside]
+        logits[inside] = _of_network(evaluate, config, network, tokens)
+    return logits
+
+
+def _validation_loss(
+    of_all: float, logits: npt.NDArray[np.float64], development: DevelopmentData
+) -> float:
+    """The validation loss that a trial is recorded with, nats: with folds the mean over them."""
+    if development.folds is None:
+        return of_all
+    losses = cross_entropy(development.validation_labels, logits)
+    folds = range(development.fold_count)
+    return float(np.mean([losses[development.folds == fold].mean() for fold in folds]))
+
+
+def _of_network(
+    evaluate: Evaluate | None,
+    config: ModelConfig,
+    weights: bytes,
+    tokens: npt.NDArray[np.uint8],
+) -> npt.NDArray[np.float64]:
     if evaluate is None:
         # TensorFlow takes seconds to import, and a recorded report does not need it.
         from tuner.network.predict import logits  # noqa: PLC0415

@@ -29,6 +29,8 @@ _NOT_WRITTEN: Mapping[str, Any] = {
     "spec.data.split.training": None,
     "spec.data.split.identity": None,
     "spec.data.split.coverage": None,
+    "spec.data.split.folds": None,
+    "data.folds": None,
     "data.clusters": None,
     "data.mmseqs": None,
     "spec.training.as_trial": None,

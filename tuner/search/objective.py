@@ -13,10 +13,12 @@ from tuner.spec.architecture import ModelConfig, parameter_count
 from tuner.spec.precision import Precision
 from tuner.spec.spec import StudySpec
 from tuner.train import (
+    FOLD_LOSSES_KEY,
     PARAMETERS_KEY,
     EpochResult,
     Train,
     TrainingJob,
+    best_epoch_of,
     curve_document,
     figures_of,
 )
@@ -90,6 +92,9 @@ class Objective:
             trial.storage.set_trial_system_attr(trial._trial_id, CURVE_KEY, curve_document(curve))
             for key, figure in figures_of(curve).items():
                 trial.set_user_attr(key, figure)
+            best_epoch = best_epoch_of(curve)
+            if best_epoch is not None and best_epoch.fold_losses is not None:
+                trial.set_user_attr(FOLD_LOSSES_KEY, list(best_epoch.fold_losses))
         return best
 
 

@@ -30,6 +30,7 @@ from tuner.spec.spec import (
     ColumnSettings,
     DataSettings,
     FastaPair,
+    FoldColumn,
     HyperbandSettings,
     NotifySettings,
     SamplerSettings,
@@ -91,6 +92,7 @@ _TABLES: Mapping[str, tuple[str, ...]] = {
     "": (*Settings.model_fields, "space", "known"),
     "data": tuple(DataSettings.model_fields),
     "data.split": tuple(SplitSettings.model_fields),
+    "data.split.folds": tuple(FoldColumn.model_fields),
     "data.source": (*FastaPair.model_fields, *SplitFiles.model_fields),
     "data.columns": tuple(ColumnSettings.model_fields),
     "training": tuple(TrainingSettings.model_fields),
@@ -160,7 +162,7 @@ def _check_hyperband(document: Mapping[str, Any], mistakes: Sequence[Mistake]) -
 
 def _mistake(error: ErrorDetails) -> Mistake:
     path = error["loc"]
-    for union in (("data", "source"),):
+    for union in (("data", "source"), ("data", "split", "folds")):
         if path[: len(union)] == union:  # without pydantic's tag of the union
             path = (*union, *path[len(union) + 1 :])
     # The URL of a webhook may hold a token: it is not repeated, wherever it stands.

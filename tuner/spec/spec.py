@@ -36,6 +36,7 @@ from tuner.spec.schedule import bracket_turns, halvings, rungs
 from tuner.spec.space import SearchSpace
 
 MAX_NAME_LENGTH = 80  # characters; with "-synthetic" and a suffix still a file name everywhere
+MAX_FOLDS = 20  #: a trial trains so many networks
 _MAX_NAME_BYTES = 160  #: the same in UTF-8, of which a file's name has at most 255 in all
 #: Of tables, which alone have columns; each may be compressed.
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -165,6 +166,10 @@ def value_key(value: str) -> str:
     return value.strip().lower()
 
 
+def _folds_kind(value: object) -> str:
+    return "column" if isinstance(value, Mapping | FoldColumn) else "number"
+
+
 def _check_provenance(table: dict[str, Any]) -> dict[str, Any]:
     """What can be stored and written again in every format; null says nothing, and is left out."""
 
@@ -200,6 +205,12 @@ ClassWeights: TypeAlias = Literal["none", "balanced"]
 SplitRule: TypeAlias = Literal["random", "given", "homology"]
 SplitPart: TypeAlias = Literal["training", "validation", "test"]
 _PARTS: tuple[SplitPart, ...] = get_args(SplitPart)
+#: Cross-validation.
+Folds: TypeAlias = Annotated[
+    Annotated[int, Field(ge=2, le=MAX_FOLDS), Tag("number")]
+    | Annotated["FoldColumn", Tag("column")],
+    Discriminator(_folds_kind),
+]
 #: Values of a table's column.
 Values: TypeAlias = Annotated[
     list[str], PlainValidator(_checked_values), WithJsonSchema(_VALUES_SCHEMA)
@@ -217,6 +228,13 @@ Part: TypeAlias = Annotated[
         }
     ),
 ]
+
+
+class FoldColumn(Table):
+    """Folds that a table names."""
+
+    column: ColumnName
+    """of a CSV or TSV file; each of its values is a fold"""
 
 
 class SplitSettings(Table):
@@ -239,6 +257,8 @@ class SplitSettings(Table):
     """with rule "homology", 0.3 by default: share of residues that similar sequences have alike"""
     coverage: Annotated[float, Field(gt=0, le=1)] | None = None
     """with rule "homology", 0.8 by default: of both sequences, that their alignment covers"""
+    folds: Folds | None = None
+    """cross-validation: the number of folds, or { column = "..." }; the test split is in none"""
 
     @model_validator(mode="before")
     @classmethod
@@ -318,6 +338,14 @@ class SplitSettings(Table):
         return "training" if self.training is None else None
 
     @property
+    def column_names(self) -> dict[str, str]:
+        """The columns that are read for the split, by what they tell of a row: "part", "fold"."""
+        names = {} if self.column is None else {"part": self.column}
+        if isinstance(self.folds, FoldColumn):
+            names["fold"] = self.folds.column
+        return names
+
+    @property
     def described(self) -> str:
         """The split with its rule: "random, seed 1", "by column 'partition'"."""
         return f"random, {self.in_words}" if self.rule == "random" else self.in_words
@@ -334,7 +362,9 @@ class SplitSettings(Table):
             )
         else:
             words = f"seed {self.seed}"
-        return words
+        if isinstance(self.folds, FoldColumn):
+            return f"{words}, folds by column {self.folds.column!r}"
+        return words if self.folds is None else f"{words}, {self.folds} folds"
 
 
 #: What a rule's keys are by default.
@@ -479,7 +509,7 @@ class DataSettings(Table):
                 "training, validation and test, or name three files: source = "
                 '{ training = "a.csv", validation = "b.csv", test = "c.csv" }'
             )
-        for name in filter(None, [split.column]):
+        for name in split.column_names.values():
             if not _has_columns(source):
                 raise _wrong(
                     f"names the column {shown(name)}, and source is no .csv or .tsv file; name one"

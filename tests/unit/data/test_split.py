@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tuner.data.development import load_development
+from tuner.data.homology import Clusters
 from tuner.data.prepare import Prepared, prepare, read_held_out
 from tuner.data.rows import decode_tokens
 from tuner.data.sources import file_names, find_source, source_sha256, with_files
@@ -168,3 +169,96 @@ def test_weights_are_those_of_the_training_rows(tmp_path: Path) -> None:
     weights = load_development(result.development_file).training_weights
     assert weights is not None
     assert np.unique(weights).tolist() == [1.0]
+
+
+# --- folds ---
+
+FOLDED = {"seed": 1, "test": 0.2}
+
+
+def folds_of(result: Prepared) -> dict[str, int]:
+    found = load_development(result.development_file)
+    assert found.folds is not None
+    assert found.validation_tokens is found.training_tokens
+    return dict(zip(decode_tokens(found.training_tokens), found.folds.tolist(), strict=True))
+
+
+def test_folds_are_dealt_out_to_all_but_the_test_rows(tmp_path: Path) -> None:
+    write(tmp_path, "rows.csv", ROWS)
+    result = prepared(tmp_path, split={**FOLDED, "folds": 4})
+    without = prepared(tmp_path, split={**FOLDED, "validation": 0.3})
+    assert result.identity.split_id == without.identity.split_id
+    folds = folds_of(result)
+    held_out = read_held_out(settings(split={**FOLDED, "folds": 4}), folder=tmp_path)[1]
+    assert not folds.keys() & set(decode_tokens(held_out.tokens))
+    assert len(folds) == 48
+    label_of = {sequence: label for sequence, label, _ in ROWS}
+    for label in (0, 1):
+        counts = np.bincount([fold for one, fold in folds.items() if label_of[one] == label])
+        assert len(counts) == 4
+        assert counts.max() - counts.min() <= 1
+    identity = result.identity
+    assert (identity.folds, identity.training_rows, identity.validation_rows) == (4, 36, 12)
+    assert identity.check_document()["folds"] == 4
+
+
+def test_folds_follow_from_seed_and_sequences_alone(tmp_path: Path) -> None:
+    write(tmp_path, "rows.csv", ROWS)
+    write(tmp_path, "turned.tsv", ROWS[::-1])
+    split = {**FOLDED, "folds": 3}
+    first = prepared(tmp_path, split=split)
+    assert prepared(tmp_path, "turned.tsv", split).development_sha256 == first.development_sha256
+    other = prepared(tmp_path, split={**split, "seed": 2})
+    assert folds_of(other) != folds_of(first)
+
+
+def test_a_column_names_folds_and_its_test_group_is_in_none(tmp_path: Path) -> None:
+    rows = [(one, label, str(at % 4 + 8)) for at, (one, label, _) in enumerate(ROWS)]
+    write(tmp_path, "rows.csv", rows)
+    named = {**GIVEN, "validation": ["9"], "test": ["11"], "folds": {"column": "part"}}
+    folds = folds_of(prepared(tmp_path, split=named))
+    number = {"8": 0, "9": 1, "10": 2}  # in their numbers' order
+    assert folds == {one: number[part] for one, _, part in rows if part != "11"}
+
+
+def test_a_sequence_in_two_groups_is_one_row_of_one_fold(tmp_path: Path) -> None:
+    write(tmp_path, "rows.csv", [*ROWS, (ROWS[0][0], ROWS[0][1], "validation")])
+    split = {**GIVEN, "folds": 3}
+    assert len(folds_of(prepared(tmp_path, split=split))) == 40
+    with pytest.raises(DataError, match="in the validation part, but the same sequence"):
+        prepared(tmp_path)
+
+
+def test_clusters_stay_whole_in_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clusters(sequences: Sequence[str], **_: Any) -> Clusters:
+        numbers = tuple(ALL_SEQUENCES.index(one) // 2 for one in sequences)
+        return Clusters(numbers=numbers, version="1")
+
+    monkeypatch.setattr("tuner.data.prepare.cluster", clusters)
+    write(tmp_path, "rows.csv", ROWS)
+    folds = folds_of(prepared(tmp_path, split={"rule": "homology", "seed": 1, "folds": 3}))
+    fold_of = {(ALL_SEQUENCES.index(one) // 2, fold) for one, fold in folds.items()}
+    assert len(fold_of) == len({cluster for cluster, _ in fold_of}) == len(folds) / 2
+
+
+@pytest.mark.parametrize(
+    ("folds", "message"),
+    [
+        (
+            {"column": "part"},
+            "'part' has [0-9]+ different values among the training and validation",
+        ),
+        ({"column": "sort"}, "no column 'sort' among sequence, label, part; .* folds in"),
+        (20, "fold '[0-9]+' has no row of label"),
+    ],
+)
+def test_what_is_wrong_with_folds_is_told(tmp_path: Path, folds: Any, message: str) -> None:
+    write(tmp_path, "rows.csv", [(one, label, str(at)) for at, (one, label, _) in enumerate(ROWS)])
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path, split={"validation": 0.1, "test": 0.5, "folds": folds})
+
+
+def test_a_row_without_a_fold_is_told(tmp_path: Path) -> None:
+    write(tmp_path, "rows.csv", EMPTY)
+    with pytest.raises(DataError, match="no value in the column 'part'; write which fold"):
+        prepared(tmp_path, split={**FOLDED, "folds": {"column": "part"}})

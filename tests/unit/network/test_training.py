@@ -29,9 +29,10 @@ from tuner.data.development import DevelopmentData
 from tuner.errors import TrialEndedError
 from tuner.metrics import cross_entropy
 from tuner.network import training
+from tuner.network.fold_runs import LocalTraining
 from tuner.network.model import build_model, keras, load_weights, logit_model, tf
 from tuner.network.predict import logits
-from tuner.network.training import LocalTraining, TensorData, TrainingRun
+from tuner.network.training import TensorData, TrainingRun
 from tuner.spec.architecture import ModelConfig
 from tuner.spec.spec import TrainingSettings
 from tuner.train import VALIDATION_LOGITS, EpochResult
@@ -47,7 +48,7 @@ LOGITS = np.zeros(len(DATA.validation_labels), np.float32)
 
 def replay(results: list[EpochResult], monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets epochs have these results instead of training."""
-    monkeypatch.setattr(TrainingRun, "_epoch", lambda run, epoch: (results[epoch - 1], LOGITS))
+    monkeypatch.setattr(TrainingRun, "_epoch", lambda run, epoch, _: (results[epoch - 1], LOGITS))
 
 
 def made_up(*validation_losses: float) -> list[EpochResult]:
@@ -147,22 +148,22 @@ def test_a_checkpoint_whose_history_lacks_a_field_or_has_one_more_is_resumed(
 ) -> None:
     first = training_run(tensors)
     next(first.epochs())
-    saved = training._unpacked(first.checkpoint())
+    saved = training.unpacked(first.checkpoint())
     history = json.loads(str(saved["history"]))
     history[0]["of_a_later_version"] = history[0].pop("training_accuracy")
     saved["history"] = np.array(json.dumps(history))
-    second = training_run(tensors, checkpoint=training._packed(saved))
+    second = training_run(tensors, checkpoint=training.packed(saved))
     assert second.history[0].validation_loss == first.history[0].validation_loss
     assert next(second.epochs()).epoch == 2
 
 
 def with_identity(checkpoint: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
     """The checkpoint of a version whose runs had another identity."""
-    saved = training._unpacked(checkpoint)
+    saved = training.unpacked(checkpoint)
     identity = json.loads(str(saved["run"]))
     change(identity)
     saved["run"] = np.array(json.dumps(identity))
-    return training._packed(saved)
+    return training.packed(saved)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_a_checkpoint_of_another_configuration_or_precision_is_refused(
 def train_nothing(results: list[EpochResult], monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs with these results, each of which marks weights and logits with its number."""
 
-    def epoch_of(run: TrainingRun, epoch: int) -> tuple[EpochResult, np.ndarray]:
+    def epoch_of(run: TrainingRun, epoch: int, _spent: float) -> tuple[EpochResult, np.ndarray]:
         embeddings = run._model.get_layer("embedding").embeddings
         embeddings.assign(np.full(embeddings.shape, epoch))
         return results[epoch - 1], np.full(len(DATA.validation_labels), epoch, np.float32)
@@ -229,7 +230,7 @@ def train_nothing(results: list[EpochResult], monkeypatch: pytest.MonkeyPatch) -
 
 def marked_by(run: TrainingRun) -> int:
     """The epoch whose weights and logits are kept as the best."""
-    kept = training._unpacked(run.best_weights())
+    kept = training.unpacked(run.best_weights())
     epoch = int(kept["embedding/embeddings"][0, 0])
     assert (kept[VALIDATION_LOGITS] == epoch).all()
     return epoch
@@ -241,7 +242,7 @@ def test_of_equal_losses_the_weights_of_the_first_epoch_stay(
     train_nothing(made_up(0.7, 0.6, 0.6, 0.6), monkeypatch)
     run = training_run(tensors)
     list(run.epochs())
-    assert (run._best_epoch, marked_by(run)) == (2, 2)
+    assert marked_by(run) == 2
 
 
 @pytest.mark.parametrize(("after", "best"), [(3, 2), (4, 2), (5, 5)])
@@ -258,7 +259,7 @@ def test_best_weights_outlive_a_resumption_after_worse_epochs(
     list(last.epochs())
     assert marked_by(last) == 5
     # What it trains on with is the last epoch, not the best one.
-    assert int(training._unpacked(first.checkpoint())["weights/embedding/embeddings"][0, 0]) == (
+    assert int(training.unpacked(first.checkpoint())["weights/embedding/embeddings"][0, 0]) == (
         after
     )
 
@@ -268,10 +269,10 @@ def test_a_checkpoint_of_an_earlier_version_has_no_logits_and_is_resumed(
 ) -> None:
     first = training_run(tensors)
     list(itertools.islice(first.epochs(), 2))
-    saved = training._unpacked(first.checkpoint())
+    saved = training.unpacked(first.checkpoint())
     del saved[VALIDATION_LOGITS]
-    resumed = training_run(tensors, checkpoint=training._packed(saved))
-    assert VALIDATION_LOGITS not in training._unpacked(resumed.best_weights())
+    resumed = training_run(tensors, checkpoint=training.packed(saved))
+    assert VALIDATION_LOGITS not in training.unpacked(resumed.best_weights())
     list(resumed.epochs())
     assert curve(resumed.history) == curve(undisturbed.history)
 
@@ -286,7 +287,7 @@ def test_it_learns_and_best_weights_are_those_of_the_best_epoch(
     assert best.validation_loss < 0.5
     predicted = logits(PLAIN, run.best_weights(), DATA.validation_tokens)
     assert predicted.dtype == np.float64
-    recorded = training._unpacked(run.best_weights())[VALIDATION_LOGITS]
+    recorded = training.unpacked(run.best_weights())[VALIDATION_LOGITS]
     np.testing.assert_allclose(recorded, predicted, rtol=1e-4, atol=1e-5)
     losses = cross_entropy(DATA.validation_labels, predicted)
     assert losses.mean() == pytest.approx(best.validation_loss, rel=1e-5)
@@ -370,7 +371,7 @@ def test_an_epoch_is_what_keras_trains_step_by_step_last_batch_included(
     model, loss, accuracy = reference_epoch(config, seed=3, trial=7)
     assert result.training_loss == pytest.approx(loss, rel=1e-5)
     assert result.training_accuracy == pytest.approx(accuracy)
-    trained = training._unpacked(run.best_weights())
+    trained = training.unpacked(run.best_weights())
     for weight in model.weights:
         np.testing.assert_allclose(
             trained[weight.path], weight.numpy(), rtol=1e-3, atol=1e-5, err_msg=weight.path
@@ -398,7 +399,7 @@ def test_rows_count_in_the_objective_alone(own: np.ndarray | None, class_weights
     model, loss, accuracy = reference_epoch(PLAIN, 3, 7, data, wanted)
     assert result.training_loss == pytest.approx(loss, rel=1e-5)
     assert result.training_accuracy == pytest.approx(accuracy)
-    trained = training._unpacked(run.best_weights())
+    trained = training.unpacked(run.best_weights())
     for weight in model.weights:
         np.testing.assert_allclose(
             trained[weight.path], weight.numpy(), rtol=1e-3, atol=1e-5, err_msg=weight.path
@@ -517,7 +518,7 @@ def test_weights_of_another_network_are_refused(tensors: TensorData) -> None:
         logits(CONFIG, weights, DATA.validation_tokens)
     wider = dataclasses.replace(PLAIN, embedding_dim=5)
     with pytest.raises(ValueError, match="another network: block1_conv/kernel"):
-        load_weights(build_model(wider, MAX_LENGTH), training._unpacked(weights))
+        load_weights(build_model(wider, MAX_LENGTH), training.unpacked(weights))
 
 
 def test_no_sequences_give_no_logits(tensors: TensorData) -> None:

@@ -27,11 +27,11 @@ from tuner.metrics import measure
 from tuner.network import combined
 from tuner.network.model import build_model
 from tuner.network.predict import logits
-from tuner.results import bundle_writer, choice
+from tuner.results import bundle_writer
 from tuner.results.bundle import SUMS_FILE, Bundle, read_bundle
 from tuner.results.bundle_writer import bundle_of_study, write_bundle
 from tuner.results.choice import Chosen, choose_best, choose_ensemble, choose_trial
-from tuner.results.ensemble import CrossFitted, Selection
+from tuner.results.ensemble import CrossFitted, Selection, probability
 from tuner.results.export import config_of_trial
 from tuner.results.kept import read_development, read_kept_weights
 from tuner.search.tuned_study import TunedStudy
@@ -506,7 +506,7 @@ def test_weights_that_were_not_kept_are_told_of(tuned: TunedStudy) -> None:
 
 
 def test_logits_of_any_size_have_a_probability_without_a_warning() -> None:
-    found = choice._probability(np.array([-1e4, -800.0, 0.0, 800.0]))
+    found = probability(np.array([-1e4, -800.0, 0.0, 800.0]))
     assert found.tolist() == [0.0, 0.0, 0.5, 1.0]
 
 

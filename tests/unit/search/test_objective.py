@@ -14,7 +14,7 @@ from tuner.search.attributes import CURVE_KEY, ENDED_KEY, curve_of
 from tuner.search.hyperband import make_pruner
 from tuner.search.objective import Objective
 from tuner.search.sampler import PerTrialSampler, make_sampler
-from tuner.train import EpochResult, TrainingJob, figures_of
+from tuner.train import EpochResult, TrainingJob, figures_of, mean_of_folds
 
 
 def plain_study(**changes: object) -> tuple[optuna.Study, Objective]:
@@ -97,6 +97,20 @@ def test_a_trial_of_a_notebook_has_its_figures_as_numbers() -> None:
     attributes = study.trials[0].user_attrs
     assert {"parameters", "epochs", "best_epoch", "validation_accuracy"} <= set(attributes)
     assert all(isinstance(value, int | float) for value in attributes.values())
+
+
+def test_the_losses_of_the_folds_are_kept_with_a_trial() -> None:
+    def train(_: TrainingJob) -> Generator[EpochResult, None, None]:
+        for epoch, losses in enumerate([(0.5, 0.9), (0.5, 0.7), (0.4, 0.9)], start=1):
+            folds = [epoch_result(loss, epoch) for loss in losses]
+            yield mean_of_folds(folds)
+
+    study = optuna.create_study()
+    study.optimize(Objective(small_spec(), train), n_trials=1)
+    (trial,) = study.trials
+    assert trial.value == pytest.approx(0.6)
+    assert trial.user_attrs["fold_losses"] == [0.5, 0.7]
+    assert [one.fold_losses for one in curve_of(trial)] == [(0.5, 0.9), (0.5, 0.7), (0.4, 0.9)]
 
 
 def test_the_pruner_is_asked_after_epochs_1_3_and_9_and_never_at_the_last() -> None:
