@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +114,10 @@ class EpochResult:
             known["fold_losses"] = tuple(known["fold_losses"])  # JSON has lists
         return cls(**missing | known)
 
+
+#: What of a machine and its programs a training's last bits depend on, by name: versions,
+#: processor, threads; `tuner.cluster.environment` looks.
+Environment: TypeAlias = Mapping[str, str | int]
 
 #: The fields of a row in a curve that an earlier version stored, by position.
 _POSITIONS = (

@@ -20,6 +20,7 @@ from tuner.coordination.words import describe_end, duration
 from tuner.errors import counted, ordinal
 from tuner.every import Every
 from tuner.search.attributes import ENDED_KEY
+from tuner.search.pruning_audit import audit_in_words
 from tuner.search.status import StudyStatus, status
 from tuner.search.tuned_study import TunedStudy
 from tuner.train import EpochResult
@@ -194,6 +195,8 @@ def status_details(one: StudyStatus) -> Table:
     if one.brackets:
         table.add_row("brackets", " / ".join(map(str, one.brackets)) + " trials")
     table.add_row("epochs", f"{one.epochs_spent} spent, {one.epochs_saved} saved by pruning")
+    if one.pruning_audit is not None:
+        table.add_row("audit", Text(audit_in_words(one.pruning_audit.to_document())))
     if one.openings:
         opened = f"opened for a report: the {ordinal(one.look)} look at it"
         table.add_row("test split", opened)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tuner.errors import EndReason
@@ -82,6 +82,8 @@ class Opened(WorkerMessage):
 
     worker: str  #: host and process, for the user
     after: int  #: the epoch of the checkpoint from which it resumes; 0 if there was none
+    #: What computes there, see `tuner.cluster.environment`; of an earlier version {}.
+    environment: Mapping[str, str | int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,12 +75,17 @@ def has_fast_bfloat16() -> bool:
 
     What cannot be told (another system than Linux, another architecture) counts as no.
     """
+    return not _FAST_FLAGS.isdisjoint(processor_facts().get("flags", "").split())
+
+
+def processor_facts() -> dict[str, str]:
+    """What Linux tells of the first processor, by name; {} on another system."""
     try:
-        lines = _PROCESSOR.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = _PROCESSOR.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return not _FAST_FLAGS.isdisjoint(flags.split())
+        return {}
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def training_resources(*, has_gpu: bool = False) -> dict[str, int]:

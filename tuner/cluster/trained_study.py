@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from tuner.artifacts import StudyArtifacts
+from tuner.train import Environment
 
 
 class TrainedStudy(Protocol):
@@ -27,6 +28,6 @@ class TrainedStudy(Protocol):
         """Whether this process still runs the study; raises LeaseLostError if another does."""
         ...
 
-    def note_worker(self, trial: int, *, worker: str, after: int) -> None:
-        """Notes who trains a trial, and after which epoch it resumed (0: from the start)."""
+    def note_worker(self, trial: int, *, worker: str, after: int, environment: Environment) -> None:
+        """Notes who trains a trial, after which epoch it resumed (0: from the start), and where."""
         ...

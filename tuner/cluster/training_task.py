@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from distributed import get_client, get_worker
 
+from tuner.cluster.environment import environment
 from tuner.cluster.leaving import IN_FLIGHT, InFlight, give_back_on_leaving, leave_unfit
 from tuner.cluster.messages import (
     STOP,
@@ -96,7 +97,14 @@ def train_on_worker(task: TrainingTask, open_run: OpenRun) -> TrainingOutcome:
             in_flight.snapshot = None
             say(CheckpointUnusable(attempt=task.attempt, reason=unusable))
         process = f"{socket.gethostname()}, process {os.getpid()}"
-        say(Opened(attempt=task.attempt, worker=process, after=len(run.history)))
+        say(
+            Opened(
+                attempt=task.attempt,
+                worker=process,
+                after=len(run.history),
+                environment=environment(_threads(task)),
+            )
+        )
         for result in run.history:
             note(result)
         pause = Every(_CHECKPOINT_SECONDS, at_once=False)
@@ -237,10 +245,14 @@ def _development_data(task: TrainingTask) -> Any:
 
     sha256 = task.development_sha256
     if sha256 not in _DATA:
-        configure_tensorflow(int(os.environ.get(THREADS_VARIABLE, task.threads)))
+        configure_tensorflow(_threads(task))
         _DATA.clear()
         _DATA[sha256] = tensors_of(load_development(find_development_file(task), sha256))
     return _DATA[sha256]
+
+
+def _threads(task: TrainingTask) -> int:
+    return int(os.environ.get(THREADS_VARIABLE, task.threads))
 
 
 def find_development_file(task: TrainingTask) -> Any:

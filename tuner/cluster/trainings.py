@@ -216,7 +216,12 @@ class Cluster:
             case CheckpointUnusable():
                 self._files.drop_checkpoint(trial, message.reason)
             case Opened():
-                self._study.note_worker(trial, worker=message.worker, after=message.after)
+                self._study.note_worker(
+                    trial,
+                    worker=message.worker,
+                    after=message.after,
+                    environment=message.environment,
+                )
             case Left():
                 if message.checkpoint is not None:
                     self._files.keep_checkpoint(trial, message.checkpoint)

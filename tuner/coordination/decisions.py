@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -13,7 +14,7 @@ from tuner.coordination.losses import FAILURES_IN_A_ROW, Failures
 from tuner.errors import StudyError, counted
 from tuner.logs import about
 from tuner.search.attributes import DETAIL_KEY, RESUMED_KEY
-from tuner.search.hyperband import RecordedPruner
+from tuner.search.hyperband import RecordedPruner, Verdict
 from tuner.search.stop_rule import StopRule
 from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.storage.decisions import Decision, DecisionKind
@@ -57,8 +58,8 @@ class Decisions:
 
     def begin(self) -> None:
         """Adopts what earlier coordinators decided, once the lease is held."""
-        recorded = {
-            (decision.trial, decision.epoch): decision.verdict == "prune"
+        recorded: dict[tuple[int, int | None], Verdict] = {
+            (decision.trial, decision.epoch): cast("Verdict", decision.verdict)
             for decision in self._tuned.storage.decisions.of(self._tuned.id)
             if decision.kind == "rung"
         }
@@ -187,8 +188,7 @@ class Decisions:
         self._record("ask", asked.number)
         return asked
 
-    def _record_verdict(self, trial: FrozenTrial, prunes: bool) -> None:
-        verdict = "prune" if prunes else "go"
+    def _record_verdict(self, trial: FrozenTrial, verdict: Verdict) -> None:
         self._record("rung", trial.number, epoch=trial.last_step, verdict=verdict)
 
     def _record(

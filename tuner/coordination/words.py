@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import counted
-from tuner.search.attributes import DETAIL_KEY, ENDED_KEY, NOTE_KEY, RESUMED_FROM_KEY, RESUMED_KEY
+from tuner.search.attributes import (
+    AUDITED_KEY,
+    DETAIL_KEY,
+    ENDED_KEY,
+    NOTE_KEY,
+    RESUMED_FROM_KEY,
+    RESUMED_KEY,
+)
 from tuner.search.tuned_study import TunedStudy
 from tuner.train import EpochResult
 
@@ -36,6 +43,11 @@ def notes(
     What it reached and what it cost are numbers: see `tuner.search.objective.figures_of`.
     """
     said = _why(state, curve, max_epochs, eta, bracket, attributes)
+    if (audited := attributes.get(AUDITED_KEY)) is not None:
+        said += (
+            f" Audited: Hyperband would have pruned it after epoch {audited}; it trained on to "
+            "show what pruning throws away."
+        )
     times = attributes.get(RESUMED_KEY)
     if isinstance(times, int) and times > 0:
         again = "once" if times == 1 else counted(times, "time")

@@ -38,6 +38,7 @@ from tuner.errors import (
 from tuner.results.export import Format, best_configs, render
 from tuner.results.prediction import writer_of
 from tuner.search.check import brackets_in_words
+from tuner.search.pruning_audit import audit_in_words
 from tuner.search.status import StudyStatus, status
 from tuner.search.study import find_name, list_names
 from tuner.search.tuned_study import TunedStudy
@@ -113,6 +114,11 @@ def _facts(request: Request, tuned: TunedStudy, state: StudyStatus) -> tuple[tup
         ),
         ("Study file", tuned.record.spec_hash[:12]),
         ("Epochs", f"{state.epochs_spent:,} spent, {state.epochs_saved:,} saved by pruning"),
+        *(
+            [("Pruning audit", audit_in_words(state.pruning_audit.to_document()))]
+            if state.pruning_audit is not None
+            else []
+        ),
         ("On disk", f"{state.bytes_on_disk / 1e6:.1f} MB"),
     )
 

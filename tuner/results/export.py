@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.artifacts import publish, require_writable
 from tuner.data.sources import name_from
 from tuner.errors import StudyError, TunerError
-from tuner.search.attributes import DETAIL_KEY, ENDED_KEY, RESUMED_KEY, curve_of
+from tuner.search.attributes import AUDITED_KEY, DETAIL_KEY, ENDED_KEY, RESUMED_KEY, curve_of
 from tuner.search.data_source import source_files
 from tuner.search.record import StudyRecord
 from tuner.search.status import figures_in
@@ -378,9 +378,10 @@ def write_trials(tuned: TunedStudy, path: Path) -> int:
     """Writes every trial as a row of a CSV file; returns how many.
 
     Columns: number, state, validation_loss (nats), epochs, bracket, ended, detail, resumed,
-    started, ended_at, validation_accuracy and validation_roc_auc (0..1, of best_epoch),
-    best_epoch, parameters, training_seconds, then one column for each sampled hyperparameter
-    (`param.NAME`). What a trial of an earlier version does not have is blank.
+    audited_after_epoch (where it would have been pruned), started, ended_at, validation_accuracy
+    and validation_roc_auc (0..1, of best_epoch), best_epoch, parameters, training_seconds, then one
+    column for each sampled hyperparameter (`param.NAME`). What a trial of an earlier version does
+    not have is blank.
 
     Raises:
         TunerError: The file cannot be written.
@@ -391,7 +392,7 @@ def write_trials(tuned: TunedStudy, path: Path) -> int:
     writer = csv.writer(text)
     writer.writerow(
         ["number", "state", "validation_loss", "epochs", "bracket", "ended", "detail", "resumed"]
-        + ["started", "ended_at", *_FIGURES]
+        + [AUDITED_KEY, "started", "ended_at", *_FIGURES]
         + [f"param.{name}" for name in names]
     )
     for trial in trials:
@@ -399,7 +400,12 @@ def write_trials(tuned: TunedStudy, path: Path) -> int:
         writer.writerow(
             [trial.number, trial.state.name, trial.value, trial.last_step or 0]
             + [spec.bracket_of(trial.number), attrs.get(ENDED_KEY), attrs.get(DETAIL_KEY)]
-            + [attrs.get(RESUMED_KEY, 0), trial.datetime_start, trial.datetime_complete]
+            + [
+                attrs.get(RESUMED_KEY, 0),
+                attrs.get(AUDITED_KEY),
+                trial.datetime_start,
+                trial.datetime_complete,
+            ]
             + [attrs.get(name) for name in _FIGURES]
             + [trial.params.get(name) for name in names]
         )

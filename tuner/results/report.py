@@ -323,6 +323,7 @@ def _study_document(tuned: TunedStudy) -> dict[str, Any]:
         "trials": {state: count for state, count in status.counts.items() if count},
         "epochs_spent": status.epochs_spent,
         "epochs_saved": status.epochs_saved,
+        "pruning_audit": status.pruning_audit and status.pruning_audit.to_document(),
         "history": [_history_row(trial) for trial in tuned.trials(*FINISHED)],
         "data": record.data.to_document(),
         "sampler": dict(record.sampler),

@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from tuner.errors import counted, ordinal
 from tuner.metrics import DRAWS, THRESHOLD, small_split_warnings
+from tuner.search.pruning_audit import audit_in_words
 from tuner.spec.spec import SplitSettings
 
 Document = Mapping[str, Any]
@@ -291,6 +292,7 @@ def _facts(document: Document) -> tuple[tuple[str, str], ...]:
     )
     rows = f"{data['training_rows']:,} training, {data['validation_rows']:,} validation, "
     epochs = f"{document['epochs_spent']:,} trained, {document['epochs_saved']:,} saved by pruning"
+    audit = document.get("pruning_audit")
     versions = document["versions"]
     now = document["evaluated_with"]
     changed = ", ".join(f"{name} {now[name]}" for name in now if now[name] != versions.get(name))
@@ -303,6 +305,7 @@ def _facts(document: Document) -> tuple[tuple[str, str], ...]:
         ("Split identity", data["split_id"]),
         ("Budget", f"{counted(document['budget'], 'finished trial')}; there are {trials}"),
         ("Epochs", f"{epochs}; at most {spec['training']['max_epochs']} a trial"),
+        *([("Was pruning right?", audit_in_words(audit))] if audit else []),
         ("Sampler", _settings(document["sampler"])),
         ("Pruner", _settings(document["pruner"])),
         ("Seed", f"{spec['seed']} (sampler, initial weights, shuffling, dropout)"),

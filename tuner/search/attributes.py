@@ -33,6 +33,9 @@ def curve_of(trial: optuna.trial.FrozenTrial) -> tuple[EpochResult, ...]:
     )
 
 
+#: The trial attribute of one that would have been pruned, and trains on: after which epoch.
+AUDITED_KEY = "audited_after_epoch"
+
 #: The study attribute that holds everything about how the study is run.
 RECORD_KEY = "tuner"
 #: Study attributes that change while it lives.
@@ -52,6 +55,9 @@ RESUMED_KEY = "resumed"
 RESUMED_FROM_KEY = "resumed_from_epoch"
 #: The one that names the worker process that trained it last.
 WORKER_KEY = "worker"
+#: The system attribute with what trained its epochs: versions, processor, threads, a part for each
+#: worker, with the first epoch that it trained ("from_epoch").
+ENVIRONMENTS_KEY = "environments"
 
 
 #: Trial attributes that count workers lost since the trial's last new epoch.

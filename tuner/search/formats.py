@@ -19,6 +19,7 @@ FORMAT_KEY = "format"  #: in the record; format 1 had no such key
 #: What is None is not written, by any version.
 _NOT_WRITTEN: Mapping[str, Any] = {
     "spec.hyperband": None,
+    "spec.hyperband.audit": None,
     "spec.stop": None,
     "spec.notify": None,
     "spec.provenance": None,

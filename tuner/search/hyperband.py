@@ -9,19 +9,29 @@ import copy
 import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.search.attributes import AUDITED_KEY
+from tuner.search.pruning_audit import is_drawn
 from tuner.spec.spec import StudySpec
+
+#: "audit": it would be pruned, and trains on to show what pruning throws away.
+Verdict: TypeAlias = Literal["go", "prune", "audit"]
 
 
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
     """Hyperband over completed epochs, or none."""
     if spec.hyperband is None:
         return optuna.pruners.NopPruner()
-    return _Hyperband(spec.hyperband.eta, spec.brackets, spec.bracket_turns)
+    return _Hyperband(
+        spec.hyperband.eta,
+        spec.brackets,
+        spec.bracket_turns,
+        is_audited=lambda trial: is_drawn(spec, trial),
+    )
 
 
 class _Hyperband(optuna.pruners.BasePruner):
@@ -32,13 +42,31 @@ class _Hyperband(optuna.pruners.BasePruner):
     a study's name changes nothing, and a budget has the shares that `tuner check` tells.
     """
 
-    def __init__(self, eta: int, brackets: Sequence[Sequence[int]], turns: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        eta: int,
+        brackets: Sequence[Sequence[int]],
+        turns: tuple[int, ...],
+        *,
+        is_audited: Callable[[int], bool],
+    ) -> None:
+        self._is_audited = is_audited
         self._eta = eta
         self._brackets = brackets
         self._turns = turns
         self._halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=eta)
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        # Not `trial.user_attrs`: Optuna shows a pruner those of the trial's begin.
+        if AUDITED_KEY in study._storage.get_trial(trial._trial_id).user_attrs:
+            return False  # it takes no other trial's place at a later rung
+        prunes = self._prunes(study, trial)
+        if prunes and self._is_audited(trial.number):
+            study._storage.set_trial_user_attr(trial._trial_id, AUDITED_KEY, trial.last_step)
+            return False
+        return prunes
+
+    def _prunes(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         bracket = self._turns[trial.number % len(self._turns)]
         epochs = trial.last_step or 0
         reached = sum(1 for rung in self._brackets[bracket] if rung <= epochs)
@@ -78,8 +106,8 @@ class RecordedPruner(optuna.pruners.BasePruner):
     def __init__(
         self,
         inner: optuna.pruners.BasePruner,
-        recorded: Mapping[tuple[int, int | None], bool],
-        on_verdict: Callable[[FrozenTrial, bool], None],
+        recorded: Mapping[tuple[int, int | None], Verdict],
+        on_verdict: Callable[[FrozenTrial, Verdict], None],
         deciding: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         """Wraps a pruner.
@@ -100,9 +128,19 @@ class RecordedPruner(optuna.pruners.BasePruner):
         rung = (trial.number, trial.last_step)
         if rung not in self._recorded:
             with self._deciding():
-                self._recorded[rung] = self.inner.prune(study, trial)
+                self._recorded[rung] = verdict_of(self.inner, study, trial)
                 self._on_verdict(trial, self._recorded[rung])
-        return self._recorded[rung]
+        return self._recorded[rung] == "prune"
+
+
+def verdict_of(
+    pruner: optuna.pruners.BasePruner, study: optuna.Study, trial: FrozenTrial
+) -> Verdict:
+    """What a pruner decides about a trial at a rung."""
+    if pruner.prune(study, trial):
+        return "prune"
+    audited = study._storage.get_trial(trial._trial_id).user_attrs.get(AUDITED_KEY)
+    return "go" if audited is None or audited != trial.last_step else "audit"
 
 
 def pruner_document(spec: StudySpec) -> dict[str, Any]:
@@ -111,7 +149,7 @@ def pruner_document(spec: StudySpec) -> dict[str, Any]:
         return {"class": "NopPruner"}
     return {
         "class": "Hyperband",
-        **spec.hyperband.model_dump(),
+        **spec.hyperband.model_dump(exclude_none=True),
         "brackets": "in turn",
         "rungs": list(spec.rungs),
     }

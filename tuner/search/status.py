@@ -14,6 +14,7 @@ from tuner.search.attributes import (
     RESUMED_KEY,
     WORKERS_KEY,
 )
+from tuner.search.pruning_audit import PruningAudit, pruning_audit
 from tuner.search.study import attached_files
 from tuner.search.tuned_study import FINISHED, TunedStudy
 from tuner.storage.ledger import LedgerEntry
@@ -40,6 +41,7 @@ class StudyStatus:
     bytes_on_disk: int  #: of its artifacts
     error: str | None  #: why the service gave it up
     ended_early: str | None  #: why it ended before the budget that was asked for
+    pruning_audit: PruningAudit | None  #: None where the study file asks for none
     openings: tuple[LedgerEntry, ...]  #: of its test split by its own reports; () while sealed
 
     @property
@@ -85,6 +87,7 @@ class StudyStatus:
             "bytes_on_disk": self.bytes_on_disk,
             "error": self.error,
             "ended_early": self.ended_early,
+            "pruning_audit": self.pruning_audit and self.pruning_audit.to_document(),
             "ledger": {
                 "entries": [entry.id for entry in self.openings],
                 "look": self.look,
@@ -143,6 +146,7 @@ def status(tuned: TunedStudy, *, driven: bool = False) -> StudyStatus:
         ),
         error=attributes.get(ERROR_KEY),
         ended_early=attributes.get(ENDED_EARLY_KEY),
+        pruning_audit=pruning_audit(tuned.record.spec, trials),
         openings=openings,
     )
 

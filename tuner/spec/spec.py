@@ -553,6 +553,8 @@ class HyperbandSettings(Table):
     """no rung is after fewer epochs"""
     eta: int = Field(default=3, ge=2, le=1000)
     """one trial in eta goes on at a rung"""
+    audit: float | None = Field(default=None, ge=0, le=1)
+    """share of the trials to be pruned that are trained to their end all the same"""
 
 
 class StopSettings(Table):

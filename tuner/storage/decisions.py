@@ -37,7 +37,7 @@ class Decision:
     trial: int  #: its number
     kind: DecisionKind  #: a new trial, a look at a rung, or an end
     epoch: int | None  #: of the rung, or the last one of a trial that ended; 1-based
-    verdict: str | None  #: "go" or "prune" at a rung, the trial's state at the end
+    verdict: str | None  #: "go", "prune" or "audit" at a rung, the trial's state at the end
 
 
 class Decisions:
