@@ -193,14 +193,11 @@ def _open_run(tuned: TunedStudy, job: TrainingJob, threads: int) -> Run:
     require_training()
     data = load_development(study_development(tuned), tuned.record.development_sha256)
     os.environ.update(training_environment(threads))  # before TensorFlow is imported
-    from tuner.network.training import (  # noqa: PLC0415
-        TensorData,
-        TrainingRun,
-        configure_tensorflow,
-    )
+    from tuner.network.fold_runs import open_run, tensors_of  # noqa: PLC0415
+    from tuner.network.training import configure_tensorflow  # noqa: PLC0415
 
     configure_tensorflow(threads)
-    return TrainingRun(TensorData(data), job)
+    return open_run(tensors_of(data), job)
 
 
 def _ended_by_itself(trial: FrozenTrial) -> bool:
@@ -220,6 +217,11 @@ def _differences(
             before, now = getattr(one, figure), getattr(other, figure)
             # What another version did not record is no difference.
             if before is not None and not math.isnan(before) and before != now:
+                yield Difference(epoch=one.epoch, figure=figure, stored=before, replayed=now)
+        folds = zip(one.fold_losses or (), other.fold_losses or (), strict=False)
+        for fold, (before, now) in enumerate(folds, start=1):
+            if before != now:
+                figure = f"validation_loss of fold {fold}"
                 yield Difference(epoch=one.epoch, figure=figure, stored=before, replayed=now)
     reason = trial.user_attrs.get(ENDED_KEY)
     if ended != (reason if reason in _REPEATABLE else None):
@@ -241,7 +243,7 @@ def _is_within_tolerance(difference: Difference) -> bool:
     return (
         isinstance(stored, float)
         and isinstance(replayed, float)
-        and abs(stored - replayed) <= TOLERANCES[difference.figure]
+        and abs(stored - replayed) <= TOLERANCES[difference.figure.partition(" ")[0]]
     )
 
 
