@@ -149,12 +149,23 @@ def report(
         str | None,
         typer.Option(metavar="WHY", help="Why they are opened again; with --again."),
     ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines/--no-baselines",
+            help="Compare the winner with simple models and with networks of the literature, "
+            "which takes minutes the first time for the same rows.",
+        ),
+    ] = True,
     data: SourcePath = None,
     storage: StorageUrl = DEFAULT_STORAGE_URL,
     artifacts: ArtifactsRoot = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Opens the test split once, and writes the final report of a finished study."""
+    from functools import partial
+
+    from tuner.results.baselines import fit_baselines
     from tuner.results.report import write_report
 
     with open_storage(storage) as opened:
@@ -165,6 +176,7 @@ def report(
             output=output,
             data=data,
             again=_reason(again=again, reason=reason),
+            fit=partial(fit_baselines, say=print_note) if baselines else None,
         )
     if as_json:
         print_json(written.to_document())

@@ -60,7 +60,7 @@ def measure(
     Raises:
         SetupError: They cannot be trained here.
     """
-    with _in_workers(workers) as submit:
+    with in_workers(workers) as submit:
         asked = [submit(_timed, configs, lengths, max_length) for _ in range(workers)]
         timed = np.array([one.result() for one in asked])  # [workers, networks, 2]
     start, epoch = timed.mean(axis=(0, 1))
@@ -74,7 +74,7 @@ def measure(
 
 
 @contextlib.contextmanager
-def _in_workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
+def in_workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
     """Submits calls to a number of processes, whose threads are set as a worker's are.
 
     Raises:

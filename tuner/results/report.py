@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,20 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.artifacts import kept_heads_folder, publish, require_writable
 from tuner.coordination.study_note import attach_page
 from tuner.data.prepare import HeldOutRows
-from tuner.errors import LeaseLostError, StudyError, TunerError, counted, ordinal, reason_of
-from tuner.metrics import measure, roc_curve
+from tuner.errors import (
+    LeaseLostError,
+    SetupError,
+    StudyError,
+    TunerError,
+    counted,
+    ordinal,
+    reason_of,
+)
+from tuner.metrics import Floats, measure, roc_curve
 from tuner.results import heldout, report_page, seal
+from tuner.results.analysis import Predicted, analyse
+from tuner.results.analysis_page import analysis_in_words
+from tuner.results.baselines import Baseline
 from tuner.results.choice import Chosen, choose_both, predict_together
 from tuner.results.export import config_hash
 from tuner.results.kept import Evaluate, KeptNetwork
@@ -72,6 +83,7 @@ class Report:
             ),
             report_page.gap_in_words(document),
             *filter(None, [report_page.ensemble_in_words(document)]),
+            *analysis_in_words(document),
             self._opening(),
             *report_page.warnings(document),
             f"Read on in {self.html_file} ({self.json_file.name} beside it has every figure).",
@@ -99,6 +111,7 @@ def write_report(
     data: Path | None = None,
     evaluate: Evaluate | None = None,
     again: str | None = None,
+    fit: Callable[[TunedStudy], Sequence[Baseline]] | None = None,
 ) -> Report:
     """Evaluates the winner of a finished study on the test split and writes the report.
 
@@ -115,6 +128,7 @@ def write_report(
             folder that holds it.
         evaluate: Predicts with trained weights; `tuner.network.predict.logits` by default.
         again: Opens the test split again, for this reason: it is shown with every report.
+        fit: Fits what the winner is compared with; without it, nothing is.
 
     Raises:
         StudyError: There is no such study, it is running or not finished, its winner cannot be
@@ -128,7 +142,7 @@ def write_report(
     _require_writable(folder)
     recorded, opened_now = _recorded_report(tuned), False
     if recorded is None or again is not None:
-        recorded, opened_now = _open_and_evaluate(tuned, evaluate, data, again)
+        recorded, opened_now = _open_and_evaluate(tuned, evaluate, data, again, fit)
     document = _with_the_ledger_of_now(tuned, recorded)
     document["warnings"] = list(report_page.warnings(document))
     page = report_page.render(document)
@@ -159,7 +173,11 @@ def _recorded_report(tuned: TunedStudy) -> dict[str, Any] | None:
 
 
 def _open_and_evaluate(
-    tuned: TunedStudy, evaluate: Evaluate | None, data: Path | None, again: str | None
+    tuned: TunedStudy,
+    evaluate: Evaluate | None,
+    data: Path | None,
+    again: str | None,
+    fit: Callable[[TunedStudy], Sequence[Baseline]] | None,
 ) -> tuple[dict[str, Any], bool]:
     """Opens the split, and records what the winner is worth on it.
 
@@ -183,6 +201,7 @@ def _open_and_evaluate(
             # The rehearsal, with rows that are not sealed: weights that do not give the loss for
             # which they were chosen would waste the one opening.
             single, ensemble = choose_both(tuned, evaluate=evaluate)
+            baselines = None if fit is None else _fitted(tuned, fit)
         try:
             entry, rows = heldout.open_test_split(
                 tuned,
@@ -210,8 +229,14 @@ def _open_and_evaluate(
                 f"{_lost(tuned)} Nothing was opened; report again once it is finished."
             ) from error
         try:
-            figures = _figures(single, rows, evaluate)
-            together = None if ensemble is None else _ensemble_document(ensemble, rows, evaluate)
+            logits = predict_together(single, rows.tokens, evaluate)
+            figures = _figures(single, rows, logits)
+            together, together_logits = None, None
+            if ensemble is not None:
+                together_logits = predict_together(ensemble, rows.tokens, evaluate)
+                together = _ensemble_document(ensemble, rows, together_logits)
+            predicted = Predicted(winner=logits, ensemble=together_logits)
+            analysed = analyse(single, rows, predicted, baselines, evaluate=evaluate)
         except (OSError, MemoryError) as error:
             raise StudyError(
                 f"The test split was opened (ledger entry {entry}), but trial {winner.number} "
@@ -225,6 +250,7 @@ def _open_and_evaluate(
             **figures,
             "validation_loss": winner.value,
             "ensemble": together,
+            **analysed,
             "ledger": {"entry": entry},
             **_winner_document(tuned, single.networks[0]),
             **_study_document(tuned),
@@ -244,6 +270,18 @@ def _open_and_evaluate(
     return document, True
 
 
+def _fitted(
+    tuned: TunedStudy, fit: Callable[[TunedStudy], Sequence[Baseline]]
+) -> Sequence[Baseline]:
+    try:
+        return fit(tuned)
+    except SetupError as error:
+        raise StudyError(
+            f"The baselines of the report cannot be fitted: {error} Or leave them out "
+            "(--no-baselines)."
+        ) from error
+
+
 def _lost(tuned: TunedStudy) -> str:
     return (
         f"Another process took study {tuned.name!r} over while this report was made, for this one "
@@ -251,9 +289,8 @@ def _lost(tuned: TunedStudy) -> str:
     )
 
 
-def _figures(chosen: Chosen, rows: HeldOutRows, evaluate: Evaluate | None) -> dict[str, Any]:
+def _figures(chosen: Chosen, rows: HeldOutRows, logits: Floats) -> dict[str, Any]:
     """What networks are worth on the test rows, beside the validation rows."""
-    logits = predict_together(chosen, rows.tokens, evaluate)
     test = measure(rows.labels, logits)
     return {
         "test": test.to_document(),
@@ -274,9 +311,7 @@ def _members(ensemble: Chosen | None) -> tuple[EnsembleMember, ...]:
     )
 
 
-def _ensemble_document(
-    ensemble: Chosen, rows: HeldOutRows, evaluate: Evaluate | None
-) -> dict[str, Any]:
+def _ensemble_document(ensemble: Chosen, rows: HeldOutRows, logits: Floats) -> dict[str, Any]:
     selection = ensemble.selection
     crossed = None if selection is None else selection.cross_fitted
     return {
@@ -290,7 +325,7 @@ def _ensemble_document(
         ],
         "cross_fitted": None if crossed is None else crossed.to_document(),
         "is_better": selection is not None and selection.is_better,
-        **_figures(ensemble, rows, evaluate),
+        **_figures(ensemble, rows, logits),
     }
 
 

@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from tuner.errors import counted, ordinal
 from tuner.metrics import DRAWS, THRESHOLD, small_split_warnings
+from tuner.results.analysis_page import baselines_in_words, render_analysis
 from tuner.search.pruning_audit import audit_in_words
 from tuner.spec.spec import SplitSettings
 
@@ -268,6 +269,8 @@ def render(document: Document) -> str:
         metrics=metric_rows(document),
         gap=gap_in_words(document),
         warnings=warnings(document),
+        analysis=render_analysis(document, _figure),
+        baselines=baselines_in_words(document),
         facts=_facts(document),
         tables=config_tables(document),
         intervals=intervals_in_words(document),

@@ -125,11 +125,12 @@ def test_the_winner_is_evaluated_from_its_kept_weights_on_the_test_split(
     winner = tuned.trials()[WINNER]
     config = tuned.record.spec.space.resolve(winner.params)
     identity = tuned.record.data
-    # First the validation rows, as a rehearsal; then the test rows, once.
-    assert calls == [
+    # First the validation rows, as a rehearsal; then the test rows, once; then parts of them.
+    assert calls[:2] == [
         (config, b"weights of the winner", identity.validation_rows),
         (config, b"weights of the winner", identity.test_rows),
     ]
+    assert all(rows < identity.test_rows for _, _, rows in calls[2:])
     assert document["study"] == "demo"
     assert document["trial"] == WINNER
     assert document["synthetic"] is False
@@ -323,7 +324,7 @@ def test_no_coordinator_can_start_while_the_test_split_is_open(tuned: TunedStudy
         return predict(config, weights, tokens)
 
     reported(tuned, evaluate=evaluate)
-    assert len(refusals) == 2
+    assert len(refusals) >= 2
     assert tuned.storage.leases.of(tuned.id) is None
 
 
@@ -391,7 +392,8 @@ def test_a_report_renews_its_lease_in_rehearsal_and_evaluation(
         return predict(config, weights, tokens)
 
     reported(tuned, evaluate=takes_an_hour)
-    assert renewed == [True, True]
+    assert len(renewed) >= 2
+    assert all(renewed)
 
 
 def before_the_lease(monkeypatch: pytest.MonkeyPatch, tuned: TunedStudy, do: Any) -> None:
@@ -804,7 +806,7 @@ def test_the_page_loads_nothing_and_holds_the_figures_library_once(tuned: TunedS
     assert str(policy).startswith("default-src 'none'")
     assert sum("plotly.js v" in script[:200] for script in page.scripts) == 1
     figures = [tag["id"] for name, tag in page.tags if name == "div" and tag.get("id")]
-    assert figures == ["roc", "curves", "history"]
+    assert figures == ["roc", "reliability", "curves", "history"]
 
 
 def test_the_page_shows_what_was_done_and_found(tuned: TunedStudy) -> None:
@@ -818,7 +820,7 @@ def test_the_page_shows_what_was_done_and_found(tuned: TunedStudy) -> None:
         record.data.sha256,
         record.spec.spec_hash,
         "240 training, 80 validation, 80 test",
-        "random, stratified by label, seed 1",
+        "random, seed 1",
         "4 finished trials; there are 2 fully trained, 2 stopped early, 1 failed",
         "TPESampler (multivariate no, constant_liar yes)",
         "Hyperband (min_epochs 1, eta 3, brackets in turn, rungs [1, 3])",
