@@ -403,6 +403,7 @@ def _with_the_ledger_of_now(tuned: TunedStudy, recorded: Mapping[str, Any]) -> d
         "head": dataclasses.asdict(chain.head),
         "problems": list(seal.verify(tuned.storage, tuned.artifacts.folder.parent).problems),
         "openings": len(rows),
+        "kept_elsewhere": [dataclasses.asdict(look) for look in seal.looks_kept_elsewhere(tuned)],
         "test_rows": data.test_rows,
         "rows": [
             {

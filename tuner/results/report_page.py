@@ -206,6 +206,14 @@ def ledger_warnings(document: Document) -> tuple[str, ...]:
             f"Warning: these figures are of the {ordinal(ledger['look'])} look at this test split. "
             f"The reason that was given: {ledger['reason']}."
         )
+    if elsewhere := ledger.get("kept_elsewhere"):
+        entries = ", ".join(f"{one['entry']} ({one['study']!r})" for one in elsewhere)
+        warnings.append(
+            f"Warning: {counted(len(elsewhere), 'opening')} of this test split "
+            f"{'is' if len(elsewhere) == 1 else 'are'} not in this ledger, but kept with the "
+            f"artifacts: ledger entry {entries}. Another storage shares them, one was deleted, or "
+            "an older copy of this one was restored."
+        )
     if ledger["openings"] > 1:
         warnings.append(
             f"Warning: {_openings_in_words(ledger)} Each look at it that led to another study "

@@ -308,10 +308,10 @@ def looks_before(tuned: TunedStudy) -> tuple[Look, ...]:
         for entry, shared in overlap.openings(storage, data.split_id)
         if entry.split_id == data.split_id or 2 * shared >= data.test_rows
     ]
-    return (*_looks_kept_elsewhere(tuned), *found)
+    return (*looks_kept_elsewhere(tuned), *found)
 
 
-def _looks_kept_elsewhere(tuned: TunedStudy) -> Iterator[Look]:
+def looks_kept_elsewhere(tuned: TunedStudy) -> Iterator[Look]:
     """Openings whose heads are kept with the artifacts, and which this ledger does not hold.
 
     They are of another storage that shares the artifacts, of one that was deleted, or of this one

@@ -59,7 +59,8 @@ class PruningAudit:
     best_kept: float | None  #: the lowest of the fully trained trials that were to be kept
     better: int  #: audited trials that ended below that
     better_ci95: tuple[float, float] | None  #: of the share of better ones, Wilson's
-    among_best: int  #: audited trials that ended among the ten best that were kept
+    #: Audited trials that ended among the ten best that were kept; None where fewer were kept.
+    among_best: int | None
     among_best_ci95: tuple[float, float] | None
     largest_gain: float  #: by how much the best audited trial is better than the best kept; 0: not
     median_distance: float | None  #: of audited trials to the best kept; positive is worse
@@ -88,14 +89,14 @@ def pruning_audit(spec: StudySpec, trials: Sequence[FrozenTrial]) -> PruningAudi
         and AUDITED_KEY not in trial.user_attrs
     )
     best = kept[0] if kept else math.inf
-    tenth = kept[_TOP - 1] if len(kept) >= _TOP else math.inf
+    tenth = kept[_TOP - 1] if len(kept) >= _TOP else -math.inf
     # What diverged on its way became nothing.
     reached = [
         trial.value if trial.state == TrialState.COMPLETE and trial.value is not None else math.inf
         for trial in audited
     ]
     better = sum(value < best for value in reached) if kept else 0
-    among = sum(value < tenth for value in reached) if len(kept) >= _TOP else 0
+    among = sum(value < tenth for value in reached) if len(kept) >= _TOP else None
     finite = [value for value in reached if math.isfinite(value)]
     return PruningAudit(
         audited=len(audited),
@@ -109,7 +110,9 @@ def pruning_audit(spec: StudySpec, trials: Sequence[FrozenTrial]) -> PruningAudi
         better=better,
         better_ci95=wilson_interval(better, len(audited)) if audited else None,
         among_best=among,
-        among_best_ci95=wilson_interval(among, len(audited)) if audited else None,
+        among_best_ci95=wilson_interval(among, len(audited))
+        if audited and among is not None
+        else None,
         largest_gain=max(0.0, best - min(finite)) if finite and kept else 0.0,
         median_distance=float(np.median(np.array(finite) - best)) if finite and kept else None,
         extra_epochs=sum(
@@ -129,12 +132,13 @@ def audit_in_words(audit: Mapping[str, Any]) -> str:
     low, high = audit["better_ci95"]
     share = audit["better"] / count
     gain = f", by up to {audit['largest_gain']:.4f} nats" if audit["better"] else ""
-    distance = audit["median_distance"]
+    top, distance = audit["among_best"], audit["median_distance"]
+    among = "" if top is None else f"; {top} would be among its ten best"
     median = "" if distance is None else f" Their median is {distance:+.4f} nats from that best."
     return (
         f"Of {counted(count, 'trial')} that pruning would have ended and that trained on, "
         f"{audit['better']} became better than the best that pruning kept{gain}: {share:.0%} "
-        f"(95 % interval {low:.0%} to {high:.0%}); {audit['among_best']} would be among its ten "
-        f"best.{median} Pruning ended {counted(audit['pruned'], 'other trial')}; the audit trained "
+        f"(95 % interval {low:.0%} to {high:.0%}){among}.{median} Pruning ended "
+        f"{counted(audit['pruned'], 'other trial')}; the audit trained "
         f"{counted(audit['extra_epochs'], 'epoch')} more."
     )
