@@ -32,6 +32,7 @@ from tuner.coordination.shares import FairShares, max_min_shares
 from tuner.coordination.webhook import Notifier
 from tuner.errors import ClusterError
 from tuner.search.attributes import ERROR_KEY, RECORD_KEY, RESUMED_KEY
+from tuner.search.confirmation import confirmed
 from tuner.search.status import StudyStatus, status
 from tuner.search.study import create_or_resume, delete, load
 from tuner.search.tuned_study import FINISHED, TunedStudy
@@ -429,6 +430,15 @@ def test_two_studies_share_the_slots_and_a_later_one_is_not_starved(shop: Shop) 
     assert len(begun[begun.index("c") : begun.rindex("c")]) <= 40
     assert len(shop.queued()) == 2
     assert len(shop.said("finished, ")) == 1
+
+
+def test_a_study_is_confirmed_where_its_file_says_so(shop: Shop) -> None:
+    shop.queue("a", 3, confirm={"top": 2, "seeds": 2})
+    with shop.serving():
+        wait_until(lambda: bool(shop.said("Study a-confirm: finished")))
+    with shop.study("a") as tuned:
+        assert confirmed(tuned) is not None
+    assert not shop.queued()
 
 
 def test_a_study_that_is_launched_while_the_service_runs_is_taken_up(shop: Shop) -> None:

@@ -93,6 +93,7 @@ def export(
 ) -> None:
     """Writes the best configurations, each a study file, or the trained networks (--model)."""
     from tuner.results.export import write_trials
+    from tuner.search.confirmation import winner_in_words
     from tuner.search.study import load
 
     if trial is not None and top is not None:
@@ -135,6 +136,8 @@ def export(
                 more=trackers,
             )
         synthetic = tuned.record.data.synthetic
+        if trial is None and tuned.ranked():
+            print_note(winner_in_words(tuned))
     if as_json:
         return
     if synthetic:
@@ -224,7 +227,9 @@ def _in_words(exported: ExportedConfig) -> str:
     rank = "Trial" if exported.rank is None else f"{exported.rank}. trial"
     loss = exported.validation_loss
     reached = "" if loss is None else f", validation loss {loss:.4f}"
-    return f"{rank} {exported.trial}{reached} after {counted(exported.epochs, 'epoch')}"
+    mean = exported.confirmed_mean
+    confirmed = "" if mean is None else f"; confirmed mean {mean:.4f}"
+    return f"{rank} {exported.trial}{reached} after {counted(exported.epochs, 'epoch')}{confirmed}"
 
 
 def _export_bundles(
@@ -251,7 +256,7 @@ def _export_bundles(
         choices = [choose_trial(tuned, one.trial) for one in best_configs(tuned, top)]
     else:
         choices = [choose_best(tuned)]
-    wanted = [(chosen, configs_of(tuned, chosen, data=data)) for chosen in choices]
+    wanted = [(chosen, configs_of(chosen, data=data)) for chosen in choices]
     names = [bundle_name(tuned, chosen) for chosen in choices]
     if output is None:
         places = [DEFAULT_EXPORT_FOLDER / name for name in names]
@@ -283,4 +288,4 @@ def _bundle_in_words(chosen: Chosen, configs: Sequence[ExportedConfig]) -> str:
 
     if chosen.selection is None:
         return _in_words(configs[0])
-    return ensemble_in_words(chosen.trials, chosen.selection)
+    return ensemble_in_words(chosen.study, chosen.trials, chosen.selection)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +20,6 @@ from tuner.errors import (
 )
 
 if TYPE_CHECKING:
-    from tuner.cluster.connection import Connection
     from tuner.coordination.coordinator import Ending
     from tuner.data.audit.report import ShortAudit
     from tuner.data.prepare import Prepared
@@ -31,6 +28,8 @@ if TYPE_CHECKING:
     from tuner.search.tuned_study import TunedStudy
     from tuner.spec.spec import StudySpec
 from tuner.cli.app import app
+from tuner.cli.confirm import print_comparison, run_confirmation
+from tuner.cli.driving import WorkersOf, drive
 from tuner.cli.options import (
     ArtifactsRoot,
     AsJson,
@@ -56,7 +55,7 @@ from tuner.cli.terminal import (
     print_json,
     print_note,
     print_warning,
-    stop_on_signals,
+    require_training,
     terminal,
     warn_of_synthetic_data,
 )
@@ -282,23 +281,24 @@ def launch(
             if as_json:
                 print_json(status(tuned).to_document())
             return
+        workers_of = WorkersOf(
+            connect=lambda say: connect_workers(cluster, tls, workers, threads or 1, say),
+            threads=threads or 1,
+        )
         ending: Ending = "finished"
         if now.finished_trials < spec.trials:
             ending = notifier.run(
                 tuned,
                 webhook,
-                lambda: _run(
-                    tuned,
-                    spec,
-                    prepared,
-                    lambda say: connect_workers(cluster, tls, workers, threads or 1, say),
-                    threads or 1,
-                    timeout,
-                    as_json=as_json,
-                ),
+                lambda: drive(tuned, workers_of, timeout=timeout, as_json=as_json, asked=spec),
             )
         elif not as_json:
             print_note(f"Study {now.study} is finished.")
+        confirmed = None
+        if ending == "finished" and spec.confirm is not None:
+            ending, confirmed = run_confirmation(
+                tuned, workers_of, timeout=timeout, as_json=as_json, local=cluster is None
+            )
         now = status(tuned)
         ensemble = _ensemble(tuned) if ending == "finished" else None
         exported: tuple[Path, Path | None] | None = None
@@ -306,18 +306,19 @@ def launch(
             exported = _export_best(tuned, export_to)
         if as_json:
             together = None if ensemble is None else ensemble.to_document()
-            print_json({**now.to_document(), "ensemble": together})
+            print_json(
+                {
+                    **now.to_document(),
+                    "ensemble": together,
+                    "confirmed": confirmed and confirmed.to_document(),
+                }
+            )
         else:
             _print_summary(tuned, now, ending, ensemble, exported)
+            if confirmed is not None:
+                print_comparison(confirmed)
     if ending == "interrupted":
         raise typer.Exit(130)
-
-
-def require_training() -> None:
-    """Refuses a verb that trains on this machine if this process cannot train."""
-    from tuner.cluster.processes import require_training
-
-    require_training()
 
 
 def _refuse_with_detach(options: dict[str, object]) -> None:
@@ -342,49 +343,6 @@ def _queue(tuned: TunedStudy) -> str:
         tuned.command("stop", tuned.name): "takes it out of the queue",
     }
     return f"{queued.in_words}\n{lines_of_commands(tuned, suggested)}"
-
-
-def _run(
-    tuned: TunedStudy,
-    spec: StudySpec,
-    prepared: Prepared,
-    connect: Callable[[Callable[[str], None]], AbstractContextManager[Connection]],
-    threads: int,
-    timeout: float | None,
-    *,
-    as_json: bool,
-) -> Ending:
-    from tuner.cli.progress import ProgressWatcher
-    from tuner.cluster.trainings import Cluster
-    from tuner.coordination.coordinator import Coordinator
-    from tuner.coordination.study_trainings import StudyTrainings
-
-    data = prepared.identity
-    console = terminal(stderr=as_json)
-    watcher = ProgressWatcher(tuned, console)
-    tuned.storage.leases.refuse_if_live(tuned.id)
-    with connect(watcher.say) as connection:
-        connection.require_workers()
-        count = connection.slots()
-        watcher.say(
-            f"Study {tuned.name}: {counted(spec.trials, 'trial')} on "
-            f"{counted(count, 'worker')}; data {data.source}"
-            f"{' (SYNTHETIC)' if data.synthetic else ''}, {data.training_rows} training and "
-            f"{data.validation_rows} validation rows; split {spec.data.split.in_words}, "
-            f"identity {data.split_id[:12]}."
-        )
-        with Cluster(
-            connection,
-            StudyTrainings(tuned),
-            development_file=prepared.development_file,
-            threads=threads,
-        ) as cluster:
-            coordinator = Coordinator(tuned, cluster, watcher)
-            stop_on_signals(lambda: coordinator.stop("interrupted"))
-            with watcher.showing():
-                ending = coordinator.run(asked=spec, timeout=timeout)
-    tuned.storage.queue.remove(tuned.id)  # it ran here, and not in the service
-    return ending
 
 
 def _ensemble(tuned: TunedStudy) -> Ensemble | None:
@@ -416,7 +374,7 @@ def _export_best(tuned: TunedStudy, folder: Path) -> tuple[Path, Path | None]:
 
     chosen = choose_best(tuned)
     bundle = folder / bundle_name(tuned, chosen)
-    write_bundle(tuned, chosen, configs_of(tuned, chosen), bundle)
+    write_bundle(tuned, chosen, configs_of(chosen), bundle)
     return path, bundle
 
 
@@ -432,7 +390,7 @@ def _print_summary(
 
     terminal().print(status_details(now))
     if ensemble is not None and len(ensemble.trials) > 1:
-        typer.echo(f"{ensemble_in_words(ensemble.trials, ensemble.selection)}.")
+        typer.echo(f"{ensemble_in_words(ensemble.study, ensemble.trials, ensemble.selection)}.")
     if tuned.record.data.synthetic:
         warn_of_synthetic_data()
     config, bundle = exported or (None, None)

@@ -15,7 +15,18 @@ from tuner.cli.terminal import complain, logger
 from tuner.errors import TunerError
 
 # Each registers its verbs; the order is that of `tuner --help`.
-from tuner.cli import init, launch, studies, ledger, replay, export, predict, serve, audit  # isort: skip  # noqa: F401
+from tuner.cli import (  # isort: skip  # noqa: F401
+    init,
+    launch,
+    confirm,
+    studies,
+    ledger,
+    replay,
+    export,
+    predict,
+    serve,
+    audit,
+)
 
 
 app.add_typer(data_app, name="data")

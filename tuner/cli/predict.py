@@ -123,10 +123,14 @@ def _bundle(source: str, storage: str, artifacts: Path) -> Bundle:
     if Path(source).exists() or os.sep in source or source.lower().endswith(".zip"):
         return read_bundle(Path(source))
     from tuner.results.bundle_writer import bundle_of_study
+    from tuner.search.confirmation import winner_in_words
     from tuner.search.study import load
 
     with open_storage(storage) as opened:
-        return bundle_of_study(load(opened, source, artifacts_root=artifacts))
+        tuned = load(opened, source, artifacts_root=artifacts)
+        bundle = bundle_of_study(tuned)
+        print_note(winner_in_words(tuned))
+    return bundle
 
 
 def _refuse_input_as_output(inputs: list[str], output: Path | None) -> None:

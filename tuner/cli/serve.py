@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from tuner.dashboard.settings import Settings
     from tuner.search.tuned_study import TunedStudy
 from tuner.cli.app import app, dashboard_app
-from tuner.cli.launch import require_training
 from tuner.cli.options import (
     AllowHosts,
     ArtifactsRoot,
@@ -53,6 +52,7 @@ from tuner.cli.terminal import (
     open_storage,
     print_json,
     print_note,
+    require_training,
     stop_on_signals,
 )
 

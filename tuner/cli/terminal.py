@@ -154,3 +154,10 @@ def stop_on_signals(stop_gracefully: Callable[[], None], *, has_log: bool = Fals
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+
+
+def require_training() -> None:
+    """Refuses a verb that trains on this machine if this process cannot train."""
+    from tuner.cluster.processes import require_training
+
+    require_training()

@@ -13,7 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.coordination.losses import FAILURES_IN_A_ROW, Failures
 from tuner.errors import StudyError, counted
 from tuner.logs import about
-from tuner.search.attributes import DETAIL_KEY, RESUMED_KEY
+from tuner.search.attributes import DETAIL_KEY, OF_CONFIGURATION_KEY, RESUMED_KEY
+from tuner.search.confirmation import enqueue_training
 from tuner.search.hyperband import RecordedPruner, Verdict
 from tuner.search.stop_rule import StopRule
 from tuner.search.tuned_study import FINISHED, TunedStudy
@@ -112,13 +113,21 @@ class Decisions:
             for key, words in attributes.items():
                 trial.set_user_attr(key, words)
             told = self._tuned.study.tell(trial, value, state)
+            if told.state == TrialState.FAIL and OF_CONFIGURATION_KEY in told.user_attrs:
+                label = told.user_attrs[OF_CONFIGURATION_KEY]
+                enqueue_training(self._tuned.study, label, told.params)
             self._record("tell", told.number, epoch=told.last_step, verdict=told.state.name)
         # Nothing that cannot be undone before the end of the trial is committed.
         self._tuned.storage.flush()
         return told
 
     def keep_best_weights(self) -> None:
-        """Removes the weights of all but the best trials, and of those in flight."""
+        """Removes the weights of all but the best trials, and of those in flight.
+
+        A confirmation keeps all: its networks are compared row by row.
+        """
+        if self._tuned.confirms:
+            return
         with self._lock:
             best = {kept.number for kept in self._tuned.ranked()[:KEPT_WEIGHTS]}
             if self._tuned.storage.lease.ensure():

@@ -18,6 +18,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.coordination.coordinator import Coordinator, Ending
+from tuner.coordination.queue import queue
 from tuner.coordination.roles import Workers
 from tuner.coordination.shares import FairShares
 from tuner.coordination.webhook import Notifier, webhook_of
@@ -33,6 +34,7 @@ from tuner.errors import (
 )
 from tuner.logs import about
 from tuner.search.attributes import ENDED_KEY, ERROR_KEY
+from tuner.search.confirmation import plan_confirmation
 from tuner.search.development import study_development
 from tuner.search.status import status
 from tuner.search.study import load
@@ -324,6 +326,17 @@ class Service:
             f"{duration(seconds)} in this service."
         )
         self._notify(tuned, "finished")
+        self._confirm(tuned)
+
+    def _confirm(self, tuned: TunedStudy) -> None:
+        """Queues the confirmation that a study's file asks for."""
+        if tuned.confirm is None:
+            return
+        found = plan_confirmation(tuned, top=tuned.confirm.top, seeds=tuned.confirm.seeds)
+        if not found.is_complete:
+            queue(found.tuned)
+            trainings = counted(found.trainings, "training")
+            self._say(f"Study {tuned.name}: {found.tuned.name} is queued, {trainings}.")
 
     def _give_up(self, storage: Storage, drive: _Drive, reason: str) -> None:
         """Takes a study out of the queue that would fail again, and writes down why."""

@@ -37,6 +37,7 @@ from tuner.results.bundle import (
 )
 from tuner.results.choice import Chosen, choose_best
 from tuner.results.export import ExportedConfig, config_of_trial, render
+from tuner.search.confirmation import winner_in_words
 from tuner.search.record import versions
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import parameter_count
@@ -53,15 +54,13 @@ def bundle_of_study(tuned: TunedStudy) -> Bundle:
         SetupError: TensorFlow is missing.
     """
     chosen = choose_best(tuned)
-    contents, _ = _contents(tuned, chosen, configs_of(tuned, chosen), onnx=False)
+    contents, _ = _contents(tuned, chosen, configs_of(chosen), onnx=False)
     return bundle_from(contents, Path(tuned.name))
 
 
-def configs_of(
-    tuned: TunedStudy, chosen: Chosen, *, data: Path | None = None
-) -> tuple[ExportedConfig, ...]:
+def configs_of(chosen: Chosen, *, data: Path | None = None) -> tuple[ExportedConfig, ...]:
     """The configurations of chosen networks, in their order; see `config_of_trial`."""
-    return tuple(config_of_trial(tuned, number, data=data) for number in chosen.trials)
+    return tuple(config_of_trial(chosen.study, number, data=data) for number in chosen.trials)
 
 
 def bundle_name(tuned: TunedStudy, chosen: Chosen) -> str:
@@ -152,13 +151,15 @@ def _study_file(config: ExportedConfig) -> str:
 def _description(
     tuned: TunedStudy, chosen: Chosen, configs: Sequence[ExportedConfig]
 ) -> dict[str, Any]:
-    record, selection = tuned.record, chosen.selection
+    record, selection = chosen.study.record, chosen.selection
     development = chosen.development
     folds = development.fold_count
     cross_fitted = None if selection is None else selection.cross_fitted
     return {
         "format": FORMAT,
         "study": tuned.name,
+        "trained_in": chosen.study.name,
+        "winner": winner_in_words(tuned),
         "trials": [config.trial for config in configs],
         "networks": [
             {
@@ -171,7 +172,7 @@ def _description(
                 "epochs": config.epochs,
                 "parameters": parameter_count(config.config, record.data.max_length),
                 "seed": record.spec.seed,
-                "precision": tuned.precision_of(config.config),
+                "precision": chosen.study.precision_of(config.config),
                 "config": dataclasses.asdict(config.config),
                 "config_hash": config.provenance["config_hash"],
             }
@@ -195,7 +196,7 @@ def _description(
         "data": configs[0].provenance["data"],
         "split": record.spec.data.split.described,
         "development_sha256": record.development_sha256,
-        "spec_hash": record.spec_hash,
+        "spec_hash": tuned.record.spec_hash,
         "versions": {"trained_with": dict(record.versions), "written_with": versions()},
         "study_created_at": record.created_at,
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -204,15 +205,17 @@ def _description(
 
 def _reported(tuned: TunedStudy, chosen: Chosen) -> dict[str, Any]:
     """The figures on the test split, if the study's report evaluated these very networks."""
-    members = tuple(zip(chosen.trials, chosen.shares, strict=True))
+    weights = [hashlib.sha256(network.weights).hexdigest() for network in chosen.networks]
+    members = list(zip(weights, chosen.shares, strict=True))
     for entry in reversed(tuned.storage.ledger.entries(study_key=tuned.key)):
         if entry.report is None:
             continue
         test = None
-        if members == ((entry.trial, 1.0),):
+        together = entry.report.get("ensemble") or {"networks": []}
+        if members == [(entry.report["weights_sha256"], 1.0)]:
             test = entry.report["test"]
-        elif members == tuple((one.trial, one.share) for one in entry.ensemble):
-            test = entry.report["ensemble"]["test"]
+        elif members == [(one["weights_sha256"], one["share"]) for one in together["networks"]]:
+            test = together["test"]
         if test is not None:
             ledger = {
                 "entry": entry.id,

@@ -1,13 +1,13 @@
 """Which of a study's kept networks are used: the best one, or several that predict better together.
 
 Validation rows alone decide; see `tuner.results.ensemble` for how, and for what the gain is worth.
+Once a study was confirmed, its networks are those of the confirmation.
 
 Why: `docs/decisions.md#why-are-validation-logits-kept-with-the-weights`.
 """
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +27,10 @@ from tuner.results.kept import (
     evaluate_kept,
     predict_logits,
     read_development,
+    recorded_logits,
 )
+from tuner.search.confirmation import confirmed
 from tuner.search.tuned_study import TunedStudy
-from tuner.train import VALIDATION_LOGITS
 
 Logits = npt.NDArray[np.float64]
 
@@ -38,6 +39,7 @@ Logits = npt.NDArray[np.float64]
 class Chosen:
     """Networks that predict together, with what they are worth on the validation rows."""
 
+    study: TunedStudy  #: whose trials they are: the study, or its confirmation
     networks: tuple[KeptNetwork, ...]  #: the largest share first
     shares: tuple[float, ...]  #: of the mean probability, in the same order
     validation: Metrics  #: of the mean
@@ -54,6 +56,7 @@ class Chosen:
 class Ensemble:
     """Networks that were selected from those that a study kept; they are not read yet."""
 
+    study: TunedStudy  #: whose networks they are: the study, or its confirmation
     candidates: tuple[FrozenTrial, ...]  #: whose networks were kept, best first
     selection: Selection  #: of the candidates
 
@@ -66,6 +69,7 @@ class Ensemble:
         """What `tuner launch --json` prints of it."""
         crossed = self.selection.cross_fitted
         return {
+            "study": self.study.name,
             "trials": self.trials,
             "shares": [share for _, share in self.selection.members],
             "cross_fitted": None if crossed is None else crossed.to_document(),
@@ -73,9 +77,9 @@ class Ensemble:
         }
 
 
-def ensemble_in_words(trials: Sequence[int], selection: Selection) -> str:
+def ensemble_in_words(study: TunedStudy, trials: Sequence[int], selection: Selection) -> str:
     """The selected networks of these trials, and what they are estimated to gain."""
-    numbers = ", ".join(map(str, trials))
+    numbers = ", ".join(map(str, trials)) + (f" of {study.name}" if study.confirms else "")
     said = f"Ensemble of {counted(len(trials), 'network')} (trials {numbers})"
     crossed = selection.cross_fitted
     if crossed is None:
@@ -97,13 +101,18 @@ def recorded_ensemble(tuned: TunedStudy) -> Ensemble | None:
     Raises:
         StudyError: The study's rows cannot be read.
     """
+    if not tuned.ranked():
+        return None
+    tuned, _ = _with_the_winner(tuned)
     kept = _kept_trials(tuned)
     if len(kept) < 2:
         return None
     development = read_development(tuned)
-    logits = [_recorded_logits(tuned, trial, development) for trial in kept]
+    logits = [recorded_logits(tuned, trial, development) for trial in kept]
     recorded = [one for one in logits if one is not None]
-    return _selected(kept, recorded, development, PICKS) if len(recorded) == len(kept) else None
+    return (
+        _selected(tuned, kept, recorded, development, PICKS) if len(recorded) == len(kept) else None
+    )
 
 
 def choose_trial(tuned: TunedStudy, number: int, *, evaluate: Evaluate | None = None) -> Chosen:
@@ -126,6 +135,7 @@ def _single(
 ) -> Chosen:
     kept = evaluate_kept(tuned, trial, development, evaluate)
     return Chosen(
+        study=tuned,
         networks=(kept,),
         shares=(1.0,),
         validation=kept.metrics,
@@ -147,6 +157,7 @@ def choose_ensemble(
     Raises:
         StudyError: No weights were kept, or they do not fit their trials.
     """
+    tuned, _ = _with_the_winner(tuned)
     development = read_development(tuned)
     return _read(tuned, _ensemble(tuned, development, picks, evaluate), development, evaluate)
 
@@ -158,7 +169,7 @@ def choose_best(tuned: TunedStudy, *, evaluate: Evaluate | None = None) -> Chose
         StudyError: No trial was trained to its end yet, or no weights were kept, or they do not
             fit their trials.
     """
-    best = require_ranked(tuned)[0]
+    tuned, best = _with_the_winner(tuned)
     development = read_development(tuned)
     if len(_kept_trials(tuned)) > 1:
         ensemble = _ensemble(tuned, development, PICKS, evaluate)
@@ -179,8 +190,9 @@ def choose_both(
     Raises:
         StudyError: Weights were not kept, or do not fit their trials.
     """
+    tuned, best = _with_the_winner(tuned)
     development = read_development(tuned)
-    single = _single(tuned, tuned.ranked()[0], development, evaluate)
+    single = _single(tuned, best, development, evaluate)
     if len(_kept_trials(tuned)) < 2:
         return single, None
     ensemble = _ensemble(tuned, development, PICKS, evaluate)
@@ -198,6 +210,18 @@ def predict_together(
         for network in chosen.networks
     ]
     return logits[0] if len(logits) == 1 else mean_logits(logits, chosen.shares)
+
+
+def _with_the_winner(tuned: TunedStudy) -> tuple[TunedStudy, FrozenTrial]:
+    """The study whose networks are used, and the best trial of its: of the confirmed winner.
+
+    Raises:
+        StudyError: No trial was trained to its end yet.
+    """
+    found = confirmed(tuned)
+    if found is None or found.winner is None:
+        return tuned, require_ranked(tuned)[0]
+    return found.tuned, found.winner.best
 
 
 def _kept_trials(tuned: TunedStudy) -> tuple[FrozenTrial, ...]:
@@ -219,14 +243,15 @@ def _ensemble(
         )
     logits = []
     for trial in kept:
-        recorded = _recorded_logits(tuned, trial, development)
+        recorded = recorded_logits(tuned, trial, development)
         if recorded is None:
             recorded = evaluate_kept(tuned, trial, development, evaluate).logits
         logits.append(recorded)
-    return _selected(kept, logits, development, picks)
+    return _selected(tuned, kept, logits, development, picks)
 
 
 def _selected(
+    tuned: TunedStudy,
     candidates: tuple[FrozenTrial, ...],
     logits: list[Logits],
     development: DevelopmentData,
@@ -234,7 +259,7 @@ def _selected(
 ) -> Ensemble:
     probabilities = np.stack([probability(one) for one in logits])
     selection = select(probabilities, development.validation_labels, picks=picks)
-    return Ensemble(candidates=candidates, selection=selection)
+    return Ensemble(study=tuned, candidates=candidates, selection=selection)
 
 
 def _read(
@@ -252,25 +277,10 @@ def _read(
     shares = tuple(share for _, share in members)
     logits = mean_logits([network.logits for network in networks], shares)
     return Chosen(
+        study=tuned,
         networks=networks,
         shares=shares,
         validation=measure(development.validation_labels, logits),
         selection=ensemble.selection,
         development=development,
     )
-
-
-def _recorded_logits(
-    tuned: TunedStudy, trial: FrozenTrial, development: DevelopmentData
-) -> Logits | None:
-    """What a kept network predicted for the validation rows in training, [m], if that is kept."""
-    try:
-        # NumPy leaves a file that it opens itself, and that is damaged, open.
-        with (
-            tuned.artifacts.weights(trial.number).open("rb") as file,
-            np.load(file, allow_pickle=False) as arrays,
-        ):
-            found = arrays[VALIDATION_LOGITS].astype(np.float64)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # of an earlier version; `evaluate_kept` says what is wrong with a damaged one
-    return found if found.shape == development.validation_labels.shape else None

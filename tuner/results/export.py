@@ -8,9 +8,10 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from tuner.artifacts import publish, require_writable
 from tuner.data.sources import name_from
 from tuner.errors import StudyError, TunerError
 from tuner.search.attributes import AUDITED_KEY, DETAIL_KEY, ENDED_KEY, RESUMED_KEY, curve_of
+from tuner.search.confirmation import confirmed_means
 from tuner.search.data_source import source_files
 from tuner.search.record import StudyRecord
 from tuner.search.status import figures_in
@@ -29,7 +31,7 @@ from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import ModelConfig
 from tuner.spec.schema import SCHEMA_LINE
 from tuner.spec.space import space_of
-from tuner.spec.spec import name_problem
+from tuner.spec.spec import derived_name
 from tuner.train import ACCURACY_KEY, BEST_EPOCH_KEY, PARAMETERS_KEY, ROC_AUC_KEY, SECONDS_KEY
 
 Format = Literal["toml", "json", "yaml"]
@@ -44,6 +46,7 @@ class ExportedConfig:
     rank: int | None  #: from 1, by validation loss; None of a trial that was asked for by number
     trial: int
     validation_loss: float | None  #: nats, of the best epoch; None where no epoch was completed
+    confirmed_mean: float | None  #: of fresh seeds, nats; None where it was not confirmed
     epochs: int  #: completed epochs
     figures: Mapping[str, float | None]  #: see `tuner.search.status.figures_in`
     sampled: Mapping[str, Any]  #: what was searched, by its name in the study file
@@ -57,6 +60,7 @@ class ExportedConfig:
             "rank": self.rank,
             "trial": self.trial,
             "validation_loss": self.validation_loss,
+            "confirmed_mean": self.confirmed_mean,
             "epochs": self.epochs,
             **self.figures,
             "sampled": dict(self.sampled),
@@ -96,6 +100,8 @@ def best_configs(
 ) -> tuple[ExportedConfig, ...]:
     """The `top` fully trained trials with the lowest validation loss, best first.
 
+    Once the study was confirmed, its best trials come first, in the order of their means.
+
     Args:
         tuned: The study.
         top: How many.
@@ -106,8 +112,11 @@ def best_configs(
     """
     ranked = require_ranked(tuned)
     files = _source_files(tuned, data)
+    means = confirmed_means(tuned)
+    ranked.sort(key=lambda trial: means.get(trial.number, math.inf))  # others stay behind them
     return tuple(
-        _exported(tuned, rank, trial, files) for rank, trial in enumerate(ranked[:top], start=1)
+        replace(_exported(tuned, rank, trial, files), confirmed_mean=means.get(trial.number))
+        for rank, trial in enumerate(ranked[:top], start=1)
     )
 
 
@@ -190,6 +199,7 @@ def _exported(
         rank=rank,
         trial=trial.number,
         validation_loss=loss,
+        confirmed_mean=None,
         epochs=trial.last_step or 0,
         figures=figures_in(trial),
         sampled=trial.params,
@@ -210,7 +220,7 @@ def _study_file(
     """A study of one trial that trains this trial's network again, bit for bit."""
     record = tuned.record
     document = record.spec.to_document()
-    for key in ("hyperband", "stop", "notify", "known"):
+    for key in ("hyperband", "stop", "notify", "confirm", "known"):
         document.pop(key, None)
     document |= {
         "name": name_of_trial(tuned.name, trial.number),
@@ -229,17 +239,8 @@ def _study_file(
 
 
 def name_of_trial(study: str, number: int) -> str:
-    """The name of the study that trains one trial of `study` again.
-
-    Where that would be longer than a name may be, the name of `study` is cut, and a part of its
-    hash keeps apart what begins alike.
-    """
-    name = f"{study}-trial-{number}"
-    if name_problem(name) is None:
-        return name
-    mark = hashlib.sha256(study.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    shortened = (f"{study[:kept]}-{mark}-trial-{number}" for kept in range(len(study), 0, -1))
-    return next((one for one in shortened if name_problem(one) is None), f"{mark}-trial-{number}")
+    """The name of the study that trains one trial of `study` again."""
+    return derived_name(study, f"trial-{number}")
 
 
 def _source(record: StudyRecord, files: tuple[Path, ...]) -> str | dict[str, str]:

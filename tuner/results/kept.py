@@ -19,7 +19,7 @@ from tuner.search.development import study_development
 from tuner.search.record import versions
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import ModelConfig
-from tuner.train import networks_in
+from tuner.train import VALIDATION_LOGITS, networks_in
 
 #: (configuration, its trained weights, uint8 tokens [n, max_length]) -> logits [n]
 Evaluate: TypeAlias = Callable[[ModelConfig, bytes, npt.NDArray[np.uint8]], npt.NDArray[np.float64]]
@@ -127,6 +127,25 @@ def evaluate_kept(
             f"are the versions others than those of the study ({_changed_versions(tuned)})?"
         )
     return KeptNetwork(trial=trial, config=config, weights=weights, logits=logits, metrics=metrics)
+
+
+def recorded_logits(
+    tuned: TunedStudy, trial: FrozenTrial, development: DevelopmentData
+) -> npt.NDArray[np.float64] | None:
+    """The logits of the validation rows that a kept network predicted in training, float64 [m].
+
+    None where they are not kept: by an earlier version, or in a file that is damaged.
+    """
+    try:
+        # NumPy leaves a file that it opens itself, and that is damaged, open.
+        with (
+            tuned.artifacts.weights(trial.number).open("rb") as file,
+            np.load(file, allow_pickle=False) as arrays,
+        ):
+            found = arrays[VALIDATION_LOGITS].astype(np.float64)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # of an earlier version; `evaluate_kept` says what is wrong with a damaged one
+    return found if found.shape == development.validation_labels.shape else None
 
 
 def predict_logits(

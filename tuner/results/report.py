@@ -39,10 +39,12 @@ from tuner.results.analysis import Predicted, analyse
 from tuner.results.analysis_page import analysis_in_words
 from tuner.results.baselines import Baseline
 from tuner.results.choice import Chosen, choose_both, predict_together
+from tuner.results.confirm import compare
 from tuner.results.export import config_hash
 from tuner.results.kept import Evaluate, KeptNetwork
 from tuner.search import overlap
 from tuner.search.attributes import ENDED_KEY, curve_of
+from tuner.search.confirmation import confirmed, winner_in_words
 from tuner.search.record import versions
 from tuner.search.status import status as status_of
 from tuner.search.study import load
@@ -82,6 +84,7 @@ class Report:
                 for row in report_page.metric_rows(document)
             ),
             report_page.gap_in_words(document),
+            *report_page.confirmation_in_words(document),
             *filter(None, [report_page.ensemble_in_words(document)]),
             *analysis_in_words(document),
             self._opening(),
@@ -138,6 +141,7 @@ def write_report(
         TunerError: The files cannot be written.
     """
     tuned = load(storage, name, artifacts_root=artifacts_root)
+    _refuse_a_confirmation(tuned)
     folder = output or tuned.artifacts.report_folder
     _require_writable(folder)
     recorded, opened_now = _recorded_report(tuned), False
@@ -196,12 +200,13 @@ def _open_and_evaluate(
         heldout.know_sequences(tuned, source)
         looks = seal.looks_before(tuned)
         reason = seal.again_reason(tuned, looks, again)
-        winner = _winner(tuned)
+        _require_a_winner(tuned)
         with _nothing_is_opened():
             # The rehearsal, with rows that are not sealed: weights that do not give the loss for
             # which they were chosen would waste the one opening.
             single, ensemble = choose_both(tuned, evaluate=evaluate)
             baselines = None if fit is None else _fitted(tuned, fit)
+            winner, confirmation = _confirmation(tuned, single, evaluate)
         try:
             entry, rows = heldout.open_test_split(
                 tuned,
@@ -248,7 +253,8 @@ def _open_and_evaluate(
             "trial": winner.number,
             "synthetic": tuned.record.data.synthetic,
             **figures,
-            "validation_loss": winner.value,
+            "validation_loss": single.networks[0].trial.value,
+            "confirmation": confirmation,
             "ensemble": together,
             **analysed,
             "ledger": {"entry": entry},
@@ -298,6 +304,20 @@ def _figures(chosen: Chosen, rows: HeldOutRows, logits: Floats) -> dict[str, Any
         "roc_curve": roc_curve(rows.labels, logits),
         "validation": chosen.validation.to_document(),
     }
+
+
+def _confirmation(
+    tuned: TunedStudy, single: Chosen, evaluate: Evaluate | None
+) -> tuple[FrozenTrial, dict[str, Any]]:
+    """The winner's trial in the search, and how far it was confirmed that it wins."""
+    network = single.networks[0].trial
+    found = confirmed(tuned)
+    if found is None:
+        return network, {"in_words": [winner_in_words(tuned)]}
+    compared = compare(found, evaluate=evaluate)
+    evaluated = {"study": found.tuned.name, "trial": network.number}
+    document = {"in_words": compared.in_words(), "network": evaluated, **compared.to_document()}
+    return next(one for one in tuned.ranked() if one.number == compared.winner.label), document
 
 
 def _members(ensemble: Chosen | None) -> tuple[EnsembleMember, ...]:
@@ -437,6 +457,15 @@ def _nothing_is_opened() -> Iterator[None]:
         raise StudyError(f"{error} Nothing was opened.") from error
 
 
+def _refuse_a_confirmation(tuned: TunedStudy) -> None:
+    if tuned.confirms:
+        name = tuned.confirms["study"]
+        raise StudyError(
+            f"Study {tuned.name!r} is the confirmation of {name!r}, whose report uses it: "
+            f"`{tuned.command('report', name)}`. Nothing was opened."
+        )
+
+
 def _require_not_running(tuned: TunedStudy) -> None:
     lease = tuned.storage.leases.of(tuned.id)
     if lease is not None and lease.is_live:
@@ -460,15 +489,12 @@ def _require_finished(tuned: TunedStudy) -> None:
         )
 
 
-def _winner(tuned: TunedStudy) -> FrozenTrial:
-    """The fully trained trial with the lowest validation loss."""
-    ranked = tuned.ranked()
-    if not ranked:
+def _require_a_winner(tuned: TunedStudy) -> None:
+    if not tuned.ranked():
         raise StudyError(
             f"Study {tuned.name!r} has no fully trained trial (all were pruned), so there is no "
             "winner to evaluate; launch it with a larger budget (--trials). Nothing was opened."
         )
-    return ranked[0]
 
 
 def _require_writable(folder: Path) -> None:

@@ -63,6 +63,11 @@ def headline(document: Document) -> str:
     )
 
 
+def confirmation_in_words(document: Document) -> list[str]:
+    """Whether the winner was confirmed; nothing in reports of earlier versions."""
+    return list(document.get("confirmation", {}).get("in_words", []))
+
+
 def ensemble_in_words(document: Document) -> str:
     """What the ensemble is worth beside the winner; nothing where none was evaluated."""
     ensemble = document.get("ensemble")  # reports of earlier versions have none
@@ -71,6 +76,8 @@ def ensemble_in_words(document: Document) -> str:
     test = ensemble["test"]
     low, high = test["accuracy_ci95"]
     trials = ", ".join(str(network["trial"]) for network in ensemble["networks"])
+    if network := document.get("confirmation", {}).get("network"):
+        trials += f" of {network['study']}"
     said = (
         f"The ensemble of trials {trials}, evaluated in the same opening, puts "
         f"{_percent(test['accuracy'])} on the right side (95 % interval {_percent(low)} to "
@@ -274,6 +281,7 @@ def render(document: Document) -> str:
         look=ordinal(document["ledger"]["look"]),
         headline=headline(document),
         ensemble=ensemble_in_words(document),
+        confirmation=confirmation_in_words(document),
         metrics=metric_rows(document),
         gap=gap_in_words(document),
         warnings=warnings(document),

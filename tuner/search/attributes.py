@@ -49,6 +49,12 @@ BFLOAT16_FROM_KEY = "bfloat16_from"
 ERROR_KEY = "error"  # why the service gave the study up; None once it is launched again
 #: What a trial's value is called on the dashboard's axes.
 VALUE_NAME = "validation loss (nats)"
+#: Of a study that confirms another: which, and what it trains again (`tuner.search.confirmation`).
+CONFIRMS_KEY = "confirms"
+#: The attribute of its trials that says which configuration each trains.
+OF_CONFIGURATION_KEY = "configuration"
+#: The study file's `[confirm]`; None without one.
+CONFIRM_KEY = "confirm"
 #: The trial attribute that counts how often a trial was taken up again.
 RESUMED_KEY = "resumed"
 #: The one that says after which epoch the last time; 0: from the start.

@@ -22,6 +22,7 @@ _NOT_WRITTEN: Mapping[str, Any] = {
     "spec.hyperband.audit": None,
     "spec.stop": None,
     "spec.notify": None,
+    "spec.confirm": None,
     "spec.provenance": None,
     "spec.data.fallback": None,
     "spec.data.truncate": None,

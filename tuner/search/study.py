@@ -20,6 +20,8 @@ from tuner.data.identity import DataIdentity
 from tuner.errors import StudyError, StudyInUseError, counted
 from tuner.search.attributes import (
     BUDGET_KEY,
+    CONFIRM_KEY,
+    CONFIRMS_KEY,
     ENDED_EARLY_KEY,
     ERROR_KEY,
     NOTIFY_KEY,
@@ -105,7 +107,7 @@ def find_or_create(
         # What is typed and what another system's file names are made of differ in the letters'
         # composition: new studies have one of them.
         name = unicodedata.normalize("NFC", name)
-        _create(storage, name, spec, data, development_sha256)
+        create(storage, name, _new_record(name, spec, data, development_sha256))
     tuned = load(storage, name, artifacts_root=artifacts_root)
     _refuse_another_study(tuned, spec, data)
     _refuse_more_trials_after_the_report(tuned, spec.trials)
@@ -124,16 +126,21 @@ def _changed_settings(tuned: TunedStudy, spec: StudySpec) -> dict[str, Any]:
     if (tuned.budget, tuned.stop) != (trials, spec.stop):
         asked |= {
             BUDGET_KEY: trials,
-            STOP_KEY: spec.stop and spec.stop.model_dump(),
+            STOP_KEY: _tables(spec)[STOP_KEY],
             ENDED_EARLY_KEY: None,
         }
-    if tuned.notify != spec.notify:
-        asked[NOTIFY_KEY] = spec.notify and spec.notify.model_dump()
+    asked |= {key: value for key, value in _tables(spec).items() if key != STOP_KEY}
     known = tuned.study.user_attrs
     folder, data = known[RECORD_KEY]["spec_folder"], known[RECORD_KEY]["spec"]["data"]
     if (folder, data["source"]) != (str(spec.folder), spec.to_document()["data"]["source"]):
         asked[RECORD_KEY] = moved_document(known[RECORD_KEY], spec)
     return {key: value for key, value in asked.items() if known.get(key) != value}
+
+
+def _tables(spec: StudySpec) -> dict[str, Any]:
+    """The tables of a study file that a later launch may change, as attributes of the study."""
+    tables = {STOP_KEY: spec.stop, NOTIFY_KEY: spec.notify, CONFIRM_KEY: spec.confirm}
+    return {key: table and table.model_dump() for key, table in tables.items()}
 
 
 def _set_attributes(tuned: TunedStudy, attributes: Mapping[str, Any]) -> None:
@@ -150,6 +157,9 @@ def _differing_settings(tuned: TunedStudy, spec: StudySpec) -> str:
     if tuned.notify != spec.notify:
         notify = spec.notify and spec.notify.model_dump()
         differing.append("no [notify]" if notify is None else f"[notify] {notify}")
+    if tuned.confirm != spec.confirm:
+        confirm = spec.confirm and spec.confirm.model_dump()
+        differing.append("no [confirm]" if confirm is None else f"[confirm] {confirm}")
     known, source = tuned.study.user_attrs[RECORD_KEY], spec.to_document()["data"]["source"]
     if known["spec_folder"] != str(spec.folder):
         differing.append(f"the data from {spec.folder}")
@@ -158,20 +168,10 @@ def _differing_settings(tuned: TunedStudy, spec: StudySpec) -> str:
     return " and ".join(differing) or "the same"
 
 
-def _create(
-    storage: Storage, name: str, spec: StudySpec, data: DataIdentity, development_sha256: str
-) -> None:
-    """Makes a study under a name of its own, and gives it the real one when it is whole.
-
-    Several launches may do so at once: the first to finish is the study.
-    """
-    _remove_what_was_cut_off(storage)
-    study = optuna.create_study(
-        storage=storage.optuna,
-        study_name=f"{_MAKING}{int(time.time())}.{uuid.uuid4().hex[:8]}",
-        direction="minimize",
-    )
-    record = StudyRecord(
+def _new_record(
+    name: str, spec: StudySpec, data: DataIdentity, development_sha256: str
+) -> StudyRecord:
+    return StudyRecord(
         spec=spec,
         spec_hash=spec.spec_hash,
         data=data,
@@ -183,11 +183,32 @@ def _create(
         folder=study_folder_name(name),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    study.set_user_attr(BUDGET_KEY, spec.trials)
-    if spec.stop is not None:
-        study.set_user_attr(STOP_KEY, spec.stop.model_dump())
-    if spec.notify is not None:
-        study.set_user_attr(NOTIFY_KEY, spec.notify.model_dump())
+
+
+def create(
+    storage: Storage, name: str, record: StudyRecord, *, attributes: Mapping[str, Any] | None = None
+) -> None:
+    """Makes a study under a name of its own, and gives it the real one when it is whole.
+
+    Several launches may do so at once: the first to finish is the study.
+
+    Args:
+        storage: Where.
+        name: The real name.
+        record: What it is made of.
+        attributes: More attributes of the study.
+    """
+    _remove_what_was_cut_off(storage)
+    study = optuna.create_study(
+        storage=storage.optuna,
+        study_name=f"{_MAKING}{int(time.time())}.{uuid.uuid4().hex[:8]}",
+        direction="minimize",
+    )
+    spec = record.spec
+    settings: dict[str, Any] = {BUDGET_KEY: spec.trials, **_tables(spec), **(attributes or {})}
+    for key, value in settings.items():
+        if value is not None:
+            study.set_user_attr(key, value)
     for known in spec.known:
         # Marked as ours from its first transaction on: see database.COORDINATOR_KEY.
         study.enqueue_trial(dict(known), user_attrs={COORDINATOR_KEY: "known"})
@@ -262,7 +283,7 @@ def load(storage: Storage, name: str, *, artifacts_root: Path) -> TunedStudy:
 
 
 def delete(tuned: TunedStudy) -> None:
-    """Removes a study and its artifacts; the ledger's rows stay.
+    """Removes a study, its confirmation and their artifacts; the ledger's rows stay.
 
     Development rows leave the storage with the last study that names them. Their file stays:
     another storage may share the artifacts' folder, and its studies may need it.
@@ -276,6 +297,10 @@ def delete(tuned: TunedStudy) -> None:
             f"Study {tuned.name!r} is being run by process {lease.holder.pid} on "
             f"{lease.holder.host}; `{tuned.command('stop', tuned.name)}` first."
         )
+    for known in tuned.storage.optuna.get_all_studies():
+        if (known.user_attrs.get(CONFIRMS_KEY) or {}).get("key") == tuned.key:
+            root = tuned.artifacts.folder.parent
+            delete(load(tuned.storage, known.study_name, artifacts_root=root))
     _remove_what_is_attached(tuned)
     tuned.artifacts.delete()
     tuned.storage.forget(tuned.id)
@@ -306,9 +331,10 @@ def refuse_a_reported_study(tuned: TunedStudy) -> None:
     Raises:
         StudyError: It is such a study.
     """
-    if tuned.storage.ledger.entries(study_key=tuned.key):
+    searched = tuned.confirms or {"study": tuned.name, "key": tuned.key}
+    if tuned.storage.ledger.entries(study_key=searched["key"]):
         raise StudyError(
-            f"The test split of study {tuned.name!r} was opened by its report, so it "
+            f"The test split of study {searched['study']!r} was opened by its report, so it "
             "trains no more trials. Start a new study (--name) with another split seed."
         )
 

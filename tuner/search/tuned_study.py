@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -13,6 +15,8 @@ from tuner.commands import command
 from tuner.search.attributes import (
     BFLOAT16_FROM_KEY,
     BUDGET_KEY,
+    CONFIRM_KEY,
+    CONFIRMS_KEY,
     ENDED_EARLY_KEY,
     NOTIFY_KEY,
     STOP_KEY,
@@ -21,7 +25,7 @@ from tuner.search.attributes import (
 from tuner.search.record import StudyRecord
 from tuner.spec.architecture import ModelConfig
 from tuner.spec.precision import BFLOAT16_FROM, Precision, precision_by_size
-from tuner.spec.spec import NotifySettings, StopSettings
+from tuner.spec.spec import ConfirmSettings, NotifySettings, StopSettings
 from tuner.storage.storage import Storage
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -64,6 +68,18 @@ class TunedStudy:
         """Which webhook is notified of its end."""
         document = self.study.user_attrs.get(NOTIFY_KEY)
         return None if document is None else NotifySettings(**document)
+
+    @property
+    def confirm(self) -> ConfirmSettings | None:
+        """What is confirmed at its end."""
+        document = self.study.user_attrs.get(CONFIRM_KEY)
+        return None if document is None else ConfirmSettings(**document)
+
+    @property
+    def confirms(self) -> Mapping[str, Any] | None:
+        """Of a confirmation, which study it confirms; see `tuner.search.confirmation`."""
+        found: Mapping[str, Any] | None = self.study.user_attrs.get(CONFIRMS_KEY)
+        return found
 
     def end_early(self, trials: int, reason: str) -> None:
         """Lowers the budget to `trials`, so that for everybody the study is finished then."""

@@ -67,6 +67,20 @@ def name_problem(name: str) -> str | None:
     return None
 
 
+def derived_name(study: str, what: str) -> str:
+    """The name of a study that is made from another one: "NAME-what".
+
+    Where that would be longer than a name may be, the name of `study` is cut, and a part of its
+    hash keeps apart what begins alike.
+    """
+    name = f"{study}-{what}"
+    if name_problem(name) is None:
+        return name
+    mark = hashlib.sha256(study.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    shortened = (f"{study[:kept]}-{mark}-{what}" for kept in range(len(study), 0, -1))
+    return next((one for one in shortened if name_problem(one) is None), f"{mark}-{what}")
+
+
 def _prints(letter: str) -> bool:
     return letter.isprintable()
 
@@ -598,6 +612,15 @@ class NotifySettings(Table):
     """events of which it is notified"""
 
 
+class ConfirmSettings(Table):
+    """Trains the best configurations again once the search has ended (`tuner confirm`)."""
+
+    top: int = Field(default=10, ge=1, le=1000)
+    """configurations, the best first"""
+    seeds: int = Field(default=5, ge=2, le=1000)
+    """trainings of each, with a seed of its own"""
+
+
 class SamplerSettings(Table):
     """How configurations are sampled."""
 
@@ -622,6 +645,8 @@ class Settings(Table):
     """leave the table out to use the whole budget"""
     notify: NotifySettings | None = None
     """leave the table out for the default: all events, if TUNER_NOTIFY is set"""
+    confirm: ConfirmSettings | None = None
+    """leave the table out to confirm nothing by itself"""
     provenance: Annotated[dict[str, Any], AfterValidator(_check_provenance)] | None = None
     """where an exported configuration comes from; its data is found again by the hash in there"""
 
@@ -718,12 +743,13 @@ class StudySpec(Settings):
     def identity_document(self) -> dict[str, Any]:
         """What of the document makes the study what it is.
 
-        Left out: its name and provenance; `trials`, `stop` and `notify`, which may be changed
-        later; `data.fallback`, which decides whether there is a study at all; and the folders of
-        data files, whose content has an identity of its own (`tuner.data.identity.DataIdentity`).
+        Left out: its name and provenance; `trials`, `stop`, `notify` and `confirm`, which may be
+        changed later; `data.fallback`, which decides whether there is a study at all; and the
+        folders of data files, whose content has an identity of its own
+        (`tuner.data.identity.DataIdentity`).
         """
         document = self.to_document()
-        for key in ("name", "trials", "stop", "notify", "provenance"):
+        for key in ("name", "trials", "stop", "notify", "confirm", "provenance"):
             document.pop(key, None)
         document["data"].pop("fallback", None)
         document["data"]["source"] = _without_folders(document["data"]["source"])

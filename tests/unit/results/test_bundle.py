@@ -73,6 +73,7 @@ def ensemble(tuned: TunedStudy, tmp_path_factory: pytest.TempPathFactory) -> Pat
         ensemble_loss=0.6, single_loss=0.625, gain=0.025, gain_sd=0.01, halvings=20
     )
     chosen = Chosen(
+        study=tuned,
         networks=tuple(one.networks[0] for one in singles),
         shares=SHARES,
         validation=metrics,
@@ -205,8 +206,10 @@ def test_a_report_of_the_same_network_is_told(tuned: TunedStudy, tmp_path: Path)
         spec_hash="0" * 64,
         split_id=tuned.record.data.split_id,
     )
-    test = choose_trial(tuned, best).validation.to_document()
-    tuned.storage.ledger.record_report(entry, {"test": test})
+    chosen = choose_trial(tuned, best)
+    test = chosen.validation.to_document()
+    weights = hashlib.sha256(chosen.networks[0].weights).hexdigest()
+    tuned.storage.ledger.record_report(entry, {"test": test, "weights_sha256": weights})
     described = json.loads((written(tuned, tmp_path / "b") / "bundle.json").read_text())
     assert described["test"] == test
     assert described["ledger"]["entry"] == entry

@@ -177,7 +177,7 @@ def test_an_ensemble_is_evaluated_in_the_same_opening(storage: Storage, tmp_path
     # Its bundle has the figures, and so has the single network's, each its own.
     for chosen, figures in ((ensemble, found), (choose_trial(tuned, single), written.document)):
         output = tmp_path / bundle_name(tuned, chosen)
-        described = write_bundle(tuned, chosen, configs_of(tuned, chosen), output)
+        described = write_bundle(tuned, chosen, configs_of(chosen), output)
         assert described["test"] == figures["test"]
         assert described["ledger"]["entry"] == entry.id
 
