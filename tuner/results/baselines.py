@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ from tuner.spec.spec import TrainingSettings
 from tuner.train import TrainingJob
 
 LINEAR = "linear model"  #: the baseline whose defeat is the least that a search has to show
-_VERSION = 1  #: of what is kept; another version trains again
+_VERSION = 2  #: of what is kept; another version trains again
 _SEED = 0
 _MOST_SECONDS = 900.0  # of a network's training: the epochs that were finished count
 
@@ -62,6 +63,7 @@ class Baseline:
     meaning: str  #: what it is
     predict: Callable[[Tokens], Floats]  #: tokens [n, max_length] -> logits [n]
     parameters: int | None = None  #: of a network
+    epochs: int | None = None  #: that a network was trained, those without gain included
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +107,12 @@ def fit_baselines(tuned: TunedStudy, *, say: Say = lambda _: None) -> tuple[Base
         Baseline(
             name=network.name,
             meaning=network.meaning,
-            predict=_predict_with(network.config, content),
+            predict=_predict_with(network.config, kept.weights),
             parameters=parameter_count(network.config, max_length),
+            epochs=kept.epochs,
         )
-        for network, content in zip(networks, weights, strict=True)
-        if content is not None
+        for network, kept in zip(networks, weights, strict=True)
+        if kept is not None
     ]
     return (*simple, *trained)
 
@@ -200,13 +203,19 @@ def deepsol_config() -> ModelConfig:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trained:
+    weights: bytes  #: what `TrainingRun.best_weights` returned
+    epochs: int
+
+
 def _trained(
     networks: Sequence[_Network], path: Path, sha256: str, root: Path, say: Say
-) -> list[bytes | None]:
+) -> list[_Trained | None]:
     """The weights of each network; None of one that finished no epoch."""
     files = {network.name: root / f"{_key(network)}.npz" for network in networks}
-    missing = [network for network in networks if _kept(files[network.name]) is None]
-    ended: dict[str, bytes] = {}
+    found = {network.name: _kept(files[network.name]) for network in networks}
+    missing = [network for network in networks if found[network.name] is None]
     if missing:
         say(
             f"Training {counted(len(missing), 'network')} of the literature on this study's "
@@ -223,10 +232,10 @@ def _trained(
                 network, (content, epochs) = asked[done], done.result()
                 say(f"Trained {network.name}: {counted(epochs, 'epoch')}.")
                 if content is not None:
-                    ended[network.name] = content
+                    found[network.name] = _Trained(weights=content, epochs=epochs)
                     with contextlib.suppress(OSError):  # it is trained again next time
-                        publish(files[network.name], content)
-    return [ended.get(one.name) or _kept(files[one.name]) for one in networks]
+                        publish(files[network.name], _packed(content, epochs))
+    return [found[network.name] for network in networks]
 
 
 def _key(network: _Network) -> str:
@@ -235,12 +244,18 @@ def _key(network: _Network) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
 
-def _kept(file: Path) -> bytes | None:
-    """Weights that were kept, whole; None where there are none. A damaged file counts as none."""
+def _packed(weights: bytes, epochs: int) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, weights=np.frombuffer(weights, np.uint8), epochs=epochs)
+    return file.getvalue()
+
+
+def _kept(file: Path) -> _Trained | None:
+    """Weights that were kept; None where there are none. A damaged file counts as none."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            return None if archive.testzip() is not None else file.read_bytes()
-    except (OSError, zipfile.BadZipFile):
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            return _Trained(weights=arrays["weights"].tobytes(), epochs=int(arrays["epochs"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
@@ -298,6 +313,7 @@ def baselines_document(
                 "name": one.name,
                 "meaning": one.meaning,
                 "parameters": one.parameters,
+                "epochs": one.epochs,
                 "validation": {"loss": validation.loss, "accuracy": validation.accuracy},
                 "test": measure(labels, logits).to_document(),
                 "winner_is_better_by": paired_difference(labels, winner, logits).to_document(),

@@ -167,10 +167,12 @@ def removed(tokens: Tokens, *, first: int = 0, last: int = 0, middle: int = 0) -
 def worth_of_ends(ends: dict[str, Any]) -> str:
     """What the removal of the ends tells, in a sentence."""
     more, lost = ends["ends_beyond_middle"], ends["variants"][2]["lost"]
-    if more["loss_ci95"][0] > 0 and more["accuracy_ci95"][0] > 0:
+    beyond = [what for what in ("loss", "accuracy") if more[f"{what}_ci95"][0] > 0]
+    if beyond:
         return (
-            "Without both ends it loses more than without as many residues of the middle, by more "
-            "than the interval: part of what it knows is in the ends. Is it a tag?"
+            "Without both ends it does worse than without as many residues of the middle, in "
+            f"{' and '.join(beyond)} by more than the interval: part of what it knows is in the "
+            "ends. Is it a tag?"
         )
     if lost["loss_ci95"][0] <= 0 and lost["accuracy_ci95"][0] <= 0:
         return "Without both ends it is as good within the interval: it does not need them."

@@ -12,6 +12,7 @@ import pytest
 from finished_study import finished_study, predict, storage_in
 
 from tuner.data.audit import packages
+from tuner.data.development import DevelopmentData
 from tuner.data.rows import decode_tokens, encode
 from tuner.errors import SetupError, StudyError
 from tuner.metrics import cross_entropy
@@ -21,7 +22,14 @@ from tuner.results.baselines import Baseline, deepsol_config, fit_baselines
 from tuner.results.calibration import calibration, fitted_temperature
 from tuner.results.comparison import paired_difference
 from tuner.results.report import Report, write_report
-from tuner.results.subgroups import best_rows, by_length, by_similarity, removed, without_ends
+from tuner.results.subgroups import (
+    best_rows,
+    by_length,
+    by_similarity,
+    removed,
+    without_ends,
+    worth_of_ends,
+)
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.architecture import DenseConfig, ModelConfig, misfits, parameter_count
 from tuner.spec.spec import TrainingSettings
@@ -182,6 +190,27 @@ def test_a_network_that_reads_the_ends_loses_more_without_them() -> None:
     assert without_ends(labels[:1], encode(sequences[:1], 120), reads_the_first) is None
 
 
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "lost", "said"),
+    [
+        (0.01, 0.01, 0.1, "in loss and accuracy by more than the interval"),
+        (0.01, -0.01, 0.1, "in loss by more than the interval"),
+        (-0.01, 0.01, 0.1, "in accuracy by more than the interval"),
+        (-0.01, 0.0, 0.1, "not in the ends alone"),
+        (-0.01, 0.0, -0.1, "does not need them"),
+    ],
+)
+def test_what_the_ends_are_worth_is_said_by_the_intervals(
+    loss: float, accuracy: float, lost: float, said: str
+) -> None:
+    def lower_ends(loss: float, accuracy: float) -> dict[str, Any]:
+        return {"loss_ci95": [loss, 1.0], "accuracy_ci95": [accuracy, 1.0]}
+
+    variants = [{"lost": None}, {"lost": None}, {"lost": lower_ends(lost, lost)}]
+    found = {"ends_beyond_middle": lower_ends(loss, accuracy), "variants": variants}
+    assert said in worth_of_ends(found)
+
+
 # --- the report ---
 
 
@@ -313,6 +342,20 @@ def small_network() -> baselines._Network:
     )
     settings = TrainingSettings(max_epochs=2, patience=None)
     return baselines._Network(name="a small one", meaning="", config=config, settings=settings)
+
+
+def test_with_folds_baselines_are_fitted_on_all_but_the_first() -> None:
+    tokens, labels = encode(["MKTAYIAK", "MKTA", "MK", "M"], 10), np.array([0, 1, 0, 1], np.uint8)
+    rows = DevelopmentData(
+        training_tokens=tokens,
+        training_labels=labels,
+        validation_tokens=tokens,
+        validation_labels=labels,
+        folds=np.array([1, 0, 0, 1], np.uint8),
+    )
+    found = baselines.fitting_rows(rows)
+    assert decode_tokens(found.training_tokens) == ["MKTAYIAK", "M"]
+    assert decode_tokens(found.validation_tokens) == ["MKTA", "MK"]
 
 
 def test_networks_are_trained_once_for_the_same_rows(
