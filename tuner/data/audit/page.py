@@ -83,11 +83,12 @@ def findings(audit: Audit) -> tuple[str, ...]:
             else ""
         )
     )
-    best = max(audit.shortcuts, key=lambda one: one.validation.accuracy)
-    majority = audit.shortcuts[0].validation.accuracy
+    majority, *others = audit.shortcuts
+    best = min(others, key=lambda one: one.validation.loss)
     said.append(
-        f"Without a network, {best.name} is right for {100 * best.validation.accuracy:.1f} % of "
-        f"the validation rows (loss {best.validation.loss:.4f} nats), {audit.shortcuts[0].name} "
-        f"for {100 * majority:.1f} %. A network has to beat that."
+        f"Of the models without a network, {best.name} has the lowest validation loss, "
+        f"{best.validation.loss:.4f} nats, and is right for "
+        f"{100 * best.validation.accuracy:.1f} % ({majority.name}: {majority.validation.loss:.4f} "
+        f"nats, {100 * majority.validation.accuracy:.1f} %). A network has to beat that."
     )
     return tuple(one[0].upper() + one[1:] for one in said)

@@ -73,7 +73,7 @@ def fit_shortcuts(
         ("composition", "how frequent each residue is", features.composition),
         ("length", "the number of residues", features.length),
     ):
-        predict = _linear(rows, columns, strengths=_STRENGTHS[-1:])
+        predict = _linear(rows, columns)
         fitted.append(Shortcut(name=name, meaning=meaning, predict=predict))
     known = "both ends, composition, pairs of neighbours and length"
     for name, meaning, fit in (
@@ -115,26 +115,20 @@ def _constant(rows: _Rows) -> Predict:
 
 
 def _linear_on_all(rows: _Rows) -> Predict:
-    return _linear(rows, features.everything, strengths=_STRENGTHS)
+    return _linear(rows, features.everything)
 
 
-def _linear(
-    rows: _Rows,
-    columns: Callable[[Tokens], features.Features],
-    *,
-    strengths: tuple[float, ...],
-) -> Predict:
+def _linear(rows: _Rows, columns: Callable[[Tokens], features.Features]) -> Predict:
     """Logistic regression on standardised features.
 
-    Of several strengths, the one is taken that is best on the last tenth of the training rows: by
-    their hash, they are in a random order.
+    Of several strengths of the penalty, the one is taken that is best on the last tenth of the
+    training rows: by their hash, they are in a random order.
     """
     from sklearn.preprocessing import StandardScaler  # noqa: PLC0415 - takes a second
 
     scaler = StandardScaler(copy=False)
     known = scaler.fit_transform(columns(rows.tokens))
-    strength = strengths[-1] if len(strengths) == 1 else _best_strength(rows, known, strengths)
-    model = _logistic_regression(strength, known, rows.labels, rows.weights)
+    model = _logistic_regression(_best_strength(rows, known), known, rows.labels, rows.weights)
     del known
 
     def predict(tokens: Tokens) -> Floats:
@@ -144,18 +138,18 @@ def _linear(
     return predict
 
 
-def _best_strength(rows: _Rows, known: features.Features, strengths: tuple[float, ...]) -> float:
+def _best_strength(rows: _Rows, known: features.Features) -> float:
     count = len(rows.labels) - round(_HELD_OUT * len(rows.labels))
     fit, held_out = rows.part(slice(count)), rows.part(slice(count, None))
     if len(np.unique(fit.labels)) < 2 or not len(held_out.labels):
-        return strengths[0]
+        return _STRENGTHS[0]
 
     def loss(strength: float) -> float:
         model = _logistic_regression(strength, known[:count], fit.labels, fit.weights)
         logits = model.decision_function(known[count:]).astype(np.float64)
         return float(cross_entropy(held_out.labels, logits).mean())
 
-    return min(strengths, key=loss)
+    return min(_STRENGTHS, key=loss)
 
 
 def _logistic_regression(
