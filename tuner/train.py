@@ -73,6 +73,8 @@ class TrainingJob:
     precision: Precision  #: of the computation; weights, losses and the output are float32
     rungs: tuple[int, ...]  #: epochs after which it may be stopped; a remote training waits there
     settings: TrainingSettings  #: epochs, patience and time limit of each trial of its study
+    #: The seed of validation rows that are drawn anew for the trial; None: those of the study.
+    reshuffle: int | None = None
 
     @property
     def seeded_as(self) -> int:

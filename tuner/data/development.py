@@ -55,6 +55,25 @@ class DevelopmentData:
             training_weights=None if weights is None else mean_1(weights[~inside]),
         )
 
+    def reshuffled(self, seed: int, trial: int) -> DevelopmentData:
+        """The same rows with other validation rows, as many of each label as these are.
+
+        Which they are follows from `seed` and `trial` (arXiv:2405.15393).
+        """
+        tokens = np.concatenate([self.training_tokens, self.validation_tokens])
+        labels = np.concatenate([self.training_labels, self.validation_labels])
+        inside = np.zeros(len(labels), bool)
+        generator = np.random.default_rng([seed, trial])
+        for label in (0, 1):
+            rows = generator.permutation(np.flatnonzero(labels == label))
+            inside[rows[: np.count_nonzero(self.validation_labels == label)]] = True
+        return DevelopmentData(
+            training_tokens=tokens[~inside],
+            training_labels=labels[~inside],
+            validation_tokens=tokens[inside],
+            validation_labels=labels[inside],
+        )
+
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What the development file holds, by name."""
         arrays: dict[str, npt.NDArray[Any]] = {

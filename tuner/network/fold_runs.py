@@ -132,9 +132,17 @@ def tensors_of(data: DevelopmentData) -> TensorData | FoldTensors:
 def open_run(
     data: TensorData | FoldTensors, job: TrainingJob, *, checkpoint: bytes | None = None
 ) -> TrainingRun | FoldRuns:
-    """The training of a trial; takes up `checkpoint`, one of the same run, where there is one."""
+    """The training of a trial, on validation rows of its own where the job asks for that.
+
+    Args:
+        data: What `tensors_of` returned.
+        job: What to train, and how.
+        checkpoint: One of the same run, where there is one.
+    """
     if isinstance(data, FoldTensors):
         return FoldRuns(data, job, checkpoint=checkpoint)
+    if job.reshuffle is not None:
+        data = TensorData(data.data.reshuffled(job.reshuffle, job.seeded_as))
     return TrainingRun(data, job, checkpoint=checkpoint)
 
 

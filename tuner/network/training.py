@@ -60,6 +60,7 @@ class TensorData:
             self.validation_tokens = tf.constant(data.validation_tokens, tf.uint8)
             self.validation_labels = tf.constant(data.validation_labels, tf.float32)
         self.training_weights = data.training_weights
+        self.data = data
         #: Of the training rows, those that are trained on; None: all. Others are of the fold.
         self.rows: npt.NDArray[np.int64] | None = None
         self.has_unknown = any(
@@ -361,10 +362,10 @@ class TrainingRun:
 
     def _identity(self) -> str:
         """What a checkpoint must share with the run that takes it up."""
-        # Not where there is none, so that a run without folds takes up none with.
-        fold = {} if self._fold is None else {"fold": self._fold}
+        # Not where there are none: checkpoints of earlier versions have neither.
+        chosen = {"fold": self._fold, "reshuffle": self._job.reshuffle}
         return json.dumps(
-            fold
+            {key: value for key, value in chosen.items() if value is not None}
             | {
                 "config": asdict(self._job.config),
                 "seed": self._job.seed,

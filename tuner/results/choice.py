@@ -225,7 +225,9 @@ def _with_the_winner(tuned: TunedStudy) -> tuple[TunedStudy, FrozenTrial]:
 
 
 def _kept_trials(tuned: TunedStudy) -> tuple[FrozenTrial, ...]:
-    """The trials whose networks were kept, best first."""
+    """The trials whose networks were kept and may predict together, best first."""
+    if tuned.record.spec.data.split.reshuffle:
+        return ()
     return tuple(
         trial for trial in tuned.ranked() if tuned.artifacts.weights(trial.number).is_file()
     )
@@ -235,6 +237,12 @@ def _ensemble(
     tuned: TunedStudy, development: DevelopmentData, picks: int, evaluate: Evaluate | None
 ) -> Ensemble:
     kept = _kept_trials(tuned)
+    if tuned.record.spec.data.split.reshuffle:
+        raise StudyError(
+            f"The trials of study {tuned.name!r} were validated on rows of their own (reshuffle), "
+            "which others of them trained on: no rows can choose an ensemble. Name one trial "
+            "(--trial)."
+        )
     if not kept:
         raise StudyError(
             f"Study {tuned.name!r} has no kept weights in {tuned.artifacts.weights(0).parent}, so "

@@ -87,7 +87,7 @@ def evaluate_kept(
     development: DevelopmentData,
     evaluate: Evaluate | None = None,
 ) -> KeptNetwork:
-    """The network of a trial, evaluated on the validation rows.
+    """The network of a trial, evaluated on the validation rows; on its own, if it has some.
 
     Args:
         tuned: The study.
@@ -100,7 +100,11 @@ def evaluate_kept(
             recorded with the trial: they are of another trial or another version.
     """
     weights = read_kept_weights(tuned, trial.number)
-    config = tuned.record.spec.space.resolve(trial.params)
+    spec = tuned.record.spec
+    config = spec.space.resolve(trial.params)
+    if spec.data.split.reshuffle:
+        seeded_as = spec.training.seeded_as(trial.number)
+        development = development.reshuffled(spec.data.split.seed, seeded_as)
     path = tuned.artifacts.weights(trial.number)
     try:
         logits = _validation_logits(evaluate, config, weights, development)

@@ -32,6 +32,7 @@ _NOT_WRITTEN: Mapping[str, Any] = {
     "spec.data.split.identity": None,
     "spec.data.split.coverage": None,
     "spec.data.split.folds": None,
+    "spec.data.split.reshuffle": None,
     "data.folds": None,
     "data.clusters": None,
     "data.mmseqs": None,

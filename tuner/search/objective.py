@@ -70,6 +70,7 @@ class Objective:
             precision=self._precision_of(config),
             rungs=spec.rungs,
             settings=spec.training,
+            reshuffle=spec.data.split.seed if spec.data.split.reshuffle else None,
         )
         epochs = self._train(job)
         try:

@@ -180,6 +180,10 @@ def value_key(value: str) -> str:
     return value.strip().lower()
 
 
+def _none_from_false(value: bool | None) -> bool | None:
+    return value or None
+
+
 def _folds_kind(value: object) -> str:
     return "column" if isinstance(value, Mapping | FoldColumn) else "number"
 
@@ -273,6 +277,8 @@ class SplitSettings(Table):
     """with rule "homology", 0.8 by default: of both sequences, that their alignment covers"""
     folds: Folds | None = None
     """cross-validation: the number of folds, or { column = "..." }; the test split is in none"""
+    reshuffle: Annotated[bool | None, AfterValidator(_none_from_false)] = None
+    """true: each trial draws validation rows of its own from the development rows"""
 
     @model_validator(mode="before")
     @classmethod
@@ -296,6 +302,8 @@ class SplitSettings(Table):
             self._check_values()
         else:
             self._check_fractions()
+        if self.reshuffle:
+            self._check_reshuffle()
         return self
 
     def _check_values(self) -> None:
@@ -330,6 +338,21 @@ class SplitSettings(Table):
                 "their sum must be below 1",
                 "validation",
                 "test",
+            )
+
+    def _check_reshuffle(self) -> None:
+        if self.rule != "random":
+            raise _wrong(
+                f"reshuffle draws validation rows at random, and with rule = {shown(self.rule)} "
+                "rows stay together; leave reshuffle out",
+                "reshuffle",
+            )
+        if self.folds is not None:
+            raise _wrong(
+                "reshuffle draws the validation rows of a trial, and with folds every development "
+                "row is one; leave one of the two out",
+                "reshuffle",
+                "folds",
             )
 
     @property
@@ -376,6 +399,8 @@ class SplitSettings(Table):
             )
         else:
             words = f"seed {self.seed}"
+        if self.reshuffle:
+            return f"{words}, validation reshuffled for each trial"
         if isinstance(self.folds, FoldColumn):
             return f"{words}, folds by column {self.folds.column!r}"
         return words if self.folds is None else f"{words}, {self.folds} folds"
@@ -532,6 +557,11 @@ class DataSettings(Table):
                 other = getattr(columns, key)
                 if other is not None and column_key(other) == column_key(name):
                     raise _wrong(f"column {shown(name)} is that of {key}; name another column")
+        if split.reshuffle and columns.weight is not None:
+            raise _wrong(
+                "has reshuffle, and columns has weight, which only training rows keep; leave one "
+                "of the two out"
+            )
         return split
 
 

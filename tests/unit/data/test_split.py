@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tuner.data.development import load_development
+from tuner.data.development import DevelopmentData, load_development
 from tuner.data.homology import Clusters
 from tuner.data.prepare import Prepared, prepare, read_held_out
 from tuner.data.rows import decode_tokens
@@ -262,3 +262,47 @@ def test_a_row_without_a_fold_is_told(tmp_path: Path) -> None:
     write(tmp_path, "rows.csv", EMPTY)
     with pytest.raises(DataError, match="no value in the column 'part'; write which fold"):
         prepared(tmp_path, split={**FOLDED, "folds": {"column": "part"}})
+
+
+# --- validation rows that are drawn anew for each trial ---
+
+
+def development() -> DevelopmentData:
+    tokens = np.arange(100, dtype=np.uint8).reshape(50, 2)
+    labels = (np.arange(50) % 3 == 0).astype(np.uint8)
+    return DevelopmentData(
+        training_tokens=tokens[10:],
+        training_labels=labels[10:],
+        validation_tokens=tokens[:10],
+        validation_labels=labels[:10],
+    )
+
+
+def test_a_trial_draws_its_validation_rows_from_all_development_rows() -> None:
+    data = development()
+    drawn = [data.reshuffled(1, trial) for trial in range(60)]
+    for one in drawn:
+        tokens = np.concatenate([one.training_tokens, one.validation_tokens])
+        assert np.array_equal(tokens[tokens[:, 0].argsort()].ravel(), np.arange(100))
+        assert np.bincount(one.validation_labels).tolist() == [6, 4]
+        assert np.array_equal(one.validation_labels, one.validation_tokens[:, 0] // 2 % 3 == 0)
+        assert np.array_equal(one.training_labels, one.training_tokens[:, 0] // 2 % 3 == 0)
+    assert len({one.validation_tokens.tobytes() for one in drawn}) == 60
+    assert {row for one in drawn for row in one.validation_tokens[:, 0].tolist()} == {
+        *range(0, 100, 2)
+    }
+    again = development().reshuffled(1, 7)
+    assert np.array_equal(again.validation_tokens, drawn[7].validation_tokens)
+    assert not np.array_equal(data.reshuffled(2, 7).validation_tokens, drawn[7].validation_tokens)
+
+
+def test_a_study_that_reshuffles_has_the_development_file_of_one_that_does_not(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "rows.csv", ROWS)
+    plain, reshuffled = (
+        prepared(tmp_path, split={"seed": 1, "test": 0.2} | changes)
+        for changes in ({}, {"reshuffle": True})
+    )
+    assert plain.development_sha256 == reshuffled.development_sha256
+    assert plain.identity == reshuffled.identity

@@ -1,4 +1,4 @@
-"""Cross-validation: a network for each fold, side by side, whose mean is the trial's."""
+"""What a trial trains on: folds side by side, or validation rows of its own."""
 
 from __future__ import annotations
 
@@ -157,3 +157,23 @@ def test_a_checkpoint_of_other_folds_is_refused(tensors: FoldTensors) -> None:
 def test_a_notebook_trains_folds_too() -> None:
     (epoch,) = LocalTraining(development())(fold_job(PLAIN, max_epochs=1))
     assert len(epoch.fold_losses or ()) == 2
+
+
+# --- validation rows of a trial's own ---
+
+
+def test_a_trial_that_reshuffles_validates_on_rows_of_its_own_and_resumes_on_them() -> None:
+    tensors = tensors_of(DATA)
+    job = dataclasses.replace(fold_job(), reshuffle=1)
+    whole = open_run(tensors, job)
+    list(whole.epochs())
+    its = DATA.reshuffled(1, 7)
+    found = logits(CONFIG, whole.best_weights(), its.validation_tokens)
+    assert unpacked(whole.best_weights())[VALIDATION_LOGITS] == pytest.approx(found, abs=1e-5)
+    first = open_run(tensors, job)
+    list(itertools.islice(first.epochs(), 1))
+    resumed = open_run(tensors, job, checkpoint=first.checkpoint())
+    list(resumed.epochs())
+    assert curve(resumed.history) == curve(whole.history)
+    with pytest.raises(ValueError, match="of another run"):
+        open_run(tensors, fold_job(), checkpoint=first.checkpoint())

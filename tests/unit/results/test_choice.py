@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,17 @@ from finished_study import storage_in, study_with_networks
 
 from tuner.errors import StudyError
 from tuner.metrics import measure
+from tuner.network.predict import logits
 from tuner.results import choice
 from tuner.results.choice import (
     choose_best,
     choose_ensemble,
+    choose_trial,
     mean_logits,
     recorded_ensemble,
 )
 from tuner.results.ensemble import CrossFitted, Selection
-from tuner.results.kept import read_development
+from tuner.results.kept import evaluate_kept, read_development
 from tuner.search.tuned_study import TunedStudy
 from tuner.train import VALIDATION_LOGITS
 
@@ -61,6 +64,25 @@ def test_recorded_predictions_choose_as_the_networks_do(tuned: TunedStudy) -> No
     assert evaluated.selection is not None
     assert recorded.selection.counts == evaluated.selection.counts
     assert recorded.selection.selected_loss == pytest.approx(evaluated.validation.loss, abs=1e-6)
+
+
+def test_trials_with_validation_rows_of_their_own_make_no_ensemble(tmp_path: Path) -> None:
+    split = {"seed": 1, "validation": 0.2, "test": 0.2, "reshuffle": True}
+    with storage_in(tmp_path) as storage:
+        data = {"source": "rows.csv", "split": split}
+        own = study_with_networks(storage, tmp_path, data=data)
+        assert recorded_ensemble(own) is None
+        with pytest.raises(StudyError, match=r"on rows of their own \(reshuffle\)"):
+            choose_ensemble(own)
+        best, development = copy.copy(own.ranked()[0]), read_development(own)
+        with pytest.raises(StudyError, match="these weights have a validation loss of"):
+            choose_trial(own, best.number)  # recorded is that of the file's validation rows
+        its = development.reshuffled(1, best.number)
+        config = own.record.spec.space.resolve(best.params)
+        weights = own.artifacts.weights(best.number).read_bytes()
+        expected = measure(its.validation_labels, logits(config, weights, its.validation_tokens))
+        best.value = expected.loss
+        assert evaluate_kept(own, best, development).metrics == expected
 
 
 def test_what_was_recorded_needs_no_network(

@@ -597,6 +597,8 @@ MISTAKES = [
     ("split.folds = '5'", "data.split.folds", 1, "a whole number"),
     ("split.folds = { column = 'x', of = 3 }", "data.split.folds.of", 1, "known are column"),
     ("split.folds = { column = 'x' }", "data.split", 1, "source is no .csv or .tsv file"),
+    ("split = { reshuffle = true, folds = 3 }", "data.split", 1, "leave one of the two out"),
+    ("split = { reshuffle = true, rule = 'homology' }", "data.split", 1, "leave reshuffle out"),
     ("split = { rule = 'given', test = [] }", "data.split.test", 1, "a list of values"),
     ("split = { rule = 'given', test = [1.5] }", "data.split.test", 1, "a list of values"),
     # values of the space
