@@ -102,9 +102,8 @@ def evaluate_kept(
     weights = read_kept_weights(tuned, trial.number)
     spec = tuned.record.spec
     config = spec.space.resolve(trial.params)
-    if spec.data.split.reshuffle:
-        seeded_as = spec.training.seeded_as(trial.number)
-        development = development.reshuffled(spec.data.split.seed, seeded_as)
+    if (seed := spec.data.split.reshuffle_seed) is not None:
+        development = development.reshuffled(seed, spec.training.seeded_as(trial.number))
     path = tuned.artifacts.weights(trial.number)
     try:
         logits = _validation_logits(evaluate, config, weights, development)

@@ -186,6 +186,7 @@ def _job(tuned: TunedStudy, trial: FrozenTrial) -> TrainingJob:
         rungs=(),
         # Another machine may be slower.
         settings=spec.training.model_copy(update={"max_trial_seconds": math.inf}),
+        reshuffle=spec.data.split.reshuffle_seed,
     )
 
 

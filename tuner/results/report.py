@@ -42,6 +42,7 @@ from tuner.results.choice import Chosen, choose_both, predict_together
 from tuner.results.confirm import compare
 from tuner.results.export import config_hash
 from tuner.results.kept import Evaluate, KeptNetwork
+from tuner.results.other_splits import reports_side_by_side
 from tuner.search import overlap
 from tuner.search.attributes import ENDED_KEY, curve_of
 from tuner.search.confirmation import confirmed, winner_in_words
@@ -86,6 +87,7 @@ class Report:
             report_page.gap_in_words(document),
             *report_page.confirmation_in_words(document),
             *filter(None, [report_page.ensemble_in_words(document)]),
+            *report_page.other_splits_in_words(document),
             *analysis_in_words(document),
             self._opening(),
             *report_page.warnings(document),
@@ -442,7 +444,8 @@ def _with_the_ledger_of_now(tuned: TunedStudy, recorded: Mapping[str, Any]) -> d
         ],
         "used_elsewhere": [dataclasses.asdict(one) for one in overlap.used_elsewhere(tuned)],
     }
-    return {**recorded, "ledger": ledger}
+    side_by_side = reports_side_by_side(tuned, recorded)
+    return {**recorded, "ledger": ledger, "side_by_side": side_by_side}
 
 
 # --- what is checked before anything is opened ---

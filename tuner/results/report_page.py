@@ -270,6 +270,26 @@ def _used_in_words(used: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(said)
 
 
+def other_splits_in_words(document: Document) -> tuple[str, ...]:
+    """A sentence for each other split of the same data that was reported."""
+    return tuple(
+        f"Beside it: study {row['study']!r} split the same data {_of_split(row)}; its test loss is "
+        f"{row['loss']:.3f}, its test accuracy {_percent(row['accuracy'])} "
+        f"({_interval_in_percent(row['accuracy_ci95'])})."
+        for row in document["side_by_side"][1:]
+    )
+
+
+def _of_split(row: Mapping[str, Any]) -> str:
+    split = str(row["split"])
+    return f"at random ({split.removeprefix('random, ')})" if split.startswith("random") else split
+
+
+def _interval_in_percent(interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{100 * low:.1f} % to {100 * high:.1f} %"
+
+
 def render(document: Document) -> str:
     """The page: one HTML file that loads nothing from anywhere."""
     environment = jinja2.Environment(
@@ -301,6 +321,11 @@ def render(document: Document) -> str:
 # --- tables ---
 
 
+def _split_in_words(split: Mapping[str, Any]) -> str:
+    described = SplitSettings.model_validate(split).described
+    return described.replace("random, ", "random, stratified by label, ", 1)
+
+
 def _facts(document: Document) -> tuple[tuple[str, str], ...]:
     """What was done: name and value."""
     data, spec = document["data"], document["spec"]
@@ -320,7 +345,7 @@ def _facts(document: Document) -> tuple[tuple[str, str], ...]:
         ("Data", data["source"] + (" (made up)" if data["synthetic"] else "")),
         ("Data, sha256", data["sha256"]),
         ("Rows", f"{rows}{data['test_rows']:,} test"),
-        ("Split", SplitSettings.model_validate(split).described),
+        ("Split", _split_in_words(split)),
         ("Split identity", data["split_id"]),
         ("Budget", f"{counted(document['budget'], 'finished trial')}; there are {trials}"),
         ("Epochs", f"{epochs}; at most {spec['training']['max_epochs']} a trial"),

@@ -70,7 +70,7 @@ class Objective:
             precision=self._precision_of(config),
             rungs=spec.rungs,
             settings=spec.training,
-            reshuffle=spec.data.split.seed if spec.data.split.reshuffle else None,
+            reshuffle=spec.data.split.reshuffle_seed,
         )
         epochs = self._train(job)
         try:

@@ -344,7 +344,7 @@ class SplitSettings(Table):
         if self.rule != "random":
             raise _wrong(
                 f"reshuffle draws validation rows at random, and with rule = {shown(self.rule)} "
-                "rows stay together; leave reshuffle out",
+                "they stay together; leave reshuffle out",
                 "reshuffle",
             )
         if self.folds is not None:
@@ -381,6 +381,11 @@ class SplitSettings(Table):
         if isinstance(self.folds, FoldColumn):
             names["fold"] = self.folds.column
         return names
+
+    @property
+    def reshuffle_seed(self) -> int | None:
+        """The seed of validation rows of each trial's own; None where all trials have the same."""
+        return self.seed if self.reshuffle else None
 
     @property
     def described(self) -> str:

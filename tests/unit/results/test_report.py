@@ -107,6 +107,30 @@ def fail(*_: object, **__: object) -> NoReturn:
     raise AssertionError("it was called")
 
 
+def test_reports_over_other_splits_of_the_same_data_stand_side_by_side(
+    storage: Storage, tmp_path: Path
+) -> None:
+    first = finished_study(storage, tmp_path)
+    assert reported(first).document["side_by_side"] == []
+    data = {"source": "rows.csv", "split": {"seed": 2, "validation": 0.2, "test": 0.2}}
+    second = finished_study(storage, tmp_path, name="other", data=data)
+    written = reported(second)
+    own, other = written.document["side_by_side"]
+    assert (own["study"], own["split"]) == ("other", "random, seed 2")
+    assert (other["study"], other["split"]) == ("demo", "random, seed 1")
+    assert other["accuracy"] == expected_metrics(first).accuracy
+    assert "Beside it: study 'demo' split the same data at random (seed 1)" in (written.summary())
+    page = written.html_file.read_text()
+    assert "<h2>Other splits of the same data</h2>" in page
+    assert "<td>random, seed 1</td>" in page
+    # The first report tells of the second when it is shown again; a third study on a split that
+    # is there already is in the ledger alone.
+    assert [row["study"] for row in reported(first).document["side_by_side"]] == ["demo", "other"]
+    third = finished_study(storage, tmp_path, name="third", data=data)
+    document = reported(third, again="the same split again").document
+    assert [row["study"] for row in document["side_by_side"]] == ["third", "demo"]
+
+
 # --- what is evaluated, and what comes out ---
 
 

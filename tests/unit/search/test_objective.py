@@ -99,6 +99,21 @@ def test_a_trial_of_a_notebook_has_its_figures_as_numbers() -> None:
     assert all(isinstance(value, int | float) for value in attributes.values())
 
 
+@pytest.mark.parametrize(("split", "seed"), [({}, None), ({"seed": 4, "reshuffle": True}, 4)])
+def test_a_job_says_whether_its_validation_rows_are_drawn_anew(
+    split: dict[str, object], seed: int | None
+) -> None:
+    jobs: list[TrainingJob] = []
+
+    def train(job: TrainingJob) -> Generator[EpochResult, None, None]:
+        jobs.append(job)
+        yield epoch_result(0.5, 1)
+
+    spec = small_spec(data={"source": "rows.csv", "split": split})
+    optuna.create_study().optimize(Objective(spec, train), n_trials=1)
+    assert jobs[0].reshuffle == seed
+
+
 def test_the_losses_of_the_folds_are_kept_with_a_trial() -> None:
     def train(_: TrainingJob) -> Generator[EpochResult, None, None]:
         for epoch, losses in enumerate([(0.5, 0.9), (0.5, 0.7), (0.4, 0.9)], start=1):
