@@ -71,7 +71,8 @@ def _analysis(
         return predict_together(single, tokens, evaluate)
 
     logits, development = predicted.winner, single.development
-    temperature = fitted_temperature(development.validation_labels, single.networks[0].logits)
+    network = single.networks[0]
+    temperature = fitted_temperature(network.labels, network.logits)
     try:
         similarity = by_similarity(rows.labels, logits, rows.tokens, development.training_tokens)
     except SetupError:  # SciPy is missing

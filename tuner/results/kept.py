@@ -45,6 +45,7 @@ class KeptNetwork:
     config: ModelConfig
     weights: bytes  #: what `TrainingRun.best_weights` returned
     logits: npt.NDArray[np.float64]  #: of the validation rows, [m]
+    labels: npt.NDArray[np.uint8]  #: of the same rows, [m]: the trial may have rows of its own
     metrics: Metrics  #: of the validation rows
 
 
@@ -129,7 +130,14 @@ def evaluate_kept(
             f"{trial.number} is recorded with {recorded:.4f}. Are they another trial's, or "
             f"are the versions others than those of the study ({_changed_versions(tuned)})?"
         )
-    return KeptNetwork(trial=trial, config=config, weights=weights, logits=logits, metrics=metrics)
+    return KeptNetwork(
+        trial=trial,
+        config=config,
+        weights=weights,
+        logits=logits,
+        labels=development.validation_labels,
+        metrics=metrics,
+    )
 
 
 def recorded_logits(

@@ -82,7 +82,8 @@ def test_trials_with_validation_rows_of_their_own_make_no_ensemble(tmp_path: Pat
         weights = own.artifacts.weights(best.number).read_bytes()
         expected = measure(its.validation_labels, logits(config, weights, its.validation_tokens))
         best.value = expected.loss
-        assert evaluate_kept(own, best, development).metrics == expected
+        kept = evaluate_kept(own, best, development)
+        assert kept.metrics == expected == measure(kept.labels, kept.logits)
 
 
 def test_what_was_recorded_needs_no_network(

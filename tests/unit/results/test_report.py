@@ -844,7 +844,7 @@ def test_the_page_shows_what_was_done_and_found(tuned: TunedStudy) -> None:
         record.data.sha256,
         record.spec.spec_hash,
         "240 training, 80 validation, 80 test",
-        "random, seed 1",
+        "random, stratified by label, seed 1",
         "4 finished trials; there are 2 fully trained, 2 stopped early, 1 failed",
         "TPESampler (multivariate no, constant_liar yes)",
         "Hyperband (min_epochs 1, eta 3, brackets in turn, rungs [1, 3])",
