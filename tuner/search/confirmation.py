@@ -228,12 +228,15 @@ def _record(tuned: TunedStudy, name: str) -> StudyRecord:
     """The record of the confirmation: the study's own, but for pruning, seed and what was known."""
     searched = tuned.record.spec
     # Another seed than the search has: no training of it is repeated.
+    # All trainings are compared row by row, so they are validated on the same rows.
+    split = searched.data.split.model_copy(update={"reshuffle": None})
     seed = int.from_bytes(hashlib.sha256(f"{tuned.key}:confirm".encode()).digest()[:4]) >> 1
     spec = searched.model_copy(
         update={
             "name": name,
             "trials": 1,
             "seed": seed,
+            "data": searched.data.model_copy(update={"split": split}),
             "training": searched.training.model_copy(update={"as_trial": None}),
             "hyperband": None,
             "sampler": SamplerSettings(kind="random"),

@@ -90,6 +90,22 @@ def test_no_training_of_the_search_is_repeated_and_none_is_pruned(searched: Tune
     assert {job.settings.max_epochs for job in jobs} == {spec.training.max_epochs}
 
 
+def test_all_trainings_are_validated_on_the_same_rows(tmp_path: Path) -> None:
+    data = {"source": "rows.csv", "split": {"seed": 1, "reshuffle": True}}
+    searched = make_study(tmp_path, small_spec(trials=4, hyperband=None, data=data))
+    jobs: list[TrainingJob] = []
+
+    def noted(job: TrainingJob) -> Generator[EpochResult, None, None]:
+        jobs.append(job)
+        yield from by_learning_rate(job)
+
+    run(searched, noted)
+    assert {job.reshuffle for job in jobs} == {1}
+    jobs.clear()
+    run(plan_confirmation(searched, top=2, seeds=2).tuned, noted)
+    assert {job.reshuffle for job in jobs} == {None}
+
+
 def test_more_configurations_and_seeds_keep_what_is_there(searched: TunedStudy) -> None:
     first = driven(searched, top=2, seeds=2)
     before = {trial.number for trial in first.tuned.trials(TrialState.COMPLETE)}
