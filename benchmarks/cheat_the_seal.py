@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import shutil
 import sqlite3
 import sys
@@ -30,6 +31,7 @@ import optuna  # noqa: E402
 import psycopg  # noqa: E402
 from fakes import ready_sqlite  # noqa: E402
 from finished_study import finished_study, predict, write_rows  # noqa: E402
+from sqlalchemy import make_url  # noqa: E402
 
 from tuner.data.prepare import prepare, read_held_out  # noqa: E402
 from tuner.data.rows import RESIDUES, encode  # noqa: E402
@@ -454,6 +456,23 @@ def replace_function(place: Place) -> str:
     return place.verified()
 
 
+def as_a_role_that_only_adds(place: Place) -> str:
+    role, password = f"lab_{secrets.token_hex(4)}", secrets.token_hex(8)
+    place.sql(
+        f"CREATE ROLE {role} LOGIN PASSWORD '{password}'",
+        f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}",
+        f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {role}",
+        *(f"REVOKE ALL ON {table} FROM {role}" for table in chain.APPEND_ONLY),
+        *(f"GRANT SELECT, INSERT ON {table} TO {role}" for table in chain.APPEND_ONLY),
+    )
+    owner = place.url
+    place.url = make_url(owner).set(username=role, password=password).render_as_string(False)
+    place.report("first", again="as that role")
+    met = refused(lambda: place.sql("ALTER TABLE tuner_ledger DISABLE TRIGGER ALL"))
+    place.url = owner
+    return met
+
+
 SQLITE: Sequence[tuple[str, Callable[[Place], str]]] = (
     ("change who opened it, with a database client", update),
     ("delete an entry", delete),
@@ -502,6 +521,7 @@ POSTGRES: Sequence[tuple[str, Callable[[Place], str]]] = (
     ("delete it in a session that is a replica's, where triggers are off", as_a_replica),
     ("disable the triggers", disable),
     ("replace the triggers' function, delete all", replace_function),
+    ("disable the triggers as a role that may only add and read", as_a_role_that_only_adds),
 )
 
 

@@ -58,6 +58,8 @@ reports = sa.Table(
     sa.Column("hash", sa.String(64), nullable=False),
 )
 
+_APPEND_LOCK = 0x6C6564676572  #: "ledger": the key of PostgreSQL's advisory lock
+
 _TABLES: Mapping[Kind, sa.Table] = {"opening": table, "report": reports}
 
 
@@ -241,8 +243,13 @@ class Ledger:
         return self._transactions.run(lambda connection: tuple(_problems(connection)))
 
     def protect(self) -> None:
-        """Sets up the triggers that are missing."""
-        self._transactions.run(chain.protect)
+        """Sets up the triggers that are missing; where all stand, no right to do so is needed."""
+
+        def protect(connection: sa.Connection) -> None:
+            if any(chain.missing_protection(connection)):
+                chain.protect(connection)
+
+        self._transactions.run(protect)
 
     def entries(
         self, *, study_key: str | None = None, split_id: str | None = None
@@ -288,7 +295,8 @@ def _lock_the_end(connection: sa.Connection) -> None:
         connection.exec_driver_sql("PRAGMA synchronous=FULL")
         lock_for_writing(connection)
     else:
-        connection.exec_driver_sql(f"LOCK TABLE {table.name} IN SHARE ROW EXCLUSIVE MODE")
+        # No lock of the table: a role that may only add to it has no right to one.
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_APPEND_LOCK)))
 
 
 def _chain(connection: sa.Connection) -> Chain:
