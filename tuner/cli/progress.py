@@ -179,8 +179,8 @@ def status_table(studies: list[StudyStatus]) -> Table:
     return table
 
 
-def status_details(one: StudyStatus) -> Table:
-    """Everything about one study, a line each."""
+def status_details(one: StudyStatus, winner: str | None = None) -> Table:
+    """Everything about one study, a line each; `winner` says whether its winner was confirmed."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("study", _name(one))
     table.add_row("state", one.state)
@@ -208,4 +208,6 @@ def status_details(one: StudyStatus) -> Table:
         table.add_row("best", f"trial {one.best.number}, validation loss {one.best.value:.4f}")
         for name, value in one.best.params.items():
             table.add_row("", f"{name} = {value!r}")
+    if winner is not None:
+        table.add_row("winner", Text(winner))
     return table

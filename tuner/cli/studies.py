@@ -46,6 +46,7 @@ def status(
 ) -> None:
     """Shows the progress of studies: trials by state, best value, epochs spent and saved, disk."""
     from tuner.cli.progress import status_details, status_table, watch_studies
+    from tuner.search.confirmation import winner_in_words
     from tuner.search.status import status as read_status
     from tuner.search.study import list_names, load
 
@@ -73,7 +74,10 @@ def status(
                 "launch", "studies/quickstart.toml", storage=storage, artifacts=artifacts
             )
             return f"No study yet. `{launch}` makes one."
-        return status_details(found[0]) if name else status_table(found)
+        if not name:
+            return status_table(found)
+        tuned = load(opened, name, artifacts_root=artifacts)
+        return status_details(found[0], winner_in_words(tuned) if tuned.ranked() else None)
 
     console = terminal()
     try:

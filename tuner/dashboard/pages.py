@@ -38,6 +38,7 @@ from tuner.errors import (
 from tuner.results.export import Format, best_configs, render
 from tuner.results.prediction import writer_of
 from tuner.search.check import brackets_in_words
+from tuner.search.confirmation import winner_in_words
 from tuner.search.pruning_audit import audit_in_words
 from tuner.search.status import StudyStatus, status
 from tuner.search.study import find_name, list_names
@@ -112,6 +113,7 @@ def _facts(request: Request, tuned: TunedStudy, state: StudyStatus) -> tuple[tup
             "Split",
             f"{split}, identity {data.split_id[:12]}: {rows}",
         ),
+        *((("Winner", winner_in_words(tuned)),) if state.best else ()),
         ("Study file", tuned.record.spec_hash[:12]),
         ("Epochs", f"{state.epochs_spent:,} spent, {state.epochs_saved:,} saved by pruning"),
         *(

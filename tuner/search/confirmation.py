@@ -308,6 +308,8 @@ def _read(tuned: TunedStudy, confirming: TunedStudy, plan: Mapping[str, Any]) ->
 
 def winner_in_words(tuned: TunedStudy) -> str:
     """Whether the winner of a study was confirmed."""
+    if tuned.confirms:
+        return f"This is the confirmation of {tuned.confirms['study']}."
     found = confirmation_of(tuned)
     confirm = f"`{tuned.command('confirm', tuned.name)}`"
     if found is None:
