@@ -11,7 +11,6 @@ import typer
 from tuner.artifacts import DEFAULT_ROOT, DEFAULT_STORAGE_URL
 from tuner.commands import command
 from tuner.errors import (
-    DataError,
     ProblemsError,
     SetupError,
     StorageMissingError,
@@ -75,7 +74,7 @@ def check(
     storage: StorageUrl = DEFAULT_STORAGE_URL,
 ) -> None:
     """Validates a study file and its data, and shows what the study would do. Trains nothing."""
-    from tuner.search.check import check_document, invalid_document
+    from tuner.search.check import check_document, count_near_twins, invalid_document
     from tuner.spec.schema import json_schema
 
     if schema:
@@ -90,7 +89,7 @@ def check(
             raise
         print_json(invalid_document(spec_path.name, error))
         raise typer.Exit(1) from None
-    twins = _near_twins(spec, prepared, artifacts)
+    twins = count_near_twins(spec, prepared, artifacts, say=print_note)
     document = check_document(spec, prepared, _shared_rows(storage, spec, prepared), twins)
     if as_json:
         print_json(document)
@@ -114,19 +113,6 @@ def _shared_rows(storage: str, spec: StudySpec, prepared: Prepared) -> tuple[str
     for warning in shared:
         print_warning(warning)
     return shared
-
-
-def _near_twins(spec: StudySpec, prepared: Prepared, artifacts: Path) -> ShortAudit | None:
-    """The audit in short, where it can be had in seconds and says something."""
-    from tuner.data.audit.report import short_audit
-
-    if prepared.identity.synthetic:
-        return None
-    try:
-        return short_audit(spec.data, prepared.identity, folder=spec.folder, artifacts=artifacts)
-    except (SetupError, DataError) as error:
-        print_note(f"Near-twins were not counted. {error}")
-        return None
 
 
 def _load(
@@ -252,7 +238,9 @@ def launch(
 
     given = [*(overrides or []), *overrides_for(name, trials)]
     spec, prepared = _load(spec_path, given, artifacts)
-    if (twins := _near_twins(spec, prepared, artifacts)) is not None:
+    from tuner.search.check import count_near_twins
+
+    if (twins := count_near_twins(spec, prepared, artifacts, say=print_note)) is not None:
         print_note(f"{twins.in_words()}; see `{command('data', 'audit', spec_path)}`.")
     from tuner.coordination.webhook import Notifier, webhook_of
     from tuner.search.overlap import enter

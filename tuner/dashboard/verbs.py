@@ -23,7 +23,7 @@ from tuner.dashboard.web import Request
 from tuner.data.sequences import SequenceRecord, read_sequences
 from tuner.errors import DataError, Problem, StudyError, counted
 from tuner.search import overlap, study
-from tuner.search.check import check_document
+from tuner.search.check import check_document, count_near_twins
 from tuner.search.tuned_study import TunedStudy
 from tuner.spec.spec import StudySpec
 
@@ -54,7 +54,8 @@ def check(request: Request, spec: StudySpec) -> dict[str, Any]:
     storage, artifacts = request.site.storage, request.site.folders.artifacts
     prepared = queue.prepare_here(storage, spec, artifacts_root=artifacts)
     request.describe(f"checked {spec.name}")
-    return check_document(spec, prepared, overlap.warnings(storage, spec, prepared))
+    twins = count_near_twins(spec, prepared, artifacts, say=lambda _: None)
+    return check_document(spec, prepared, overlap.warnings(storage, spec, prepared), twins)
 
 
 def launch(request: Request, spec: StudySpec) -> queue.PlaceResult:

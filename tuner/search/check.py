@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import PurePath
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
-from tuner.data.audit.report import ShortAudit
+from tuner.data.audit.report import ShortAudit, short_audit
 from tuner.data.prepare import Prepared
-from tuner.errors import ProblemsError, counted
+from tuner.errors import DataError, ProblemsError, SetupError, counted
 from tuner.spec.bounds import parameter_counts
 from tuner.spec.spec import StudySpec
 
@@ -46,6 +46,26 @@ def check_document(
         "spec_hash": spec.spec_hash,
         "spec": spec.to_document(),
     }
+
+
+def count_near_twins(
+    spec: StudySpec, prepared: Prepared, artifacts: Path, *, say: Callable[[str], object]
+) -> ShortAudit | None:
+    """Near-twins among a study's rows, where they can be counted in seconds and say something.
+
+    Args:
+        spec: The study file.
+        prepared: Its data.
+        artifacts: Where counts are kept.
+        say: Is told why they were not counted.
+    """
+    if prepared.identity.synthetic:
+        return None
+    try:
+        return short_audit(spec.data, prepared.identity, folder=spec.folder, artifacts=artifacts)
+    except (SetupError, DataError) as error:
+        say(f"Near-twins were not counted. {error}")
+        return None
 
 
 def invalid_document(file: str, error: ProblemsError) -> dict[str, Any]:
