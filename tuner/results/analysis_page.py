@@ -91,8 +91,8 @@ def calibration_in_words(document: Document) -> str:
     error, chance = "expected_calibration_error", "expected_calibration_error_by_chance"
     return (
         f"Its probabilities are off by {_percent(test[error])} in the mean (chance alone makes "
-        f"{_percent(test[chance])}). Divided by a temperature of {found['temperature']:.2f}, which "
-        f"was fitted on validation rows, they are off by {_percent(mended[error])}."
+        f"{_percent(test[chance])}). With a temperature of {found['temperature']:.2f}, which was "
+        f"fitted on validation rows, they are off by {_percent(mended[error])}."
     )
 
 

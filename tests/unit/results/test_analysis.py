@@ -80,6 +80,7 @@ def test_a_row_in_the_last_bin_and_one_bin_alone_are_counted() -> None:
     found = calibration(np.array([1, 1], dtype=np.uint8), np.array([800.0, 900.0]))
     (one,) = found.bins
     assert (one.rows, one.predicted, one.soluble) == (2, 1.0, 1.0)
+    assert (one.low, one.high) == (0.9, 1.0)
     assert found.error == found.brier == 0.0
 
 
@@ -273,6 +274,9 @@ def test_the_recorded_report_has_the_analysis_and_opens_nothing_again(tuned: Tun
     for key in ("baselines", "calibration", "best_rows", "by_length", "by_similarity", "ends"):
         assert again.document[key] == first.document[key], key
     assert not again.opened_now
+    found = first.document["calibration"]
+    assert found["temperature"] != pytest.approx(1.0, abs=0.01)
+    assert found["test_with_temperature"]["loss"] != pytest.approx(found["test"]["loss"], abs=1e-4)
 
 
 def test_without_baselines_the_report_says_so(tuned: TunedStudy) -> None:
