@@ -275,7 +275,8 @@ def other_splits_in_words(document: Document) -> tuple[str, ...]:
     return tuple(
         f"Beside it: study {row['study']!r} split the same data {_of_split(row)}; its test loss is "
         f"{row['loss']:.3f}, its test accuracy {_percent(row['accuracy'])} "
-        f"({_interval_in_percent(row['accuracy_ci95'])})."
+        f"({_interval_in_percent(row['accuracy_ci95'])}), its area under the ROC curve "
+        f"{_number(row['roc_auc'])}."
         for row in document["side_by_side"][1:]
     )
 
