@@ -239,6 +239,6 @@ def number_in_words(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def range_in_words(interval: Interval | None) -> str:
+def range_in_words(interval: Sequence[float] | None) -> str:
     """An interval as tables have it; blank for None."""
     return "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"

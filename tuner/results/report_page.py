@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 from tuner.errors import counted, ordinal
 from tuner.metrics import DRAWS, THRESHOLD, small_split_warnings
 from tuner.results.analysis_page import baselines_in_words, render_analysis
+from tuner.results.confirm import number_in_words, range_in_words
 from tuner.search.pruning_audit import audit_in_words
 from tuner.spec.spec import SplitSettings
 
@@ -66,6 +67,27 @@ def headline(document: Document) -> str:
 def confirmation_in_words(document: Document) -> list[str]:
     """Whether the winner was confirmed; nothing in reports of earlier versions."""
     return list(document.get("confirmation", {}).get("in_words", []))
+
+
+def _confirmed_rows(document: Document) -> list[dict[str, Any]]:
+    """The table of the configurations that were trained again; none without a confirmation."""
+    confirmation = document.get("confirmation", {})
+    found = [*confirmation.get("configs", []), *confirmation.get("references", [])]
+    return [
+        {
+            "name": f"trial {one['trial']}{' *' * one['tied']}" if "trial" in one else one["name"],
+            "cells": [
+                (number_in_words(one["mean"]), "number"),
+                (number_in_words(one["sd"]), "number"),
+                (range_in_words(one["mean_ci95"]), "interval"),
+                (number_in_words(one["difference"]), "number"),
+                (range_in_words(one["difference_ci95"]), "interval"),
+                (number_in_words(one["searched_value"]), "number"),
+                (f"{one['parameters']:,}" if one["parameters"] else "", "number"),
+            ],
+        }
+        for one in found
+    ]
 
 
 def ensemble_in_words(document: Document) -> str:
@@ -303,6 +325,7 @@ def render(document: Document) -> str:
         headline=headline(document),
         ensemble=ensemble_in_words(document),
         confirmation=confirmation_in_words(document),
+        confirmed=_confirmed_rows(document),
         metrics=metric_rows(document),
         gap=gap_in_words(document),
         warnings=warnings(document),

@@ -131,8 +131,13 @@ def test_the_report_evaluates_the_confirmed_winner(tmp_path: Path) -> None:
         configs = [config_of_trial(chosen.study, number) for number in chosen.trials]
         described = write_bundle(tuned, chosen, configs, tmp_path / "bundle")
         assert described["ledger"]["entry"] == entry.id
-    for text in (report.summary(), report.html_file.read_text()):
+    page = report.html_file.read_text()
+    for text in (report.summary(), page):
         assert "Winner: trial 2, mean validation loss" in text
+        assert "Optimism of the search" in text
+    for one in document["confirmation"]["configs"]:
+        assert f'<th scope="row">trial {one["trial"]}' in page
+        assert f'<td class="number">{one["mean"]:.4f}</td>' in page
 
 
 def test_a_confirmation_that_is_not_finished_is_not_compared(tmp_path: Path) -> None:
