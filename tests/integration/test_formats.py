@@ -171,7 +171,7 @@ def test_a_finished_study_becomes_a_bundle(lab: Path) -> None:
 
 def test_a_finished_study_is_reported_and_a_reported_one_is_not_again(lab: Path) -> None:
     # The two studies are of one split, and a look at it is in the ledger of the earlier version.
-    again = ("--again", "--reason", "another search")
+    again = ("--no-baselines", "--again", "--reason", "another search")
     written = json.loads(verb_that_computes(lab, "report", "finished", *again, "--json"))
     assert written["ledger"]["look"] == 2
     assert written["spec_hash"] == stored(lab)["finished"]["spec_hash"]
