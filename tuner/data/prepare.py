@@ -31,7 +31,6 @@ from tuner.data.identity import DataIdentity, identity_of
 from tuner.data.problems import (
     BOTH_LABELS,
     TWO_PARTS,
-    TWO_PARTS_CUT,
     Kind,
     Problems,
     Refused,
@@ -47,6 +46,8 @@ from tuner.metrics import small_split_warnings
 if TYPE_CHECKING:
     from tuner.spec.spec import DataSettings, SplitSettings
 
+#: By part, which of rows that are equal as they are cut is kept: the highest.
+_RANKS: dict[str | None, int] = {None: 0, "training": 1, "validation": 2, "test": 3}
 _FAR = 0.1  #: of what was asked for, by which a part may miss it without a word
 
 
@@ -314,7 +315,7 @@ def _without_repeats(
 ) -> tuple[list[Row], list[str]]:
     """Keeps the first of equal sequences; contradicting labels are problems, or left out."""
     first_rows: dict[str, Row] = {}
-    what = "sequence"
+    what, kept = "sequence", ""
     if settings.truncate is not None:
         # What the network sees decides: two proteins that differ only in what is cut are one.
         kept = kept_in_words(settings.max_length, settings.truncate)
@@ -327,6 +328,9 @@ def _without_repeats(
         judged = settings.split.folds is None or "test" in (first.part, row.part)
         if first.part != row.part and judged:
             in_two_parts.append((first, row))
+            # Different proteins that are equal as they are cut: what judges is kept.
+            if first.whole != row.whole and _RANKS[row.part] > _RANKS[first.part]:
+                first_rows[row.sequence] = row
         if first.label == row.label:
             continue
         conflicting.add(row.sequence)
@@ -343,12 +347,16 @@ def _without_repeats(
             key="label",
             value=str(row.label),
         )
+    cut: set[str] = set()
     for first, row in in_two_parts:
         if settings.conflicts == "drop" and row.sequence in conflicting:
             continue
+        if first.whole != row.whole:
+            cut.add(row.sequence)
+            continue
         where = _where(first, row)
         problems.add_one(
-            TWO_PARTS if settings.truncate is None else TWO_PARTS_CUT,
+            TWO_PARTS,
             row.file,
             f"{row.place} is in the {row.part} part, but the same {what} is in the {first.part} "
             f"part in {where}",
@@ -359,6 +367,13 @@ def _without_repeats(
             value=str(row.part),
         )
     warnings = []
+    if cut:
+        are = counted(len(cut), f"{what} is", f"sequences (their {kept} residues) are")
+        warnings.append(
+            f"{are} in two parts of the split, of proteins that differ elsewhere: kept in test "
+            "rather than in validation, and in validation rather than in training; a larger "
+            "max_length tells them apart"
+        )
     if conflicting and settings.conflicts == "drop":
         both = counted(len(conflicting), "sequence has", "sequences have")
         left = [row for row in rows if row.sequence not in conflicting]

@@ -87,11 +87,6 @@ TWO_PARTS = Kind(
     remedy="remove one of the two, or write the same part for both: what a network trained on "
     "must not judge it",
 )
-TWO_PARTS_CUT = Kind(
-    several="sequences that, cut to max_length, are in another part of the split, too",
-    remedy="raise max_length, remove one of the two, or write the same part for both: what a "
-    "network trained on must not judge it",
-)
 WRONG_TOKEN = Kind(several="rows with impossible tokens", remedy="write 0 to 20")
 PADDING_INSIDE = Kind(
     several="rows with padding (0) inside the sequence", remedy="padding stands at the end only"

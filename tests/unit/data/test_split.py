@@ -154,6 +154,28 @@ def test_what_is_wrong_with_a_given_split_is_told(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_proteins_that_are_equal_as_they_are_cut_stay_in_the_part_that_judges(
+    tmp_path: Path, turned: bool
+) -> None:
+    begins = ALL_SEQUENCES[0][:15]
+    label = ROWS[0][1]
+    alike = [
+        (f"{begins}{'WYV'[at]}WWW", label, part)
+        for at, part in enumerate(("training", "validation", "test"))
+    ]
+    rows = [*ROWS, *alike] if not turned else [*reversed(alike), *ROWS]
+    write(tmp_path, "rows.csv", rows)
+    result = prepared(tmp_path, max_length=15, truncate="end")
+    (warning,) = [one for one in result.warnings if "two parts" in one]
+    assert warning.startswith("1 sequence (its first 15 residues) is in two parts of the split, ")
+    held_out = read_held_out(settings(max_length=15, truncate="end"), folder=tmp_path)[1]
+    assert begins in decode_tokens(held_out.tokens)
+    found = load_development(result.development_file)
+    assert begins not in decode_tokens(found.training_tokens)
+    assert begins not in decode_tokens(found.validation_tokens)
+
+
 def test_a_part_without_a_label_names_its_file(tmp_path: Path) -> None:
     for part, name in FILES:
         rows = [row for row in ROWS if row[2] == part and (part != "test" or row[1] == 1)]
