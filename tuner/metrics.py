@@ -12,6 +12,8 @@ population would change the figure; not what another seed or another split of th
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -156,6 +158,37 @@ def wilson_interval(right: int, n: int) -> Interval:
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * (p * (1 - p) / n + _Z**2 / (4 * n**2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mid_p_interval(right: int, n: int) -> Interval:
+    """The 95 % interval of a proportion `right / n` by H. O. Lancaster's mid-P (1961).
+
+    DOI 10.1080/01621459.1961.10482105: the exact interval of Clopper and Pearson with half of the
+    probability of `right` itself. Of rare events it holds more often than Wilson's, and is as
+    narrow (`benchmarks/pruning_audits.py`).
+    """
+
+    def probability(p: float, k: int) -> float:
+        ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+        return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
+
+    def beyond(p: float) -> float:
+        """The probability of more than `right`, and half of that of `right`."""
+        more = math.fsum(probability(p, k) for k in range(right + 1, n + 1))
+        return more + probability(p, right) / 2
+
+    low = 0.0 if right == 0 else _root(beyond, 0.025)
+    high = 1.0 if right == n else _root(beyond, 0.975)
+    return low, high
+
+
+def _root(rising: Callable[[float], float], value: float) -> float:
+    """Where a rising function of 0..1 reaches a value, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < value else (low, middle)
+    return (low + high) / 2
 
 
 def area_under_curve(labels: npt.NDArray[np.uint8], scores: Floats) -> float | None:

@@ -15,6 +15,7 @@ from tuner.metrics import (
     Metrics,
     cross_entropy,
     measure,
+    mid_p_interval,
     roc_curve,
     small_split_warnings,
     wilson_interval,
@@ -110,6 +111,23 @@ def test_the_loss_is_the_mean_cross_entropy_in_nats() -> None:
 def test_a_sure_mistake_costs_its_logit_however_large() -> None:
     losses = cross_entropy(np.array([1, 0, 1], np.uint8), np.array([-800.0, 1e30, 800.0]))
     assert losses.tolist() == [800.0, 1e30, 0.0]
+
+
+def test_mid_p_intervals_hold_for_rare_events() -> None:
+    low, high = mid_p_interval(0, 10)
+    assert (low, high) == (0.0, pytest.approx(1 - 0.05**0.1))  # by hand: (1 - p)^10 = 0.05
+    assert mid_p_interval(10, 10) == (pytest.approx(0.05**0.1), 1.0)
+    low, high = mid_p_interval(5, 10)
+    assert low == pytest.approx(1 - high)
+    intervals = [mid_p_interval(right, 16) for right in range(17)]
+    for p in np.linspace(0.005, 0.5, 50):
+        held = sum(
+            math.comb(16, right) * p**right * (1 - p) ** (16 - right)
+            for right, (low, high) in enumerate(intervals)
+            if low <= p <= high
+        )
+        assert held > 0.92
+    assert mid_p_interval(3, 5000)[1] < 0.002
 
 
 @pytest.mark.parametrize(

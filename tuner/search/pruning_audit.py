@@ -18,7 +18,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import counted
-from tuner.metrics import wilson_interval
+from tuner.metrics import mid_p_interval
 from tuner.search.attributes import AUDITED_KEY, ENDED_KEY
 from tuner.spec.spec import StudySpec
 
@@ -58,7 +58,7 @@ class PruningAudit:
     pruned: int  #: that were pruned by a verdict
     best_kept: float | None  #: the lowest of the fully trained trials that were to be kept
     better: int  #: audited trials that ended below that
-    better_ci95: tuple[float, float] | None  #: of the share of better ones, Wilson's
+    better_ci95: tuple[float, float] | None  #: of the share of better ones, mid-P
     #: Audited trials that ended among the ten best that were kept; None where fewer were kept.
     among_best: int | None
     among_best_ci95: tuple[float, float] | None
@@ -108,9 +108,9 @@ def pruning_audit(spec: StudySpec, trials: Sequence[FrozenTrial]) -> PruningAudi
         ),
         best_kept=best if kept else None,
         better=better,
-        better_ci95=wilson_interval(better, len(audited)) if audited else None,
+        better_ci95=mid_p_interval(better, len(audited)) if audited else None,
         among_best=among,
-        among_best_ci95=wilson_interval(among, len(audited))
+        among_best_ci95=mid_p_interval(among, len(audited))
         if audited and among is not None
         else None,
         largest_gain=max(0.0, best - min(finite)) if finite and kept else 0.0,

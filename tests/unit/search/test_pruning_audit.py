@@ -8,7 +8,7 @@ from fakes import FakeWorkers, Notes, make_study, small_spec
 from optuna.trial import TrialState
 
 from tuner.coordination.coordinator import Coordinator
-from tuner.metrics import wilson_interval
+from tuner.metrics import mid_p_interval
 from tuner.search.attributes import AUDITED_KEY
 from tuner.search.pruning_audit import audit_in_words, is_drawn, pruning_audit
 from tuner.search.status import status
@@ -67,7 +67,7 @@ def test_status_says_how_often_pruning_was_wrong_and_by_how_much(tmp_path: Path)
     kept = sorted(trial.value for trial in trials if AUDITED_KEY not in trial.user_attrs)
     better = sum(value < kept[0] for value in ran_on)
     assert (found.audited, found.better) == (len(ran_on), better)
-    assert found.better_ci95 == wilson_interval(better, len(ran_on))
+    assert found.better_ci95 == mid_p_interval(better, len(ran_on))
     assert found.among_best == sum(value < kept[9] for value in ran_on)
     assert found.largest_gain == max(0.0, kept[0] - min(ran_on))
     assert found.pruned == len(tuned.trials(TrialState.PRUNED))
