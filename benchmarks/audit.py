@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -97,6 +98,7 @@ def peak_megabytes(process: psutil.Popen, ended: threading.Event) -> list[float]
 def audited(path: Path, artifacts: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "tuner", "data", "audit", str(path), "--json"]
     began, ended = time.monotonic(), threading.Event()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     process = psutil.Popen(
         [*command, "--artifacts", str(artifacts)], stdout=subprocess.PIPE, cwd=ROOT, text=True
     )
@@ -113,6 +115,7 @@ def audited(path: Path, artifacts: Path) -> dict[str, Any]:
         "rows": twins["rows"],
         "rows_compared": twins["rows_compared"],
         "seconds": round(seconds, 1),
+        "processor_seconds": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used, 1),
         "peak_megabytes": round(peak[0]),
         "development_pairs": twins["development_pairs"],
         "opposite_labels": twins["opposite_labels"],

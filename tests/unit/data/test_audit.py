@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tuner.cli.main import app
-from tuner.data.audit import kmers, packages
+from tuner.data.audit import features, kmers, packages
 from tuner.data.audit import report as audit_report
 from tuner.data.audit.census import census
 from tuner.data.audit.report import audit, short_audit
@@ -92,6 +92,7 @@ def test_every_similar_pair_is_found_as_by_comparing_all(
 ) -> None:
     monkeypatch.setattr(kmers, "_FREQUENT", frequent)
     monkeypatch.setattr(kmers, "_PRODUCTS_AT_ONCE", at_once)
+    monkeypatch.setattr(features, "_CELLS_AT_ONCE", at_once)
     sequences = families(40)
     found = {}
     blocks = 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tuner.data.audit.features import lengths
+from tuner.data.audit.features import lengths, row_blocks
 from tuner.data.rows import RESIDUES, Tokens
 from tuner.spec.architecture import UNKNOWN_TOKEN
 
@@ -19,7 +19,6 @@ LOW_COMPLEXITY = 2.2
 #: One residue so often in a row is a stretch of it: a chance of 1 in 2 million at a place.
 RUN = 6
 _QUANTILES = {"least": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "most": 1.0}
-_ROWS_AT_ONCE = 2_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +81,7 @@ def _simple_stretches(tokens: Tokens) -> tuple[npt.NDArray[np.bool_], npt.NDArra
     # Of a window: log2(12) - sum of c log2(c) / 12 over its residues' counts c.
     part = np.array([0.0, *(count[1:] * np.log2(count[1:]) / WINDOW)])
     simple = []
-    for start in range(0, len(tokens), _ROWS_AT_ONCE):
-        rows = tokens[start : start + _ROWS_AT_ONCE]
+    for rows in row_blocks(tokens):
         entropy = np.full((len(rows), rows.shape[1] - WINDOW + 1), np.log2(WINDOW))
         for token in range(1, UNKNOWN_TOKEN + 1):
             sums = np.zeros((len(rows), rows.shape[1] + 1), dtype=np.int32)

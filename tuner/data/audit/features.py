@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,16 @@ from tuner.spec.architecture import UNKNOWN_TOKEN
 
 ENDS = 10  # residues at either end
 _TOKENS = UNKNOWN_TOKEN + 1  # padding and unknown residues among them
-_ROWS_AT_ONCE = 10_000  # while pairs of residues are counted
+#: Rows x width while residues are counted: a few arrays of 16 MB, however long sequences are.
+_CELLS_AT_ONCE = 2_000_000
 
 Features = npt.NDArray[np.float32]
+
+
+def row_blocks(tokens: Tokens) -> Iterator[Tokens]:
+    """The tokens [n, max_length] in blocks of rows that fit into memory."""
+    rows = max(1, _CELLS_AT_ONCE // tokens.shape[1])
+    return (tokens[start : start + rows] for start in range(0, len(tokens), rows))
 
 
 def lengths(tokens: Tokens) -> npt.NDArray[np.int64]:
@@ -43,13 +50,13 @@ def dipeptides(tokens: Tokens) -> Features:
     """The fraction of each pair of neighbours in each row, [n, 441]."""
     wanted = _TOKENS - 1
     parts = []
-    for start in range(0, len(tokens), _ROWS_AT_ONCE):
-        part = tokens[start : start + _ROWS_AT_ONCE].astype(np.int64)
+    for block in row_blocks(tokens):
+        part = block.astype(np.int64)
         pair = part[:, :-1] * _TOKENS + part[:, 1:]
         pair += np.arange(len(part))[:, np.newaxis] * _TOKENS**2
         counts = np.bincount(pair[part[:, 1:] > 0], minlength=len(part) * _TOKENS**2)
         table = counts.reshape(len(part), _TOKENS, _TOKENS)[:, 1:, 1:]
-        total = np.maximum(lengths(tokens[start : start + _ROWS_AT_ONCE]) - 1, 1)
+        total = np.maximum(lengths(block) - 1, 1)
         parts.append(
             (table.reshape(len(part), wanted**2) / total[:, np.newaxis]).astype(np.float32)
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tuner.data.audit.features import row_blocks
 from tuner.data.audit.packages import require_packages
 from tuner.data.rows import Tokens
 from tuner.spec.architecture import UNKNOWN_TOKEN
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 K = 5  # residues
 LEAST = 0.3  #: similarity; pairs below it are not looked at
 _LETTERS = UNKNOWN_TOKEN + 1
-_ROWS_AT_ONCE = 10_000  # while 5-mers are read: 20 MB of tokens at a time
 #: Rows that share a 5-mer, from which on it is compared apart: a tag that a tenth of all sequences
 #: have would else make a tenth of all pairs candidates.
 _FREQUENT = 1_000
@@ -69,7 +69,7 @@ def kmer_sets(tokens: Tokens) -> KmerSets:
     require_packages("Comparing sequences", "scipy")
     from scipy.sparse import csr_array  # noqa: PLC0415 - only the audit needs SciPy
 
-    parts = [_kmers(tokens[s : s + _ROWS_AT_ONCE]) for s in range(0, len(tokens), _ROWS_AT_ONCE)]
+    parts = [_kmers(block) for block in row_blocks(tokens)]
     columns = np.concatenate([np.empty(0, np.int64), *(found for found, _ in parts)])
     sizes = np.concatenate([np.empty(0, np.int64), *(counts for _, counts in parts)])
     shape = (len(tokens), _LETTERS**K)
