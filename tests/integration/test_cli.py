@@ -153,7 +153,8 @@ def test_a_second_launch_shows_the_finished_study(launched: dict, folder: Path) 
     assert "finished" in done.stdout
     assert len(list((folder / "best").glob("*.toml"))) == 1
     shown = json.loads(tuner(folder, "status", "tiny", "--json").stdout)
-    assert {**shown, "ensemble": launched["ensemble"]} == launched
+    more = {"ensemble": launched["ensemble"], "confirmation": None}
+    assert {**shown, **more} == launched
 
 
 def test_a_launch_ends_with_a_network_to_predict_with(launched: dict, folder: Path) -> None:

@@ -298,7 +298,7 @@ def launch(
                 {
                     **now.to_document(),
                     "ensemble": together,
-                    "confirmed": confirmed and confirmed.to_document(),
+                    "confirmation": confirmed and confirmed.to_document(),
                 }
             )
         else:

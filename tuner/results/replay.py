@@ -61,7 +61,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What `tuner replay NAME TRIAL` found."""
+    """What a replay of one trial found."""
 
     study: str
     trial: int
@@ -83,7 +83,7 @@ class Replay:
         return self.is_exact or (self.within_tolerances and not self.same_environment)
 
     def to_document(self) -> dict[str, Any]:
-        """What `tuner replay NAME TRIAL --json` prints."""
+        """What `tuner replay --json` prints of a trial."""
         return {
             "study": self.study,
             "trial": self.trial,

@@ -180,6 +180,6 @@ def test_an_import_that_fails_is_one_clear_message(tmp_path: Path, how: str) -> 
 
 
 def test_a_worker_with_half_an_installation_cannot_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("tuner.network.training.TrainingRun")
-    with pytest.raises(SetupError, match=r"TrainingRun.*install the extra cpu, `pip"):
+    monkeypatch.delattr("tuner.network.fold_runs.open_run")
+    with pytest.raises(SetupError, match=r"open_run.*install the extra cpu, `pip"):
         open_training_run(None)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def test_new_rows_are_predicted_by_the_networks_of_all_folds_together(tuned: Tun
 
 def test_a_bundle_has_the_networks_of_all_folds(tuned: TunedStudy, tmp_path: Path) -> None:
     chosen = choose_trial(tuned, 1)
-    written = write_bundle(tuned, chosen, configs_of(tuned, chosen), tmp_path / "best")
+    written = write_bundle(tuned, chosen, configs_of(chosen), tmp_path / "best")
     assert [(one["trial"], one["fold"]) for one in written["networks"]] == [(1, 1), (1, 2), (1, 3)]
     assert sum(one["share"] for one in written["networks"]) == pytest.approx(1)
     tokens = read_development(tuned).training_tokens[:9]

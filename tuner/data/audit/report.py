@@ -64,7 +64,7 @@ class Audit:
     left_out: int  #: rows whose sequence is there already, or has both labels
 
     def to_document(self) -> dict[str, Any]:
-        """What `tuner data audit --json` prints."""
+        """What `tuner data audit SPEC --json` prints."""
         return {
             "data": self.identity.check_document(),
             "split": self.split.model_dump(mode="json"),
@@ -188,8 +188,8 @@ def short_audit(
         return ShortAudit(**json.loads(kept.read_text(encoding="utf-8")))
     if identity.rows > MOST_ROWS_IN_SHORT:
         raise SetupError(
-            f"{counted(identity.rows, 'sequence')} take minutes to compare; `tuner data audit` "
-            "does that."
+            f"{counted(identity.rows, 'sequence')} take minutes to compare; "
+            "`tuner data audit SPEC` does that."
         )
     require_packages("Counting near-twins", "scipy")
     _, rows = read_for_audit(settings, folder=folder, artifacts=artifacts)
