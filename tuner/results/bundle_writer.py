@@ -159,7 +159,7 @@ def _description(
         "format": FORMAT,
         "study": tuned.name,
         "trained_in": chosen.study.name,
-        "winner": winner_in_words(tuned),
+        "winner": winner_in_words(tuned, suggest=False),
         "trials": [config.trial for config in configs],
         "networks": [
             {

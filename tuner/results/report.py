@@ -315,7 +315,7 @@ def _confirmation(
     network = single.networks[0].trial
     found = confirmed(tuned)
     if found is None:
-        return network, {"in_words": [winner_in_words(tuned)]}
+        return network, {"in_words": [winner_in_words(tuned, suggest=False)]}
     compared = compare(found, evaluate=evaluate)
     evaluated = {"study": found.tuned.name, "trial": network.number}
     document = {"in_words": compared.in_words(), "network": evaluated, **compared.to_document()}

@@ -306,19 +306,27 @@ def _read(tuned: TunedStudy, confirming: TunedStudy, plan: Mapping[str, Any]) ->
     )
 
 
-def winner_in_words(tuned: TunedStudy) -> str:
-    """Whether the winner of a study was confirmed."""
+def winner_in_words(tuned: TunedStudy, *, suggest: bool = True) -> str:
+    """Whether the winner of a study was confirmed.
+
+    Args:
+        tuned: The study.
+        suggest: With the command that confirms it; a file that leaves this machine has none.
+    """
     if tuned.confirms:
         return f"This is the confirmation of {tuned.confirms['study']}."
     found = confirmation_of(tuned)
-    confirm = f"`{tuned.command('confirm', tuned.name)}`"
     if found is None:
-        return f"The winner is that of one training on one validation split; {confirm} confirms it."
-    trainings = counted(found.seeds, "seed")
-    if not found.is_complete:
-        return f"Its confirmation is not finished; {confirm} resumes it."
-    if not found.is_current:
-        return f"The search went on after its confirmation; {confirm} confirms what is best now."
-    if found.winner is None:
+        said, what = "The winner is that of one training on one validation split", "confirms it"
+    elif not found.is_complete:
+        said, what = "Its confirmation is not finished", "resumes it"
+    elif not found.is_current:
+        said, what = "The search went on after its confirmation", "confirms what is best now"
+    elif found.winner is None:
         return "No configuration could be confirmed: each has a training that could not go on."
-    return f"Confirmed: trial {found.winner.label}, mean {found.winner.mean:.4f} of {trainings}."
+    else:
+        mean, seeds = f"mean {found.winner.mean:.4f}", counted(found.seeds, "seed")
+        return f"Confirmed: trial {found.winner.label}, {mean} of {seeds}."
+    if not suggest:
+        return f"{said}."
+    return f"{said}; `{tuned.command('confirm', tuned.name)}` {what}."

@@ -156,6 +156,8 @@ def test_a_configuration_that_diverges_with_one_seed_does_not_win(searched: Tune
 
 def test_a_confirmation_counts_only_while_it_is_of_what_is_best(searched: TunedStudy) -> None:
     assert "that of one training" in winner_in_words(searched)
+    assert "tuner confirm" in winner_in_words(searched)
+    assert "`" not in winner_in_words(searched, suggest=False)
     found = plan_confirmation(searched, top=2, seeds=2)
     assert confirmed(searched) is None
     assert "is not finished" in winner_in_words(searched)
