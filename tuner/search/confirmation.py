@@ -321,7 +321,7 @@ def winner_in_words(tuned: TunedStudy, *, suggest: bool = True) -> str:
     elif not found.is_complete:
         said, what = "Its confirmation is not finished", "resumes it"
     elif not found.is_current:
-        said, what = "The search went on after its confirmation", "confirms what is best now"
+        said, what = "The search continued after its confirmation", "confirms what is best now"
     elif found.winner is None:
         return "No configuration could be confirmed: each has a training that could not go on."
     else:

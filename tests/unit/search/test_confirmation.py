@@ -169,7 +169,7 @@ def test_a_confirmation_counts_only_while_it_is_of_what_is_best(searched: TunedS
     searched.study.add_trial(trial)
     assert confirmed(searched) is None
     assert confirmed_means(searched) == {}
-    assert "The search went on" in winner_in_words(searched)
+    assert "The search continued" in winner_in_words(searched)
     assert driven(searched, top=2).is_current
 
 
